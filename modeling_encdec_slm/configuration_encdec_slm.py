@@ -185,7 +185,9 @@ class EncDecSLMConfig(PreTrainedConfig):
 def _unknown_field_message(config_class, key):
     fields = [field.name for field in dataclasses.fields(config_class)]
     nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-    return f"{config_class.__name__} has no field `{key}`. The nearest field is `{nearest}`: use it or leave `{key}` out."
+    return (
+        f"{config_class.__name__} has no field `{key}`. The nearest field is `{nearest}`: use it or leave `{key}` out."
+    )
 
 
 __all__ = ["EncDecSLMConfig"]

@@ -274,7 +274,7 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             EncDecSLMEncoderLayer(config, layer_idx) for layer_idx in range(config.encoder_num_hidden_layers)
         )
@@ -282,6 +282,8 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
         self.rotary_emb = EncDecSLMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if not config.gated_mlp:
+            self._tp_plan.pop("layers.*.mlp.gate_proj")
 
     @merge_with_config_defaults
     @capture_outputs
@@ -328,6 +330,8 @@ class EncDecSLMDecoder(EncDecSLMPreTrainedModel):
         self.rotary_emb = EncDecSLMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if not config.gated_mlp:
+            self._tp_plan.pop("layers.*.mlp.gate_proj")
 
     @merge_with_config_defaults
     @capture_outputs
@@ -634,7 +638,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 '`cache_implementation="quantized"` was given, but transformers quantizes the caches of decoder-only '
-                'models only. Leave it out, or use "static" or "offloaded"; this family\'s cache is small because only '
+                'models only. Leave it out, or use "static" or "offloaded"; the cache is small already, since only '
                 f"{self.config.decoder_num_hidden_layers} decoder layers keep one."
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
@@ -656,8 +660,8 @@ def _check_target_lengths(labels, decoder_input_ids, decoder_inputs_embeds):
     if given.shape[:2] != labels.shape:
         name = "decoder_input_ids" if decoder_input_ids is not None else "decoder_inputs_embeds"
         raise ValueError(
-            f"`labels` has shape {tuple(labels.shape)}, `{name}` {tuple(given.shape[:2])} (rows, tokens), but position "
-            f"by position one predicts the other. Leave `{name}` out to have it made from `labels`."
+            f"`labels` has shape {tuple(labels.shape)}, `{name}` {tuple(given.shape[:2])} (rows, tokens), but one "
+            f"predicts the other position by position. Leave `{name}` out to have it made from `labels`."
         )
 
 

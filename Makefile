@@ -1,0 +1,37 @@
+# Every verb sets itself up on a fresh machine: Python 3.11 or newer and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-slow style quality benchmark clean
+
+# pip answers from what is installed when it can, so a second run needs no network.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/finetune.py --config configuration/recipes/finetune_docstrings.yaml
+	cd outputs/finetune_docstrings && ../../$(BIN)/python ../../examples/generate.py .
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: $(READY)
+	$(BIN)/python examples/benchmark.py --preset 330m --source-length 512 --new-tokens 64 --dtype bfloat16
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

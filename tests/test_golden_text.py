@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Against tensors computed by the predecessor's own code (microsoft/encoder-decoder-slm), in fp32."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+
+from encdec_slm import EncDecSLMForConditionalGeneration
+from encdec_slm.conversion import convert_reference_state_dict, reference_config
+
+
+GOLDEN = Path(__file__).parent / "golden"
+# The predecessor scales scores after the product and writes GELU out: sums round differently, by far less than any
+# wrong convention (3.5e-4) moves them.
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return load_file(GOLDEN / "text_a.cases.safetensors")
+
+
+def load_reference(is_interleaved=False):
+    with safe_open(GOLDEN / "text_a.weights.safetensors", "pt") as file:
+        config = reference_config(json.loads(file.metadata()["config"]), eos_token_id=79)
+    weights = load_file(GOLDEN / "text_a.weights.safetensors")
+    model = EncDecSLMForConditionalGeneration(config).eval()
+    model.load_state_dict(convert_reference_state_dict(weights, config, is_interleaved))
+    return model
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request):
+    model = load_reference()
+    model.set_attn_implementation(request.param)
+    return model
+
+
+def inputs_of(cases, case):
+    source, target = cases[f"{case}.encoder_input_ids"], cases[f"{case}.decoder_input_ids"]
+    return {
+        "input_ids": source,
+        "attention_mask": (source != 0).long(),
+        "decoder_input_ids": target,
+        "decoder_attention_mask": (target != 0).long(),
+    }
+
+
+def labels_of(cases):
+    targets = cases["main.targets"]
+    return targets.masked_fill(targets == 0, -100)
+
+
+def test_every_block_equals_the_reference(model, cases):
+    inputs = inputs_of(cases, "main")
+    outputs = model(**inputs, output_hidden_states=True)
+    source_is_real, target_is_real = inputs["attention_mask"].bool(), inputs["decoder_attention_mask"].bool()
+    for index in range(2):  # the last entry is the normed one
+        torch.testing.assert_close(
+            outputs.encoder_hidden_states[index + 1][source_is_real],
+            cases[f"main.enc_block_{index}"][source_is_real],
+            **CLOSE,
+        )
+    torch.testing.assert_close(
+        outputs.decoder_hidden_states[1][target_is_real], cases["main.dec_block_0"][target_is_real], **CLOSE
+    )
+    encoded = outputs.encoder_last_hidden_state
+    torch.testing.assert_close(encoded[source_is_real], cases["main.encoder_hidden"][source_is_real], **CLOSE)
+    torch.testing.assert_close(outputs.logits[target_is_real], cases["main.logits"][target_is_real], **CLOSE)
+
+
+@pytest.mark.parametrize("case", ["main", "row2_unpadded", "edge_dec_leading_pad"])
+def test_logits_equal_the_reference(model, cases, case):
+    inputs = inputs_of(cases, case)
+    is_real = inputs["decoder_attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[is_real], cases[f"{case}.logits"][is_real], **CLOSE)
+
+
+def test_loss_and_gradients_equal_the_reference(model, cases):
+    model.zero_grad()
+    loss = model(**inputs_of(cases, "main"), labels=labels_of(cases)).loss
+    torch.testing.assert_close(loss, cases["main.loss"], **CLOSE)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {key.removeprefix("main.grad."): value for key, value in cases.items() if key.startswith("main.grad.")}
+    assert len(expected) == 8
+    for key, value in convert_reference_state_dict(expected, model.config).items():
+        torch.testing.assert_close(gradients[key], value, **CLOSE)
+
+
+def test_greedy_ids_equal_the_reference(model, cases):
+    inputs = inputs_of(cases, "main")
+    expected = cases["main.greedy_ids"]
+    ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_length=17, do_sample=False)
+    ended = (expected[:, :-1] == 79).cumsum(1).bool()  # the predecessor repeats eos, transformers pads
+    assert torch.equal(ids[:, 0], expected[:, 0])
+    assert torch.equal(
+        ids[:, 1:][~ended[:, : ids.shape[1] - 1]], expected[:, 1 : ids.shape[1]][~ended[:, : ids.shape[1] - 1]]
+    )
+
+
+def test_interleaved_heads_need_no_reordering(cases):
+    model = load_reference(is_interleaved=True)
+    inputs = inputs_of(cases, "main")
+    is_real = inputs["decoder_attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[is_real], cases["interleaved.logits"][is_real], **CLOSE)
+
+
+@pytest.mark.parametrize(("stack", "length"), [("enc", 7), ("enc", 8), ("dec", 7), ("dec", 8)])
+def test_rotary_tables_equal_the_reference(model, cases, stack, length):
+    first = -((length - 1) // 2) if stack == "enc" else 0  # the predecessor centres encoder positions
+    cos, sin = model.model.encoder.rotary_emb(torch.zeros(1), torch.arange(first, first + length)[None])
+    torch.testing.assert_close(cos[0, 0], cases[f"rope.{stack}{length}.cos"])
+    torch.testing.assert_close(sin[0, 0], cases[f"rope.{stack}{length}.sin"])
+
+
+def test_a_source_of_only_padding_is_finite_where_the_reference_attends_evenly(model, cases):
+    logits = model(**inputs_of(cases, "edge_all_pad")).logits
+    assert logits.isfinite().all()
+    if model.config._attn_implementation == "eager":
+        torch.testing.assert_close(logits, cases["edge_all_pad.logits"], **CLOSE)
+
+
+def test_sampling_filters_keep_ties_as_the_reference_does(cases):
+    scores = TopKLogitsWarper(3)(None, TemperatureLogitsWarper(0.9)(None, cases["sampling.logits"]))
+    torch.testing.assert_close(scores.softmax(-1), cases["sampling.probs_t0.9_topk3"])

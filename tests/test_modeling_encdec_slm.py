@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from conftest import randomised
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
+from encdec_slm.modeling_encdec_slm import EncDecSLMEncoderLayer, EncDecSLMRMSNorm, EncDecSLMRotaryEmbedding
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request, tiny_model):
+    tiny_model.set_attn_implementation(request.param)
+    return tiny_model
+
+
+def variant(tiny_config, **fields):
+    return EncDecSLMConfig(**{**tiny_config.to_dict(), **fields})
+
+
+def caches(model, kind, source_length):
+    if kind == "dynamic":
+        return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    return EncoderDecoderCache(
+        StaticCache(config=model.config, max_cache_len=16),
+        StaticCache(config=model.config, max_cache_len=source_length),
+    )
+
+
+# Forward
+
+
+def test_building_a_model_leaves_its_config_unchanged(tiny_config):
+    before = tiny_config.to_dict()
+    EncDecSLMForConditionalGeneration(tiny_config)
+    assert tiny_config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_decoding_equals_uncached(model, source, target_ids, kind):
+    expected = model(**source, decoder_input_ids=target_ids).logits
+    past_key_values = caches(model, kind, source["input_ids"].shape[1])
+    encoder_outputs = model.get_encoder()(**source)
+    steps = [
+        model(
+            attention_mask=source["attention_mask"],
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=target_ids[:, position : position + 1],
+            past_key_values=past_key_values,
+        ).logits
+        for position in range(target_ids.shape[1])
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+
+
+def test_a_cached_chunk_equals_single_steps(model, source, target_ids):
+    expected = model(**source, decoder_input_ids=target_ids).logits
+    first = model(**source, decoder_input_ids=target_ids[:, :2], use_cache=True)
+    second = model(
+        attention_mask=source["attention_mask"],
+        encoder_outputs=(first.encoder_last_hidden_state,),
+        decoder_input_ids=target_ids[:, 2:],
+        past_key_values=first.past_key_values,
+    )
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_the_source_changes_no_logit(model, source, target_ids, side):
+    row = source["input_ids"][1:2, :5]
+    expected = model(row, decoder_input_ids=target_ids[:1]).logits
+    padding = (4, 0) if side == "left" else (0, 4)
+    padded = torch.nn.functional.pad(row, padding)
+    mask = torch.nn.functional.pad(torch.ones_like(row), padding)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask, decoder_input_ids=target_ids[:1]).logits, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_masked_target_token_changes_no_later_logit(model, source, target_ids):
+    mask = torch.ones_like(target_ids)
+    mask[:, 2] = 0
+    changed = target_ids.clone()
+    changed[:, 2] = 50
+    first = model(**source, decoder_input_ids=target_ids, decoder_attention_mask=mask).logits
+    second = model(**source, decoder_input_ids=changed, decoder_attention_mask=mask).logits
+    torch.testing.assert_close(first[:, 3:], second[:, 3:])
+    unmasked = model(**source, decoder_input_ids=changed).logits
+    assert not torch.allclose(first[:, 3:], unmasked[:, 3:])
+
+
+def test_a_batch_equals_its_rows(model, source, target_ids):
+    together = model(**source, decoder_input_ids=target_ids).logits
+    for row in range(3):
+        alone = model(
+            **{name: value[row : row + 1] for name, value in source.items()},
+            decoder_input_ids=target_ids[row : row + 1],
+        ).logits
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_no_target_token_sees_a_later_one(model, source, target_ids):
+    changed = target_ids.clone()
+    changed[:, 4:] = 33
+    first = model(**source, decoder_input_ids=target_ids).logits
+    second = model(**source, decoder_input_ids=changed).logits
+    torch.testing.assert_close(first[:, :4], second[:, :4])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_eager_equals_sdpa(tiny_config, source, target_ids, qk_norm):
+    model = randomised(EncDecSLMForConditionalGeneration(variant(tiny_config, qk_norm=qk_norm))).eval()
+    logits = {}
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        logits[backend] = model(**source, decoder_input_ids=target_ids).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-5)
+
+
+# transformers 5.23 still passes a flag that torch 2.13 has deprecated.
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.slow
+def test_flex_attention_equals_eager(tiny_config, source, target_ids):
+    model = randomised(EncDecSLMForConditionalGeneration(variant(tiny_config, head_dim=16))).eval()
+    expected = model(**source, decoder_input_ids=target_ids).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        actual = model(**source, decoder_input_ids=target_ids).logits
+        source["attention_mask"][1] = 0
+        assert model(**source, decoder_input_ids=target_ids).logits.isfinite().all()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_source_of_only_padding_gives_finite_logits_and_gradients(model, source, target_ids):
+    source["attention_mask"][1] = 0
+    outputs = model(**source, labels=target_ids)
+    outputs.loss.backward()
+    assert outputs.logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_embeddings_in_place_of_ids_give_the_same_logits(tiny_model, source, target_ids):
+    embed = tiny_model.get_input_embeddings()
+    expected = tiny_model(**source, decoder_input_ids=target_ids).logits
+    actual = tiny_model(
+        inputs_embeds=embed(source["input_ids"]),
+        attention_mask=source["attention_mask"],
+        decoder_inputs_embeds=embed(target_ids),
+    ).logits
+    torch.testing.assert_close(actual, expected)
+
+
+def test_logits_to_keep_scores_only_the_last_positions(tiny_model, source, target_ids):
+    expected = tiny_model(**source, decoder_input_ids=target_ids).logits
+    actual = tiny_model(**source, decoder_input_ids=target_ids, logits_to_keep=2).logits
+    torch.testing.assert_close(actual, expected[:, -2:])
+
+
+def test_attentions_and_hidden_states_are_recorded(tiny_model, source, target_ids):
+    tiny_model.set_attn_implementation("eager")
+    outputs = tiny_model(**source, decoder_input_ids=target_ids, output_attentions=True, output_hidden_states=True)
+    assert [attention.shape for attention in outputs.encoder_attentions] == [(3, 4, 9, 9)] * 2
+    assert [attention.shape for attention in outputs.decoder_attentions] == [(3, 4, 6, 6)] * 2
+    assert [attention.shape for attention in outputs.cross_attentions] == [(3, 4, 6, 9)] * 2
+    assert len(outputs.encoder_hidden_states) == len(outputs.decoder_hidden_states) == 3
+    torch.testing.assert_close(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state)
+
+
+def test_the_encoder_model_reads_what_the_whole_model_reads(tiny_model, source, target_ids):
+    encoder = EncDecSLMEncoderModel(tiny_model.config).eval()
+    encoder.load_state_dict(tiny_model.model.state_dict(), strict=False)
+    expected = tiny_model(**source, decoder_input_ids=target_ids).encoder_last_hidden_state
+    torch.testing.assert_close(encoder(**source).last_hidden_state, expected)
+
+
+def test_one_embedding_module_serves_the_whole_model(tiny_model):
+    embeddings = [module for module in tiny_model.modules() if isinstance(module, torch.nn.Embedding)]
+    assert embeddings == [tiny_model.get_input_embeddings()]
+    assert tiny_model.lm_head.weight is embeddings[0].weight
+
+
+@pytest.mark.parametrize("gated_mlp", [False, True])
+def test_every_entry_of_the_tensor_parallel_plan_names_a_module(tiny_config, gated_mlp):
+    model = EncDecSLMForConditionalGeneration(variant(tiny_config, gated_mlp=gated_mlp))
+    names = {name.replace(".0.", ".*.") for name, _ in model.named_modules()}
+    assert set(model.tp_plan) <= names
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name.replace(".0.", ".*.").replace(".1.", ".*.") for name in linear} <= set(model.tp_plan)
+
+
+# Parity with transformers' own modules
+
+
+def test_rms_norm_equals_llamas_in_half_precision():
+    hidden_states = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours, theirs = EncDecSLMRMSNorm(32, 1e-6).bfloat16(), LlamaRMSNorm(32, 1e-6).bfloat16()
+    with torch.no_grad():
+        ours.weight.copy_(torch.linspace(0.1, 2, 32))
+        theirs.weight.copy_(ours.weight)
+    assert torch.equal(ours(hidden_states), theirs(hidden_states))
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backend):
+    config = variant(tiny_config, qk_norm=True)
+    config._attn_implementation = backend
+    theirs_config = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=56,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_hidden_layers=1,
+        attn_implementation=backend,
+    )
+    ours = randomised(EncDecSLMEncoderLayer(config, 0))
+    theirs = Qwen3DecoderLayer(theirs_config, 0)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.self_attn.is_causal = False
+    hidden_states = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(7)[None]
+    expected = theirs(hidden_states, position_embeddings=Qwen3RotaryEmbedding(theirs_config)(hidden_states, positions))
+    actual = ours(hidden_states, None, EncDecSLMRotaryEmbedding(config)(hidden_states, positions))
+    torch.testing.assert_close(actual, expected)
+
+
+# Generation
+
+
+def greedy(model, input_ids, attention_mask, length):
+    """Greedy decoding written out, without a cache; rows that ended are padded."""
+    ids = torch.full((len(input_ids), 1), model.config.decoder_start_token_id)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    while ids.shape[1] < length and not ended.all():
+        logits = model(input_ids, attention_mask=attention_mask, decoder_input_ids=ids, use_cache=False).logits
+        following = logits[:, -1].argmax(-1).masked_fill(ended, model.config.pad_token_id)
+        ended |= following == model.config.eos_token_id
+        ids = torch.cat((ids, following[:, None]), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_greedy_generation_equals_the_written_out_loop(model, source, cache_implementation):
+    expected = greedy(model, **source, length=12)
+    actual = model.generate(**source, max_length=12, cache_implementation=cache_implementation)
+    assert torch.equal(actual, expected)
+
+
+def test_generating_a_batch_equals_generating_its_rows(model, source):
+    together = model.generate(**source, max_length=12)
+    for row in range(3):
+        length = source["attention_mask"][row].sum()
+        alone = model.generate(source["input_ids"][row : row + 1, :length], max_length=12)
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+
+
+def test_left_padded_sources_generate_what_right_padded_ones_do(model, source):
+    lengths = source["attention_mask"].sum(1)
+    rolled = [torch.roll(ids, 9 - length.item()) for ids, length in zip(source["input_ids"], lengths, strict=True)]
+    mask = (torch.arange(9) >= 9 - lengths[:, None]).long()
+    expected = model.generate(**source, max_length=12)
+    assert torch.equal(model.generate(torch.stack(rolled), attention_mask=mask, max_length=12), expected)
+
+
+def beam_search(model, input_ids, num_beams, num_new_tokens):
+    """Beam search over one row without an end-of-text token, written out; the best sequence."""
+    beams = [(0.0, [model.config.decoder_start_token_id])]
+    for _ in range(num_new_tokens):
+        candidates = []
+        for score, ids in beams:
+            logits = model(input_ids, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            log_probabilities = logits.log_softmax(-1)
+            candidates += [(score + value.item(), [*ids, token]) for token, value in enumerate(log_probabilities)]
+        beams = sorted(candidates, reverse=True)[:num_beams]
+    return beams[0][1]
+
+
+def test_beam_search_equals_a_written_out_one(model, source):
+    model.generation_config.eos_token_id = None
+    row = source["input_ids"][:1]
+    with torch.no_grad():
+        expected = beam_search(model, row, num_beams=3, num_new_tokens=5)
+    actual = model.generate(row, num_beams=3, max_new_tokens=5, length_penalty=0.0)
+    assert actual[0].tolist() == expected
+    assert actual[0].tolist() != model.generate(row, max_new_tokens=5)[0].tolist()
+
+
+def test_beams_of_a_padded_batch_equal_those_of_its_rows(model, source):
+    together = model.generate(**source, num_beams=3, max_length=10)
+    for row in range(3):
+        length = source["attention_mask"][row].sum()
+        alone = model.generate(source["input_ids"][row : row + 1, :length], num_beams=3, max_length=10)
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+
+
+def test_sampling_returns_several_sequences_per_row(model, source):
+    torch.manual_seed(0)
+    ids = model.generate(**source, do_sample=True, num_return_sequences=4, max_length=8)
+    assert len(ids) == 12
+    assert len({tuple(row.tolist()) for row in ids[:4]}) > 1
+
+
+def test_prompt_lookup_generates_what_greedy_does(tiny_model, source):
+    row = source["input_ids"][:1]
+    expected = tiny_model.generate(row, max_length=20)
+    assert torch.equal(tiny_model.generate(row, max_length=20, prompt_lookup_num_tokens=3), expected)
+
+
+def test_an_assistant_of_the_family_changes_nothing_in_greedy_text(tiny_config, tiny_model, source):
+    assistant = randomised(EncDecSLMForConditionalGeneration(tiny_config), seed=5).eval()
+    row = source["input_ids"][:1]
+    expected = tiny_model.generate(row, max_length=20)
+    assert torch.equal(tiny_model.generate(row, max_length=20, assistant_model=assistant), expected)
+
+
+def test_a_streamer_gets_every_token_in_order(tiny_model, source):
+    class Recorder:
+        def __init__(self):
+            self.ids = []
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer = Recorder()
+    ids = tiny_model.generate(source["input_ids"][:1], max_length=10, streamer=streamer)
+    assert streamer.ids == ids[0].tolist()
+    assert streamer.ended
+
+
+def test_an_encoding_is_reused_and_not_computed_again(tiny_model, source):
+    expected = tiny_model.generate(**source, max_length=10)
+    encoder_outputs = tiny_model.get_encoder()(**source)
+    calls = []
+    tiny_model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+    actual = tiny_model.generate(
+        encoder_outputs=encoder_outputs, attention_mask=source["attention_mask"], max_length=10
+    )
+    assert torch.equal(actual, expected)
+    assert calls == []
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_source_and_cross_keys_are_computed_once_per_input(tiny_model, source, num_beams):
+    calls = {"encoder": 0, "cross_keys": 0, "decoder": 0}
+
+    def count(module, name):
+        module.register_forward_hook(lambda *_: calls.__setitem__(name, calls[name] + 1))
+
+    count(tiny_model.get_encoder(), "encoder")
+    count(tiny_model.get_decoder(), "decoder")
+    count(tiny_model.get_decoder().layers[0].cross_attn.k_proj, "cross_keys")
+    tiny_model.generate(**source, min_new_tokens=8, max_new_tokens=8, num_beams=num_beams)
+    assert calls == {"encoder": 1, "cross_keys": 1, "decoder": 8}
+
+
+def test_generation_is_not_cut_at_transformers_default_of_20_tokens(tiny_model, source):
+    tiny_model.generation_config.eos_token_id = None
+    ids = tiny_model.generate(source["input_ids"][:1])
+    assert ids.shape[1] == tiny_model.config.max_position_embeddings
+    assert tiny_model.generation_config.decoder_start_token_id == tiny_model.config.decoder_start_token_id
+
+
+def test_a_quantized_cache_is_refused_with_what_to_use_instead(tiny_model, source):
+    with pytest.raises(ValueError, match=r"quantized.*decoder-only.*static"):
+        tiny_model.generate(**source, cache_implementation="quantized")
+
+
+@torch.no_grad()
+def assert_compiled_steps_equal_eager(model, source, target_ids, **compile_kwargs):
+    expected = model(**source, decoder_input_ids=target_ids).logits
+    past_key_values = caches(model, "static", 9)
+    encoder_outputs = model.get_encoder()(**source)
+    step = torch.compile(model.forward, fullgraph=True, **compile_kwargs)
+    for position in range(target_ids.shape[1]):
+        logits = step(
+            attention_mask=source["attention_mask"],
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=target_ids[:, position : position + 1],
+            past_key_values=past_key_values,
+        ).logits
+        torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoding_step_compiles_into_one_graph(tiny_model, source, target_ids):
+    assert_compiled_steps_equal_eager(tiny_model, source, target_ids, backend="eager")
+
+
+@pytest.mark.slow
+def test_a_decoding_step_compiles_to_machine_code(tiny_model, source, target_ids):
+    assert_compiled_steps_equal_eager(tiny_model, source, target_ids)
+
+
+# Bad input
+
+
+def test_ids_outside_of_the_vocabulary_are_named(tiny_model, source, target_ids):
+    with pytest.raises(ValueError, match=r"`input_ids` has ids from 1 to 97, but the vocabulary has ids 0 to 96"):
+        tiny_model(torch.tensor([[1, 97]]), decoder_input_ids=target_ids[:1])
+    with pytest.raises(ValueError, match=r"`decoder_input_ids` has ids from -100"):
+        tiny_model(**source, decoder_input_ids=target_ids.masked_fill(target_ids == 1, -100))
+    with pytest.raises(ValueError, match=r"`labels` has ids from 1 to 120"):
+        tiny_model(
+            **source, labels=target_ids.clone().index_fill_(1, torch.tensor([2]), 120), decoder_input_ids=target_ids
+        )
+    with pytest.raises(ValueError, match=r"`input_ids` has ids"):
+        tiny_model.generate(torch.tensor([[1, 400]]))
+
+
+def test_labels_of_another_length_than_the_decoder_input_are_refused(tiny_model, source, target_ids):
+    with pytest.raises(ValueError, match=r"`labels` has shape \(3, 5\), `decoder_input_ids` \(3, 6\)"):
+        tiny_model(**source, decoder_input_ids=target_ids, labels=target_ids[:, 1:])
+
+
+def test_a_missing_source_or_target_is_named(tiny_model, source, target_ids):
+    with pytest.raises(ValueError, match=r"`input_ids`, `inputs_embeds` nor `encoder_outputs`"):
+        tiny_model(decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match=r"exactly one of `decoder_input_ids` and `decoder_inputs_embeds`"):
+        tiny_model(**source)
+    with pytest.raises(ValueError, match=r"exactly one of `input_ids` and `inputs_embeds`, but got both"):
+        tiny_model(**source, inputs_embeds=torch.zeros(3, 9, 32), decoder_input_ids=target_ids)
+
+
+def test_a_cache_for_decoder_only_models_is_refused(tiny_model, source, target_ids):
+    with pytest.raises(TypeError, match=r"DynamicCache.*EncoderDecoderCache"):
+        tiny_model(**source, decoder_input_ids=target_ids, past_key_values=DynamicCache())
+
+
+def test_a_copied_model_is_independent(tiny_model, source, target_ids):
+    clone = copy.deepcopy(tiny_model)
+    expected = tiny_model(**source, decoder_input_ids=target_ids).logits
+    torch.nn.init.zeros_(clone.lm_head.weight)
+    torch.testing.assert_close(tiny_model(**source, decoder_input_ids=target_ids).logits, expected)
+
+
+def test_the_base_model_has_no_head(tiny_config, source, target_ids):
+    outputs = EncDecSLMModel(tiny_config).eval()(**source, decoder_input_ids=target_ids)
+    assert outputs.last_hidden_state.shape == (3, 6, 32)

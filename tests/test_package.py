@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding
+
+import encdec_slm
+
+
+ROOT = Path(__file__).parent.parent
+# What save_pretrained copies beside a checkpoint.
+SHIPPED = ("configuration_encdec_slm", "modeling_encdec_slm", "pipeline_encdec_slm")
+
+
+def test_all_equals_the_public_names():
+    public = {name for name, value in vars(encdec_slm).items() if not name.startswith("_")}
+    modules = {name for name in public if type(getattr(encdec_slm, name)) is type(encdec_slm)}
+    imported_to_register = {"AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding"}
+    assert public - modules - imported_to_register == set(encdec_slm.__all__)
+
+
+def test_importing_registers_every_auto_class(tiny_config):
+    assert type(AutoConfig.for_model("encdec_slm")) is encdec_slm.EncDecSLMConfig
+    assert type(AutoModel.from_config(tiny_config)) is encdec_slm.EncDecSLMModel
+    assert type(AutoModelForSeq2SeqLM.from_config(tiny_config)) is encdec_slm.EncDecSLMForConditionalGeneration
+    assert type(AutoModelForTextEncoding.from_config(tiny_config)) is encdec_slm.EncDecSLMEncoderModel
+
+
+@pytest.mark.parametrize("folder", ["modeling_encdec_slm"])
+def test_the_package_has_one_name_only(folder):
+    run = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "Import this package as `encdec_slm`" in run.stderr
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_import_only_what_every_downloader_has(name):
+    path = Path(importlib.import_module(f"encdec_slm.{name}").__file__)
+    allowed = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            sibling = node.level == 1 and node.module in SHIPPED
+            assert sibling or (node.level == 0 and node.module.split(".")[0] in allowed)
