@@ -125,8 +125,8 @@ def test_eager_equals_sdpa(tiny_config, source, target_ids, qk_norm):
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-5)
 
 
-# transformers 5.23 still passes a flag that torch 2.13 has deprecated.
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+# What transformers 5.23 and torch 2.13 call on the way is deprecated in torch itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_flex_attention_equals_eager(tiny_config, source, target_ids):
     model = randomised(EncDecSLMForConditionalGeneration(variant(tiny_config, head_dim=16))).eval()
