@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a CUDA device can show: its attention kernels, half precision, compiled generation."""
+
+import pytest
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from conftest import randomised
+from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
+
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cuda_model():
+    config = EncDecSLMConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        encoder_num_hidden_layers=4,
+        decoder_num_hidden_layers=2,
+    )
+    return EncDecSLMForConditionalGeneration(config).to("cuda").eval()
+
+
+@pytest.fixture
+def cuda_source():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 512, (4, 40), generator=generator)
+    mask = torch.arange(40) < torch.tensor([40, 17, 32, 5])[:, None]
+    return {"input_ids": ids.cuda(), "attention_mask": mask.long().cuda()}
+
+
+def logits_with(model, backend, dtype, source):
+    model.to(dtype).set_attn_implementation(backend)
+    target = source["input_ids"][:, :12]
+    with torch.no_grad():
+        return model(**source, decoder_input_ids=target).logits.float()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_every_backend_agrees_with_single_precision_in_bfloat16(cuda_model, cuda_source, backend):
+    if backend == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    expected = logits_with(cuda_model, "eager", torch.float32, cuda_source)
+    actual = logits_with(cuda_model, backend, torch.bfloat16, cuda_source)
+    # bfloat16 keeps 8 bits; six layers add up to about one part in fifty of the spread.
+    assert (actual - expected).abs().max() < 0.05 * expected.std() + 0.02
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+def test_gradients_agree_with_eager_attention(cuda_model, cuda_source, backend):
+    gradients = {}
+    for name in ("eager", backend):
+        cuda_model.set_attn_implementation(name)
+        cuda_model.zero_grad()
+        cuda_model(**cuda_source, labels=cuda_source["input_ids"][:, :12]).loss.backward()
+        gradients[name] = cuda_model.get_input_embeddings().weight.grad.clone()
+    torch.testing.assert_close(gradients[backend], gradients["eager"], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_static_generation_equals_dynamic(cuda_model, cuda_source):
+    randomised(cuda_model.cpu()).cuda()
+    expected = cuda_model.generate(**cuda_source, min_new_tokens=16, max_new_tokens=16)
+    # transformers compiles the decoding step by itself when the cache is static and the device an accelerator.
+    actual = cuda_model.generate(**cuda_source, min_new_tokens=16, max_new_tokens=16, cache_implementation="static")
+    assert torch.equal(actual, expected)
