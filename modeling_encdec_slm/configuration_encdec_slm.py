@@ -26,6 +26,22 @@ COMMON_KEYS = frozenset(
 )
 
 
+class _CustomPipelines(dict):
+    """The pipelines that a folder offers, as `transformers.pipeline` may read them.
+
+    It writes into the entry that it reads, so entries are copies; and it asks for trust in the folder's code for every
+    task it finds here, so a task that is registered in this process, and needs no such code, is not found.
+    """
+
+    def __getitem__(self, task):
+        return dict(super().__getitem__(task))
+
+    def __contains__(self, task):
+        from transformers.pipelines import PIPELINE_REGISTRY
+
+        return super().__contains__(task) and task not in PIPELINE_REGISTRY.supported_tasks
+
+
 @strict
 class EncDecSLMConfig(PreTrainedConfig):
     r"""Sizes, switches and token ids of a text encoder-decoder small language model.
@@ -114,6 +130,16 @@ class EncDecSLMConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    @property
+    def custom_pipelines(self):
+        if "custom_pipelines" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute `custom_pipelines`: it was never saved.")
+        return _CustomPipelines(self.__dict__["custom_pipelines"])
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value):
+        self.__dict__["custom_pipelines"] = value
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EncDecSLMConfig":

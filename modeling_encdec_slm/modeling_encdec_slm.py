@@ -634,6 +634,12 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         start_ids = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         return torch.cat((start_ids, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)), 1)
 
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        # A caller's `max_new_tokens` replaces the bound of this family; that is no conflict to warn of.
+        if generation_config.max_new_tokens and generation_config.max_length == self.generation_config.max_length:
+            generation_config.max_length = None
+        return super()._prepare_generated_length(generation_config, *args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
         if generation_config.cache_implementation == "quantized":
             raise ValueError(

@@ -49,7 +49,8 @@ def test_the_wheel_carries_every_module_and_data_file(distributions):
 
 def test_the_sdist_builds_the_same_data(distributions):
     (sdist,) = distributions.glob("*.tar.gz")
-    names = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
     sources = {name.removeprefix("encdec_slm/") for name in packaged_data()} - {"py.typed"}
     assert sources | {"setup.cfg", "pyproject.toml", "LICENSE", "modeling_encdec_slm/py.typed"} <= names
 

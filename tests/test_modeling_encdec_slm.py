@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-from conftest import randomised
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -12,6 +11,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
+from conftest import randomised
 from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from encdec_slm.modeling_encdec_slm import EncDecSLMEncoderLayer, EncDecSLMRMSNorm, EncDecSLMRotaryEmbedding
 
@@ -369,6 +369,13 @@ def test_generation_is_not_cut_at_transformers_default_of_20_tokens(tiny_model, 
     ids = tiny_model.generate(source["input_ids"][:1])
     assert ids.shape[1] == tiny_model.config.max_position_embeddings
     assert tiny_model.generation_config.decoder_start_token_id == tiny_model.config.decoder_start_token_id
+
+
+def test_new_tokens_of_the_caller_replace_the_familys_bound_without_a_warning(tiny_model, source, capfd):
+    tiny_model.generation_config.eos_token_id = None
+    assert tiny_model.generate(**source, max_new_tokens=3).shape == (3, 4)
+    assert tiny_model.generate(**source, max_length=3).shape == (3, 3)
+    assert "max_length" not in capfd.readouterr().err
 
 
 def test_a_quantized_cache_is_refused_with_what_to_use_instead(tiny_model, source):
