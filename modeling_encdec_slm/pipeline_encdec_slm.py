@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `text2text-generation`, `summarization` and `translation` pipelines, which transformers 5 no longer has."""
 
+import copy
 import re
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from transformers.utils import ModelOutput
 RESTORED_TASKS = ("text2text-generation", "summarization", "translation")
 # A tokenizer that declares no length says 1e30.
 NO_LENGTH_DECLARED = 1e20
+DEFAULT_NEW_TOKENS = 256
 
 
 class Text2TextGenerationPipeline(Pipeline):
@@ -36,13 +38,12 @@ class Text2TextGenerationPipeline(Pipeline):
         ValueError: The model has no encoder or cannot generate, or there is no tokenizer.
     """
 
-    _pipeline_calls_generate = True
+    # What the base class does for pipelines that generate differs between releases of transformers 5: not used.
     _load_processor = False
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def __init__(self, model, tokenizer=None, task="text2text-generation", **kwargs):
         if not (model.can_generate() and model.config.is_encoder_decoder):
@@ -55,9 +56,9 @@ class Text2TextGenerationPipeline(Pipeline):
             raise ValueError("`tokenizer` is None, but the model reads token ids. Pass the tokenizer of the model.")
         # The default must not run past the end of a table of positions.
         longest = min(_declared_lengths(model.config, "decoder").values(), default=NO_LENGTH_DECLARED)
-        self._generation_defaults["max_new_tokens"] = min(self._generation_defaults["max_new_tokens"], longest - 1)
+        self._default_new_tokens = min(DEFAULT_NEW_TOKENS, longest - 1)
         recommended = (getattr(model.config, "task_specific_params", None) or {}).get(task, {})
-        self.prefix = recommended.get("prefix", self.prefix) or ""
+        self.prefix = recommended.get("prefix", getattr(model.config, "prefix", None)) or ""
         known = vars(GenerationConfig())
         self._task_params = {key: value for key, value in recommended.items() if key in known}
 
@@ -80,7 +81,10 @@ class Text2TextGenerationPipeline(Pipeline):
             "return_tensors": return_tensors,
             "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
         }
-        return _without_none(preprocess_params), generate_kwargs, _without_none(postprocess_params)
+        # Arguments of a call come on top of those of the pipeline, but a whole `generation_config` replaces them.
+        of_pipeline = {} if "generation_config" in generate_kwargs else getattr(self, "_forward_params", {})
+        forward_params = {"generate_kwargs": {**of_pipeline.get("generate_kwargs", {}), **generate_kwargs}}
+        return _without_none(preprocess_params), forward_params, _without_none(postprocess_params)
 
     def __call__(self, inputs, **kwargs):
         """The generated text of one or many sources.
@@ -168,16 +172,16 @@ class Text2TextGenerationPipeline(Pipeline):
             )
         return self.tokenizer.eos_token_id
 
-    def _forward(self, model_inputs, **generate_kwargs):
+    def _forward(self, model_inputs, generate_kwargs):
         input_ids = model_inputs["input_ids"]  # (B, S)
         self._check_token_ids(input_ids)
         if "forced_bos_token_id" in model_inputs:
-            generate_kwargs.setdefault("forced_bos_token_id", model_inputs.pop("forced_bos_token_id")[0].item())
-        generate_kwargs = self._prepare_generate_kwargs(self._beneath(generate_kwargs))
-        settings = self._get_set_generation_params(generate_kwargs)
-        output = self.model.generate(**model_inputs, **self._helpers(settings), **generate_kwargs)
+            forced_id = model_inputs.pop("forced_bos_token_id")[0].item()
+            generate_kwargs = {"forced_bos_token_id": forced_id, **generate_kwargs}
+        settings = self._beneath(generate_kwargs)
+        output = self.model.generate(**model_inputs, **settings)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
-        lengths = _lengths(sequences, settings.get("pad_token_id"), settings.get("eos_token_id"))
+        lengths = _lengths(sequences, self._setting("pad_token_id", settings), self._setting("eos_token_id", settings))
         rows = input_ids.shape[0]
         return {"output_ids": sequences.reshape(rows, -1, sequences.shape[-1]), "lengths": lengths.view(rows, -1)}
 
@@ -191,22 +195,34 @@ class Text2TextGenerationPipeline(Pipeline):
             )
 
     def _beneath(self, generate_kwargs):
-        """The caller's generation arguments on top of what the config recommends for the task."""
-        given = {**self._generate_kwargs, **generate_kwargs}
-        if "generation_config" in given:
-            return generate_kwargs
-        recommended = dict(self._task_params)
-        for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if new_tokens in given:
-                recommended.pop(length, None)
-        return {**recommended, **given}
+        """The caller's generation arguments on top of what the config recommends and what nobody else sets."""
+        config = generate_kwargs.get("generation_config")
+        settings = (
+            dict(generate_kwargs) if config is not None else {**self._recommended(generate_kwargs), **generate_kwargs}
+        )
+        defaults = {}
+        if self._setting("max_length", settings) is None and self._setting("max_new_tokens", settings) is None:
+            defaults["max_new_tokens"] = self._default_new_tokens
+        if self._setting("pad_token_id", settings) is None and self.tokenizer.pad_token_id is not None:
+            defaults["pad_token_id"] = self.tokenizer.pad_token_id
+        if config is not None:
+            settings["generation_config"] = copy.deepcopy(config)
+            settings["generation_config"].update(**defaults)
+            defaults = {}
+        if self._setting("stop_strings", settings) or "assistant_tokenizer" in settings:
+            defaults["tokenizer"] = self.tokenizer
+        return {**defaults, **settings}
 
-    def _helpers(self, settings):
-        """Objects that `generate` needs beside numbers."""
-        helpers = {"assistant_model": self.assistant_model, "assistant_tokenizer": self.assistant_tokenizer}
-        if "tokenizer" not in settings and (settings.get("stop_strings") or self.assistant_tokenizer is not None):
-            helpers["tokenizer"] = self.tokenizer
-        return {key: value for key, value in helpers.items() if value is not None and key not in settings}
+    def _recommended(self, generate_kwargs):
+        lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+        replaced = {length for length, new_tokens in lengths if new_tokens in generate_kwargs}
+        return {key: value for key, value in self._task_params.items() if key not in replaced}
+
+    def _setting(self, name, settings):
+        """What `generate` will use for one of its settings; `None` where neither call, pipeline nor model says."""
+        configs = (settings.get("generation_config"), self.model.generation_config)
+        given = (settings.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), None)
 
     def postprocess(self, model_outputs, return_text=None, return_tensors=False, clean_up_tokenization_spaces=None):
         if return_text is None:
@@ -284,7 +300,7 @@ def restore_text2text_pipelines():
         RuntimeError: This release of transformers does not keep its tasks there.
     """
     registry = getattr(pipelines, "PIPELINE_REGISTRY", None)
-    removed = getattr(pipelines, "REMOVED_TASKS", None)
+    removed = getattr(pipelines, "REMOVED_TASKS", {})  # older releases of transformers 5 name no removed tasks
     parts = [removed, *(getattr(registry, name, None) for name in ("supported_tasks", "task_aliases"))]
     if not all(isinstance(part, dict) for part in parts) or not hasattr(registry, "register_pipeline"):
         raise RuntimeError(

@@ -39,6 +39,8 @@ from encdec_slm import (
 )
 
 
+# Older releases of transformers 5 do not name what they removed.
+REMOVED_TASKS = getattr(pipelines, "REMOVED_TASKS", {})
 TASK = "text2text-generation"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 # transformers looks for stop strings behind the word "abcdef".
@@ -141,11 +143,11 @@ def adapted():
 def restored():
     """The three tasks, and afterwards transformers as it was."""
     registry = pipelines.PIPELINE_REGISTRY
-    before = dict(pipelines.REMOVED_TASKS), dict(registry.supported_tasks), registry.task_aliases
+    before = dict(REMOVED_TASKS), dict(registry.supported_tasks), registry.task_aliases
     restore_text2text_pipelines()
     yield
-    pipelines.REMOVED_TASKS.clear()
-    pipelines.REMOVED_TASKS.update(before[0])
+    REMOVED_TASKS.clear()
+    REMOVED_TASKS.update(before[0])
     registry.supported_tasks.clear()
     registry.supported_tasks.update(before[1])
     registry.task_aliases = before[2]
@@ -455,7 +457,7 @@ def test_tokenizers_that_mark_languages_get_them_from_the_call_or_the_task():
 
 def test_importing_the_package_restores_no_task(model, tokenizer):
     for task in (TASK, "summarization", "translation", "translation_en_to_fr"):
-        with pytest.raises(KeyError, match="has been removed"):
+        with pytest.raises(KeyError, match=r"has been removed|Unknown task"):
             pipeline(task, model=model, tokenizer=tokenizer)
     assert not hasattr(Text2TextGenerationPipeline, "_registered_impl")
 
@@ -493,16 +495,16 @@ def test_a_restored_pipeline_saves_a_folder_that_asks_for_no_code(name, tokenize
 
 def test_restoring_again_changes_nothing(restored, logged):
     registry = pipelines.PIPELINE_REGISTRY
-    before = dict(registry.supported_tasks), registry.task_aliases, dict(pipelines.REMOVED_TASKS)
+    before = dict(registry.supported_tasks), registry.task_aliases, dict(REMOVED_TASKS)
     restore_text2text_pipelines()
-    assert (registry.supported_tasks, registry.task_aliases, pipelines.REMOVED_TASKS) == before
+    assert (registry.supported_tasks, registry.task_aliases, REMOVED_TASKS) == before
     assert registry.task_aliases is before[1] and logged() == []
 
 
 def test_restoring_leaves_the_other_tasks_alone(restored):
     assert pipelines.check_task("ner")[0] == "token-classification"
     for task in ("question-answering", "vqa"):
-        with pytest.raises(KeyError, match="has been removed"):
+        with pytest.raises(KeyError, match=r"has been removed|Unknown task"):
             pipelines.check_task(task)
     for task in ("translation_en", "no-such-task"):
         with pytest.raises(KeyError, match="Unknown task"):
@@ -510,7 +512,7 @@ def test_restoring_leaves_the_other_tasks_alone(restored):
 
 
 def test_another_transformers_gets_one_plain_sentence(monkeypatch):
-    monkeypatch.delattr(pipelines, "REMOVED_TASKS")
+    monkeypatch.delattr(pipelines, "PIPELINE_REGISTRY")
     with pytest.raises(RuntimeError, match="does not keep its pipeline tasks"):
         restore_text2text_pipelines()
 
