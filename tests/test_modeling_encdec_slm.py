@@ -232,6 +232,15 @@ def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backe
     torch.testing.assert_close(actual, expected)
 
 
+def test_casting_the_model_keeps_rotary_frequencies_in_single_precision(tiny_model):
+    rotary = tiny_model.get_decoder().rotary_emb
+    positions = torch.arange(2000)[None]
+    expected = rotary(torch.zeros(1), positions)[0]
+    tiny_model.to(torch.bfloat16)
+    torch.testing.assert_close(rotary(torch.zeros(1), positions)[0], expected, rtol=0, atol=0)
+    assert tiny_model.get_encoder().norm.weight.dtype == torch.bfloat16
+
+
 # Generation
 
 
@@ -436,6 +445,12 @@ def test_a_missing_source_or_target_is_named(tiny_model, source, target_ids):
         tiny_model(**source)
     with pytest.raises(ValueError, match=r"exactly one of `input_ids` and `inputs_embeds`, but got both"):
         tiny_model(**source, inputs_embeds=torch.zeros(3, 9, 32), decoder_input_ids=target_ids)
+
+
+def test_a_stack_is_not_saved_by_itself(tiny_model, tmp_path):
+    with pytest.raises(TypeError, match=r"EncDecSLMEncoder is a part.*EncDecSLMEncoderModel"):
+        tiny_model.get_encoder().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_for_decoder_only_models_is_refused(tiny_model, source, target_ids):
