@@ -524,8 +524,8 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
         if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
             raise ValueError(
                 "The decoder needs exactly one of `decoder_input_ids` and `decoder_inputs_embeds`, but got "
-                f"{'neither' if decoder_input_ids is None else 'both'}. For training pass `labels`; with the "
-                "Trainer's label smoothing, use `DataCollatorForSeq2Seq(tokenizer, model=model)`; for text, `generate`."
+                f"{'neither' if decoder_input_ids is None else 'both'}. For training pass `labels`; with "
+                "label smoothing use `DataCollatorForSeq2Seq(tokenizer, model=model)`; for text call `generate`."
             )
         if decoder_inputs_embeds is not None:
             return decoder_inputs_embeds
