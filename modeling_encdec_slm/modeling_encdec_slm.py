@@ -44,7 +44,7 @@ class EncDecSLMRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states):
-        normed = F.rms_norm(hidden_states.float(), (hidden_states.shape[-1],), eps=self.eps)
+        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
         return self.weight * normed.to(hidden_states.dtype)
 
 
@@ -164,7 +164,13 @@ class EncDecSLMAttention(nn.Module):
             key, value = self._self_keys_and_values(hidden_states, *position_embeddings, past_key_values)
         else:
             key, value = self._cross_keys_and_values(encoder_hidden_states, past_key_values)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # Of one token, query heads that share a key become rows of one query: CPU kernels then read keys once. With a
+        # mask transformers does so itself.
+        backend = self.config._attn_implementation
+        is_folded = backend == "sdpa" and attention_mask is None and query.shape[2] == 1
+        if is_folded:
+            query = query.reshape(-1, key.shape[1], self.num_key_value_groups, self.head_dim)  # (B, K, H / K, d)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         output, probabilities = attention(
             self,
             query,
@@ -173,9 +179,11 @@ class EncDecSLMAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            is_causal=self.is_causal,
+            is_causal=self.is_causal and not is_folded,
             **kwargs,
         )
+        if is_folded:
+            output = output.transpose(1, 2).flatten(1, 2)[:, None]  # (B, 1, H, d)
         return self.o_proj(output.flatten(-2)), probabilities
 
 
