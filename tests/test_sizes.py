@@ -100,7 +100,7 @@ def test_making_a_twin_leaves_the_config_unchanged():
 
 
 def test_unknown_names_are_answered_with_what_exists():
-    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, 26m, 330m, 500m, tiny"):
+    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, 1m, 26m, 330m, 500m, tiny"):
         load_preset("7b")
     with pytest.raises(ValueError, match=r"'1/4-3/4'.*2/3-1/3, 1/2-1/2, 1/3-2/3"):
         load_preset("tiny", split="1/4-3/4")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
+from encdec_slm.configuration.sizes import preset_table
+from encdec_slm.trainers.seq2seq_data import train_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def demo_folder(tmp_path, tiny_config):
+    """A folder as `make demo` leaves it, with random weights."""
+    folder = tmp_path / "outputs" / "finetune_docstrings"
+    tokenizer = train_tokenizer(["def area(width, height): return width * height"], 300, 64)
+    tokenizer.save_pretrained(folder)
+    config = EncDecSLMConfig(**{**tiny_config.to_dict(), "vocab_size": len(tokenizer)})
+    EncDecSLMForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_every_snippet_runs(demo_folder):
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 4
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_size_table_is_what_the_command_prints():
+    assert preset_table() in README
+
+
+def test_it_is_short_and_its_snippets_too():
+    assert len(README.splitlines()) <= 150
+    assert all(len(snippet.splitlines()) <= 8 for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+
+
+def test_every_file_that_it_names_exists():
+    for path in re.findall(r"examples/\w+\.py|trainers/\w+\.py", README):
+        assert (ROOT / path).is_file()
+    recipes = re.findall(r"--config (\w+)", README)
+    assert recipes
+    assert all((ROOT / "configuration" / "recipes" / f"{name}.yaml").is_file() for name in recipes)

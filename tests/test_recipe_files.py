@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: found by name or path, checked key by key, and parsed into their config classes."""
+
+from dataclasses import dataclass
+
+import pytest
+from transformers import Seq2SeqTrainingArguments
+from trl import ModelConfig
+
+from encdec_slm.configuration.recipe_files import RECIPES, list_recipes, load_recipe, parse_recipe
+from encdec_slm.trainers.finetuning import FinetuneArguments
+
+
+FINETUNE_CLASSES = (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)
+FINETUNE_RECIPES = [name for name in list_recipes() if name.startswith("finetune_")]
+
+
+@dataclass
+class Arguments:
+    num_rows: int = 1
+    folder: str | None = None
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", FINETUNE_RECIPES)
+def test_every_recipe_parses_into_its_config_classes(name, tmp_path):
+    # On a machine without a GPU, transformers refuses bf16 training of some kinds; this is about keys and types.
+    args, training_args, model_args = parse_recipe(FINETUNE_CLASSES, ["--config", name, "--use_cpu", "true"])
+    for key, value in load_recipe(name, FINETUNE_CLASSES).items():
+        owner = next(parsed for parsed in (args, training_args, model_args) if hasattr(parsed, key))
+        assert isinstance(value, str) or getattr(owner, key) in (value, [value])
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_opens_with_its_command_and_says_what_it_does_not_support(name):
+    head = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"--config configuration/recipes/{name}.yaml" in head
+    assert "Not supported" in head or "not supported" in head
+
+
+def test_a_recipe_is_found_by_its_name_and_by_its_path():
+    assert load_recipe("finetune_docstrings") == load_recipe(RECIPES / "finetune_docstrings.yaml")
+
+
+def test_an_unknown_recipe_is_answered_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"Unknown recipe 'finetune': .* finetune_docstrings, finetune_lora"):
+        load_recipe("finetune")
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_one(recipe):
+    with pytest.raises(ValueError, match=r"Unknown key `num_row` in .*mine.yaml. The nearest valid key is `num_rows`"):
+        parse_recipe([Arguments], ["--config", recipe("num_row: 2")])
+
+
+def test_an_unknown_key_on_the_command_line_is_answered_with_the_nearest_one(recipe):
+    with pytest.raises(ValueError, match=r"Unknown key `num_row` in the command line. The nearest valid key is"):
+        parse_recipe([Arguments], ["--config", recipe("num_rows: 2"), "--num-row", "3"])
+
+
+def test_a_word_that_belongs_to_no_key_is_refused():
+    with pytest.raises(ValueError, match="The command line has 'three', which belongs to no key"):
+        parse_recipe([Arguments], ["--num_rows", "3", "three"])
+
+
+def test_the_command_line_wins_over_the_recipe(recipe):
+    path = recipe("num_rows: 2\nfolder: here")
+    assert parse_recipe([Arguments], ["--config", path, "--num_rows", "3"]) == (Arguments(3, "here"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a list", "holds a list, but a recipe is a mapping"), ("a: [1", "is not YAML")]
+)
+def test_a_file_that_is_no_mapping_is_refused(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe(text))

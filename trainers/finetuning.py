@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tunes an encoder-decoder on `source` and `target` text, and measures what that changed on held-out rows."""
+
+import copy
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import IterableDataset
+from matplotlib.figure import Figure
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..configuration import load_preset
+from ..configuration_encdec_slm import EncDecSLMConfig
+from ..hub_cards.cards import model_card
+from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
+from .seq2seq_data import first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+# What LoRA adapts in this family unless a recipe says otherwise: every projection of `self_attn` in both stacks, of
+# `cross_attn` (PEFT matches the ends of names) and of the MLPs. QLoRA adapts the same over a quantized base:
+# `load_in_4bit: true` in the recipe, on a GPU with `bitsandbytes` installed.
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENIZER_ROWS = 20_000
+
+
+@dataclass
+class FinetuneArguments:
+    """What [`finetune`] trains on and, without a checkpoint, what model it begins with.
+
+    Args:
+        preset (`str`, *optional*, defaults to `"tiny"`): Size of a new model; see
+            [`~encdec_slm.configuration.list_presets`]. Not read when the recipe has `model_name_or_path`.
+        vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new model.
+        train_file (`str`, *optional*): A JSONL file. `None`, without a `dataset_name`, builds the docstring task.
+        validation_file (`str`, *optional*): Rows for the loss curve. `None` holds out a tenth of the training rows.
+        test_file (`str`, *optional*): Rows for the final numbers. `None` holds out a tenth of the training rows.
+        dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it.
+        dataset_config (`str`, *optional*): Its configuration.
+        dataset_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
+        dataset_streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed and store none. Needs
+            `max_steps`.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): Name of a split of `dataset_name`.
+        dataset_validation_split (`str`, *optional*, defaults to `"validation"`): Held out of training if missing.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): Held out of training if missing.
+        source_column (`str`, *optional*, defaults to `"source"`): Column that the encoder reads.
+        target_column (`str`, *optional*, defaults to `"target"`): Column that the decoder learns to write.
+        max_source_length (`int`, *optional*, defaults to 256): In tokens; the rest is cut and the rows are counted.
+        max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also bounds what is generated.
+        max_eval_samples (`int`, *optional*, defaults to 200): Rows of each held-out split that are used.
+
+    Raises:
+        ValueError: Two sources of data are named.
+    """
+
+    preset: str = field(default="tiny", metadata={"help": "Size of a new model."})
+    vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
+    train_file: str | None = field(default=None, metadata={"help": "JSONL file with the training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "JSONL file for the loss curve."})
+    test_file: str | None = field(default=None, metadata={"help": "JSONL file for the final numbers."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as needed; set `max_steps`."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Split for the loss curve."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for the final numbers."})
+    source_column: str = field(default="source", metadata={"help": "Column that the encoder reads."})
+    target_column: str = field(default="target", metadata={"help": "Column that the decoder learns to write."})
+    max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
+    max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Rows used of each held-out split."})
+
+    def __post_init__(self):
+        if self.train_file is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"`train_file` is {self.train_file!r} and `dataset_name` is {self.dataset_name!r}, but rows come from "
+                "one place. Leave one of them out."
+            )
+
+
+def finetune(
+    args: FinetuneArguments, training_args: Seq2SeqTrainingArguments, model_args: ModelConfig | None = None
+) -> dict[str, Any]:
+    """Trains, saves model and tokenizer to `training_args.output_dir`, and measures held-out rows before and after.
+
+    Beside them are written `results.json` (what is returned), `predictions.jsonl`, `loss.png` and a model card.
+
+    Args:
+        args ([`FinetuneArguments`]): Data and size.
+        training_args ([`~transformers.Seq2SeqTrainingArguments`]): The run. `predict_with_generate` is on and
+            `generation_max_length` follows `max_target_length` in any case. `resume_from_checkpoint: "true"` goes on
+            from the last checkpoint in the folder.
+        model_args ([`~trl.ModelConfig`], *optional*): A checkpoint to begin with, and LoRA. `None` begins with new
+            weights of `args.preset` and a tokenizer trained on the training split.
+
+    Returns:
+        `dict`: `before` and `after`, each with `loss` (nats per token), `rougeL` and `exact` (percent), and
+        `rougeL_other_rows`: the same texts beside other rows' references, which is what the form of a text earns
+        without its content. Also sizes, seconds, versions and `samples`.
+
+    Raises:
+        ValueError: The data or the sizes do not fit; the message says what to change.
+        TypeError: A row's `source` or `target` is no text.
+    """
+    model_args = ModelConfig() if model_args is None else model_args
+    if args.dataset_streaming and training_args.max_steps <= 0:
+        raise ValueError(
+            "`dataset_streaming` is true and `max_steps` is not set, but a stream has no known end. Set `max_steps` "
+            "to the number of optimizer steps."
+        )
+    if model_args.use_peft and not model_args.model_name_or_path:
+        raise ValueError(
+            "`use_peft` is true and `model_name_or_path` is not set, but adapters need trained weights beneath them. "
+            "Set it to a saved folder or a model on the Hub."
+        )
+    set_seed(training_args.seed)
+    splits = load_splits(args, training_args.seed)
+    tokenizer, model = _load_checkpoint(model_args) if model_args.model_name_or_path else _new_model(args, splits)
+    tokenized, counts = tokenize_splits(splits, tokenizer, args.max_source_length, args.max_target_length)
+    trainer = _make_trainer(args, training_args, model_args, model, tokenizer, tokenized)
+    sizes = _sizes(trainer.model)
+    logger.info(f"{sizes['num_parameters']:,} parameters, {sizes['num_trainable_parameters']:,} of them trained.")
+
+    before, _ = _measure(trainer, tokenized["test"], splits["test"], "before training")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(training_args))
+    train_seconds = time.perf_counter() - started
+    if isinstance(tokenized["train"], IterableDataset):
+        log_cut_rows("train", counts["train"], args.max_source_length, args.max_target_length)
+    after, predictions = _measure(trainer, tokenized["test"], splits["test"], "after training")
+
+    results = {
+        "model": model_args.model_name_or_path or args.preset,
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "before": before,
+        "after": after,
+        "train_steps": trainer.state.global_step,
+        "train_seconds": round(train_seconds, 1),
+        "rows": {split: dict(count) for split, count in counts.items()},
+        "device": str(trainer.args.device),
+        "versions": _versions(),
+        "samples": predictions[:3],
+    }
+    _save(trainer, results, predictions)
+    return results
+
+
+def _sizes(model):
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"num_parameters": model.num_parameters(), "num_trainable_parameters": trained}
+
+
+def _versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _new_model(args, splits):
+    """A tokenizer trained on the training split, and random weights of the preset's size that fit it."""
+    texts = first_texts(splits["train"], TOKENIZER_ROWS)
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.max_source_length)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.bos_token_id}
+    config = EncDecSLMConfig(**{**load_preset(args.preset).to_diff_dict(), **ids, "vocab_size": len(tokenizer)})
+    return tokenizer, EncDecSLMForConditionalGeneration(config)
+
+
+def _load_checkpoint(model_args):
+    name = model_args.model_name_or_path
+    # Checkpoints of this family run on the code of this package; code that comes with a checkpoint is not run.
+    options = {"revision": model_args.model_revision, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            name,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args),
+            **options,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"`model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder that "
+            "`save_pretrained` wrote, or the name of a model on the Hub."
+        ) from error
+    return tokenizer, model
+
+
+def _make_trainer(args, training_args, model_args, model, tokenizer, tokenized):
+    training_args = copy.copy(training_args)
+    training_args.predict_with_generate = True
+    # The start token counts; without a bound, an untrained model would write on to its longest position.
+    training_args.generation_max_length = args.max_target_length + 1
+    if model_args.use_peft:
+        model = _with_adapters(model, model_args)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=training_args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized["validation"],
+        processing_class=tokenizer,
+    )
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_LossBesideProgress)
+    return trainer
+
+
+def _with_adapters(model, model_args):
+    from peft import get_peft_model
+
+    targets = model_args.lora_target_modules or list(LORA_TARGET_MODULES)
+    model_args = replace(model_args, lora_target_modules=targets, lora_task_type="SEQ_2_SEQ_LM")
+    return get_peft_model(model, get_peft_config(model_args))
+
+
+def _checkpoint_to_resume(training_args) -> str | bool | None:
+    asked = training_args.resume_from_checkpoint
+    return True if str(asked).lower() == "true" else asked
+
+
+class _LossBesideProgress(ProgressCallback):
+    """A progress bar with the losses beside it, instead of a printed dict per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
+            self._shown = {**getattr(self, "_shown", {}), **shown}
+            self.training_bar.set_postfix(self._shown)
+
+
+def _measure(trainer, tokenized, texts, when):
+    """Numbers on held-out rows, and what the model wrote for each of them."""
+    logger.info(f"Writing for {len(tokenized)} held-out rows, {when}:")
+    output = trainer.predict(tokenized)
+    tokenizer = trainer.processing_class
+    predicted_ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
+    predictions = tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)
+    rows = [
+        {"source": row["source"], "reference": row["target"], "prediction": prediction.strip()}
+        for row, prediction in zip(texts, predictions, strict=True)
+    ]
+    predictions, references = ([row[key] for row in rows] for key in ("prediction", "reference"))
+    scores = score_texts(predictions, references)
+    of_other_rows = score_texts(predictions, references[1:] + references[:1])["rougeL"]
+    loss = round(float(output.metrics["test_loss"]), 4)
+    return {"loss": loss, **scores, "rougeL_other_rows": of_other_rows, "rows": len(rows)}, rows
+
+
+def score_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How near texts are to their references, in percent.
+
+    Args:
+        predictions (`Sequence[str]`): What a model wrote.
+        references (`Sequence[str]`): Equally many; at least one.
+
+    Returns:
+        `dict`: `rougeL` (F-measure over stemmed words, averaged over rows) and `exact` (equal texts).
+    """
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(predictions, references, strict=True))
+    rouge = [scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs]
+    exact = [prediction == reference for prediction, reference in pairs]
+    return {"rougeL": round(100 * sum(rouge) / len(pairs), 2), "exact": round(100 * sum(exact) / len(pairs), 2)}
+
+
+def _save(trainer, results, predictions):
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    figure = _loss_figure(trainer.state.log_history)
+    _write(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    _write(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
+    if not hasattr(trainer.model, "peft_config"):  # PEFT writes a card for its adapters itself
+        _write(folder / "README.md", model_card(folder.name, trainer.model.config, results).save)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name first, so that nobody ever finds half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _loss_figure(log_history: list[dict]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label in (("loss", "training"), ("eval_loss", "validation")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend(title="rows")
+    axes.grid(alpha=0.3)
+    return figure

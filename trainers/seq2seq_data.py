@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of `source` and `target` text for encoder-decoder training: loaded, checked and turned into token ids."""
+
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .docstring_task import SPLITS, build_docstring_task
+
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+HELD_OUT_SHARE = 0.1
+# Streamed rows are shuffled within a window of this many.
+SHUFFLE_BUFFER_ROWS = 2000
+
+
+def load_splits(args, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
+    """The splits `train`, `validation` and `test` with string columns `source` and `target`.
+
+    Args:
+        args ([`~encdec_slm.trainers.finetuning.FinetuneArguments`]): Names the data. Held-out splits that it leaves
+            out are taken off the training rows; at most `max_eval_samples` rows of each are kept.
+        seed (`int`, *optional*, defaults to 0): Decides which rows are held out and in which order streamed ones come.
+
+    Raises:
+        ValueError: The data cannot be found, lacks a column or has no rows.
+        TypeError: A `source` or `target` in a local file is no string.
+    """
+    if args.train_file is not None:
+        splits = _load_files(args)
+    elif args.dataset_name is not None:
+        splits = _load_named(args)
+    else:
+        splits = build_docstring_task()
+    columns = ("source", "target") if args.dataset_name is None else (args.source_column, args.target_column)
+    splits = {split: _with_columns(dataset, split, *columns) for split, dataset in splits.items()}
+    splits = _hold_out_missing(splits, seed)
+    for split in ("validation", "test"):
+        splits[split] = _bounded(splits[split], args.max_eval_samples, seed)
+    if isinstance(splits["train"], IterableDataset):
+        splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_ROWS)
+    return splits
+
+
+def _load_files(args):
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    splits = {}
+    for split, file in files.items():
+        if file is None:
+            continue
+        if not Path(file).is_file():
+            raise ValueError(f"`{split}_file` is {file!r}, but there is no such file. Give the path of a JSONL file.")
+        rows = {"path": file, "columns": (args.source_column, args.target_column)}
+        # Without streaming, rows are kept in memory: the cache of `Dataset.from_generator` would outlive an edit.
+        splits[split] = (
+            IterableDataset.from_generator(_jsonl_rows, gen_kwargs=rows)
+            if args.dataset_streaming
+            else Dataset.from_list(list(_jsonl_rows(**rows)))
+        )
+    return splits
+
+
+def _jsonl_rows(path, columns) -> Iterator[dict[str, str]]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}, is not JSON: {error}. Write one JSON object per line."
+                ) from None
+            if not isinstance(row, dict) or not set(columns) <= row.keys():
+                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(
+                    f"{path}, line {number}, has {found}, but `{columns[0]}` and `{columns[1]}` are needed. Rename "
+                    "the keys, or name yours by `source_column` and `target_column`."
+                )
+            for column in columns:
+                _check_is_text(row[column], column, f"{path}, line {number},")
+            yield {"source": row[columns[0]], "target": row[columns[1]]}
+
+
+def _load_named(args):
+    try:
+        loaded = load_dataset(
+            args.dataset_name, args.dataset_config, revision=args.dataset_revision, streaming=args.dataset_streaming
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"`dataset_name` {args.dataset_name!r} could not be loaded ({str(error).splitlines()[0]}). Give the name "
+            "of a dataset on the Hub or a local folder of data files, or a JSONL file as `train_file`."
+        ) from error
+    wanted = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)
+    if wanted[0] not in loaded:
+        raise ValueError(
+            f"{args.dataset_name} has the splits {', '.join(loaded)}, but `dataset_train_split` is {wanted[0]!r}. Set "
+            "it to one of them."
+        )
+    return {split: loaded[name] for split, name in zip(SPLITS, wanted, strict=True) if name in loaded}
+
+
+def _with_columns(dataset, split, source_column, target_column):
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {split} split has no rows, but at least one is needed. Check what the data holds.")
+    for option, column in (("source_column", source_column), ("target_column", target_column)):
+        if column not in first_row:
+            raise ValueError(
+                f"The {split} split has the columns {', '.join(first_row)}, but not `{column}`. Set `{option}` to one "
+                "of them."
+            )
+    dataset = dataset.select_columns([source_column, target_column])
+    renamed = {source_column: "source", target_column: "target"}
+    return dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
+
+
+def _hold_out_missing(splits, seed):
+    splits = dict(splits)
+    for split in ("validation", "test"):
+        if split in splits:
+            continue
+        num_rows = None if isinstance(splits["train"], IterableDataset) else len(splits["train"])
+        if num_rows is None or num_rows < 2:
+            raise ValueError(
+                f"There is no {split} split, and {'streamed' if num_rows is None else 'too few'} training rows cannot "
+                f"be divided. Set `{split}_file` or `dataset_{split}_split`."
+            )
+        num_held_out = max(1, round(HELD_OUT_SHARE * num_rows))
+        parts = splits["train"].train_test_split(test_size=num_held_out, seed=seed)
+        splits["train"], splits[split] = parts["train"], parts["test"]
+        logger.info(f"No {split} split was given: {num_held_out} of {num_rows} training rows are held out for it.")
+    return splits
+
+
+def _bounded(dataset, max_rows, seed):
+    if isinstance(dataset, IterableDataset):
+        return Dataset.from_list(list(dataset.take(max_rows)))
+    return dataset if len(dataset) <= max_rows else dataset.shuffle(seed=seed).select(range(max_rows))
+
+
+def _check_is_text(value, column, where):
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{where} has a `{column}` of type {type(value).__name__} ({value!r:.80}), but text is needed. Convert it "
+            "to a string or leave the row out."
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that ends every text in `</s>`, saved and loaded like any other.
+
+    Args:
+        texts (`Iterable[str]`): What merges are learnt from; training rows only.
+        vocab_size (`int`): Upper bound of the vocabulary, with `<pad>` 0, `<s>` 1 (which starts every target), `</s>`
+            2 and the 256 bytes. Texts that are few or short give fewer entries.
+        model_max_length (`int`): Source length in tokens that the model is trained for, with `</s>`.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the special tokens and the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}, but {len(SPECIAL_TOKENS)} special tokens and {len(alphabet)} bytes need "
+            f"{smallest}. Set it to at least that; 4096 suits a small corpus."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    # As in T5, encoder input and target both end in </s>; the tokenizer file says so, in whatever process reads it.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def first_texts(dataset: Dataset | IterableDataset, num_rows: int) -> Iterator[str]:
+    """Sources and targets of the first `num_rows` rows, in turn."""
+    for row in itertools.islice(dataset, num_rows):
+        yield from (row["source"], row["target"])
+
+
+def tokenize_splits(
+    splits: dict[str, Dataset | IterableDataset] | DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    max_target_length: int,
+) -> tuple[dict[str, Dataset | IterableDataset], dict[str, Counter]]:
+    """Token ids of all splits, and how many rows were cut.
+
+    Args:
+        splits (`dict` of datasets): With string columns `source` and `target`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer with an end-of-text token.
+        max_source_length (`int`): Longest `input_ids`, in tokens.
+        max_target_length (`int`): Longest `labels`, in tokens with the end-of-text token, which each of them ends in.
+
+    Returns:
+        `tuple`: Datasets with `input_ids`, `attention_mask` and `labels`; and per split a `Counter` of `rows`,
+        `source` and `target` (rows of which this was cut). A streamed split is counted while it is read.
+    """
+    tokenized, counts = {}, {split: Counter() for split in splits}
+    for split, dataset in splits.items():
+
+        def encode(batch, indices, split=split):
+            return _encode(batch, indices, split, tokenizer, max_source_length, max_target_length, counts[split])
+
+        options = {"batched": True, "with_indices": True, "remove_columns": ["source", "target"]}
+        if not isinstance(dataset, IterableDataset):
+            # Rows read from a cache would not be counted.
+            options |= {"desc": f"Tokenizing {split}", "load_from_cache_file": False}
+        tokenized[split] = dataset.map(encode, **options)
+        if not isinstance(dataset, IterableDataset):
+            log_cut_rows(split, counts[split], max_source_length, max_target_length)
+    return tokenized, counts
+
+
+def _encode(batch, indices, split, tokenizer, max_source_length, max_target_length, counts):
+    for column in ("source", "target"):
+        for index, text in zip(indices, batch[column], strict=True):
+            _check_is_text(text, column, f"Row {index} (from 0) of the {split} split")
+    sources, num_cut_sources = _truncated(tokenizer, batch["source"], max_source_length)
+    labels, num_cut_targets = _truncated(tokenizer, batch["target"], max_target_length)
+    eos = tokenizer.eos_token_id
+    # Not every tokenizer ends a text by itself, and a model that is never taught to stop never does.
+    labels = [ids if ids[-1:] == [eos] else [*ids[: max_target_length - 1], eos] for ids in labels]
+    counts.update(rows=len(labels), source=num_cut_sources, target=num_cut_targets)
+    return {"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources], "labels": labels}
+
+
+def _truncated(tokenizer, texts, max_length):
+    """Ids of each text, at most `max_length` of them, and of how many texts there were more."""
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True)
+    pieces_per_text = Counter(encoded["overflow_to_sample_mapping"])
+    first_pieces = dict(reversed(list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))))
+    num_cut = sum(count > 1 for count in pieces_per_text.values())
+    return [first_pieces[index] for index in range(len(texts))], num_cut
+
+
+def log_cut_rows(split: str, counts: Counter, max_source_length: int, max_target_length: int) -> None:
+    """Logs how many rows of a split were longer than the model is trained for."""
+    logger.info(
+        f"{split}: {counts['rows']:,} rows; {counts['source']:,} sources cut to {max_source_length} tokens, "
+        f"{counts['target']:,} targets cut to {max_target_length}."
+    )
