@@ -6,10 +6,12 @@ READY := $(VENV)/.installed
 
 .PHONY: demo test test-slow style quality benchmark clean
 
-# pip answers from what is installed when it can, so a second run needs no network.
+# Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) "setuptools>=77"
+	$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
 # Threads of so small a model mostly wait for each other: one is faster on a busy machine.
