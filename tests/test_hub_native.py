@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import encdec_slm
+from conftest import randomised
 from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 
 
@@ -59,12 +60,7 @@ def build(model_class=EncDecSLMForConditionalGeneration, seed=0, **switches):
         "encoder_num_hidden_layers": 2,
         "decoder_num_hidden_layers": 2,
     }
-    model = model_class(EncDecSLMConfig(**{**sizes, **switches}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
+    return randomised(model_class(EncDecSLMConfig(**{**sizes, **switches})), seed).eval()
 
 
 def make_inputs(vocab_size=97):
