@@ -180,7 +180,10 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient(with_lora, use
     for checkpointing in (False, True):
         model = build().train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            # transformers 5.23 deprecates the name that 5.17 has.
+            name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+            enable = getattr(model, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": use_reentrant}})
             assert all(
                 layer.gradient_checkpointing for layer in (*model.model.encoder.layers, *model.model.decoder.layers)
             )
