@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards, filled in from what a run has measured."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
+DISTILLATION_TEMPLATE = Path(__file__).parent / "distillation_card.md"
+# Speed of a machine is no property of the model.
+UNSHOWN_METRICS = ("_runtime", "_per_second", "_num_tokens", "_preparation_time")
 
 
 def model_card(name: str, config: PreTrainedConfig, results: dict[str, Any]) -> ModelCard:
@@ -31,3 +35,87 @@ def model_card(name: str, config: PreTrainedConfig, results: dict[str, Any]) -> 
         cut_sources=counts.get("source", 0),
         cut_targets=counts.get("target", 0),
     )
+
+
+def distillation_card(
+    name: str,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    args: TrainingArguments,
+    dataset_name: str | None,
+    tags: list[str],
+    train_steps: int,
+    evaluation: dict[str, Any] | None,
+) -> ModelCard:
+    """The card of a distilled model; `.save(path)` writes it.
+
+    Args:
+        name (`str`): Heading of the card.
+        student ([`~transformers.PreTrainedConfig`]): Of the student; its `_name_or_path` says where it comes from.
+        teacher ([`~transformers.PreTrainedConfig`]): Of the teacher.
+        args ([`~encdec_slm.trainers.Seq2SeqDistillationConfig`]): The run.
+        dataset_name (`str`, *optional*): Of a data set on the Hub.
+        tags (`list[str]`): For the Hub.
+        train_steps (`int`): Optimizer steps so far.
+        evaluation (`dict`, *optional*): The last entry of the Trainer's log with evaluation metrics.
+    """
+    metrics = {
+        key.removeprefix("eval_"): f"{value:.4f}"
+        for key, value in (evaluation or {}).items()
+        if key.startswith("eval_") and isinstance(value, float) and not key.endswith(UNSHOWN_METRICS)
+    }
+    base = _hub_name(student)
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text2text-generation",
+            model_name=name,
+            base_model=base,
+            datasets=dataset_name,
+            tags=sorted({student.model_type, *tags}),
+        ),
+        template_path=str(DISTILLATION_TEMPLATE),
+        model_name=name,
+        repository=args.hub_model_id or name,
+        student=f"`{base}`" if base else f"new weights or a local folder (`{student.model_type}`)",
+        teacher_link=_link(teacher),
+        data=f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if dataset_name else "local rows",
+        targets=_targets(args),
+        loss=_loss(args),
+        train_steps=train_steps,
+        evaluation=evaluation,
+        metrics=metrics,
+        versions={package: version(package) for package in ("trl", "transformers", "torch")},
+    )
+
+
+def _hub_name(config):
+    """Where a model comes from, if that can be a repository on the Hub."""
+    name = config._name_or_path
+    return (
+        name if name and not Path(name).exists() and name.count("/") < 2 and not name.startswith((".", "/")) else None
+    )
+
+
+def _link(config):
+    name = _hub_name(config)
+    return f"[{name}](https://huggingface.co/{name})" if name else f"a local `{config.model_type}` model"
+
+
+def _targets(args):
+    others = "written by the teacher" if args.seq_kd else "those of the data"
+    if args.lmbda == 0 or args.kd_ratio == 0:
+        return others
+    by_student = f"written by the student (temperature {args.temperature}, top-k {args.top_k or 'off'})"
+    return by_student if args.lmbda == 1 else f"{by_student} in {args.lmbda:.0%} of the batches, else {others}"
+
+
+def _loss(args):
+    kind = {0.0: "forward KL", 1.0: "reverse KL"}.get(args.beta, f"generalised JSD (beta {args.beta})")
+    parts = []
+    if args.kd_ratio > 0:
+        parts.append(f"{args.kd_ratio:g} x {kind} at temperature {args.kd_temperature:g}, times its square")
+    if args.kd_ratio < 1:
+        smoothing = f" with label smoothing {args.label_smoothing_factor:g}" if args.label_smoothing_factor else ""
+        parts.append(f"{1 - args.kd_ratio:g} x cross-entropy on gold targets{smoothing}")
+    return " + ".join(parts)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Student, teacher and their tokenizers for a distillation run: loaded, and checked against each other."""
+
+import copy
+import logging
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_peft_available
+
+from .distillation_config import Seq2SeqDistillationConfig
+from .vocabulary import num_common_tokens
+
+
+logger = logging.getLogger(__name__)
+
+
+def checked_args(args, model, compute_metrics) -> Seq2SeqDistillationConfig:
+    """The run's settings, or those of a run without any.
+
+    Raises:
+        TypeError: `args` is of another class.
+        ValueError: Generated texts are to be scored, but not to be generated.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
+        args = Seq2SeqDistillationConfig(f"{name.rstrip('/').split('/')[-1]}-Distillation")
+    if not isinstance(args, Seq2SeqDistillationConfig):
+        raise TypeError(
+            f"`args` is a {type(args).__name__}, but a Seq2SeqDistillationConfig is needed. It takes the same "
+            "settings: change the name of the class."
+        )
+    if compute_metrics is not None and not args.predict_with_generate:
+        raise ValueError(
+            "`compute_metrics` is given and `predict_with_generate` is false, so there would be no texts to score. "
+            "Set `predict_with_generate=True`."
+        )
+    return args
+
+
+def load_student(model, args, quantization_config=None) -> PreTrainedModel:
+    """The student, loaded if it is a string.
+
+    Raises:
+        ValueError: The string names no encoder-decoder, or settings for loading come twice.
+    """
+    if not isinstance(model, str):
+        if args.model_init_kwargs is not None or quantization_config is not None:
+            raise ValueError(
+                "`model_init_kwargs` or `quantization_config` is given, but the student is loaded already. Give the "
+                "student as a string, or leave them out."
+            )
+        return model
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if not _config_of(model, kwargs).is_encoder_decoder:
+        raise ValueError(_no_student(model))
+    return AutoModelForSeq2SeqLM.from_pretrained(model, **_placed(kwargs, args))
+
+
+def load_teacher(teacher, args) -> PreTrainedModel:
+    """The teacher, loaded if it is a string; a string may name a LoRA adapter.
+
+    Raises:
+        ValueError: There is no teacher, it is an encoder-decoder, or settings for loading come with a loaded one.
+    """
+    teacher = args.teacher_model_name_or_path if teacher is None else teacher
+    if teacher is None:
+        raise ValueError(
+            "There is no teacher. Pass `teacher_model`, a causal language model or the name of one, or set "
+            "`teacher_model_name_or_path`."
+        )
+    if not isinstance(teacher, str):
+        if args.teacher_model_init_kwargs is not None:
+            raise ValueError(
+                "`teacher_model_init_kwargs` is given, but the teacher is loaded already. Give the teacher as a "
+                "string, or leave them out."
+            )
+        return teacher
+    kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        kwargs["revision"] = args.teacher_model_revision
+    kwargs |= args.teacher_model_init_kwargs or {}
+    if _config_of(teacher, kwargs).is_encoder_decoder:
+        raise ValueError(_no_teacher(teacher))
+    return AutoModelForCausalLM.from_pretrained(teacher, **_placed(kwargs, args))
+
+
+def _config_of(name, kwargs):
+    """The config of a model, or of the one beneath an adapter."""
+    options = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
+    if is_peft_available():
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        if find_adapter_config_file(name, revision=options.get("revision")) is not None:
+            from peft import PeftConfig
+
+            name = PeftConfig.from_pretrained(name).base_model_name_or_path
+            options.pop("revision", None)
+    return AutoConfig.from_pretrained(name, **options)
+
+
+def _placed(kwargs, args):
+    """Each process of a distributed run has a whole model; elsewhere a `device_map` is taken as it is given."""
+    is_distributed = args.distributed_state.num_processes > 1 if args.distributed_state is not None else False
+    return {**kwargs, "device_map": None} if is_distributed else kwargs
+
+
+def check_roles(student, teacher) -> None:
+    """Raises a `ValueError` unless the student is an encoder-decoder and the teacher a causal language model."""
+    if not getattr(student.config, "is_encoder_decoder", False):
+        raise ValueError(_no_student(type(student).__name__))
+    is_encoder_decoder = getattr(teacher.config, "is_encoder_decoder", False)
+    base = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+    if is_encoder_decoder or not base.can_generate():
+        raise ValueError(_no_teacher(type(teacher).__name__))
+
+
+def _no_student(name):
+    return (
+        f"The student {name} is no encoder-decoder, but its encoder is to read the source and its decoder to write. "
+        "Use one that `AutoModelForSeq2SeqLM` loads; for a decoder-only student use TRL's DistillationTrainer."
+    )
+
+
+def _no_teacher(name):
+    return (
+        f"The teacher {name} is no causal language model, but it is to read source and target in one row and to "
+        "predict the target. Use a decoder-only model that `AutoModelForCausalLM` loads."
+    )
+
+
+def load_tokenizers(
+    tokenizer, teacher_tokenizer, student, teacher, args
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of student and teacher; those that are not given come from where the models come from.
+
+    Raises:
+        TypeError: One is no tokenizer.
+        ValueError: The student's cannot be found, or has no end-of-text token.
+    """
+    if tokenizer is None:
+        tokenizer = _saved_tokenizer(student, args)
+        if tokenizer is None:
+            raise ValueError(
+                f"No tokenizer lies beside the student {student.config._name_or_path!r}. Pass one as "
+                "`processing_class`."
+            )
+    if teacher_tokenizer is None:
+        teacher_tokenizer = _saved_tokenizer(teacher, args)
+    if teacher_tokenizer is None:
+        logger.warning("No tokenizer lies beside the teacher: it is taken to have the student's.")
+        teacher_tokenizer = tokenizer
+    for name, value in (("processing_class", tokenizer), ("teacher_processing_class", teacher_tokenizer)):
+        if not isinstance(value, PreTrainedTokenizerBase):
+            raise TypeError(f"`{name}` is a {type(value).__name__}, but a tokenizer is needed. Pass its tokenizer.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The student's tokenizer has no end-of-text token, so the student could not be taught to stop. Set its "
+            "`eos_token`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, teacher_tokenizer
+
+
+def _saved_tokenizer(model, args):
+    name = model.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code) if name else None
+    except (OSError, ValueError):
+        return None
+
+
+def common_tokens(tokenizer, teacher_tokenizer, student, teacher, args) -> int | None:
+    """How many ids both models score; `None` where they differ and nothing is to be compared (`kd_ratio` 0)."""
+    sizes = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    try:
+        return num_common_tokens(tokenizer, teacher_tokenizer, *sizes)
+    except ValueError:
+        if args.kd_ratio > 0:
+            raise
+        logger.warning("Student and teacher have different tokenizers: evaluation does not compare them.")
+        return None
+
+
+def decoder_start_token_id(student) -> int:
+    """What the student's decoder begins with.
+
+    Raises:
+        ValueError: Neither config says it.
+    """
+    for config in (student.config, student.generation_config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if (token_id := getattr(config, name, None)) is not None:
+                return token_id
+    raise ValueError("The student's config has no `decoder_start_token_id`. Set it to what its decoder begins with.")
