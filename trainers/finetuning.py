@@ -33,7 +33,7 @@ from ..configuration import load_preset
 from ..configuration_encdec_slm import EncDecSLMConfig
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .seq2seq_data import first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
+from .seq2seq_data import DataArguments, first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -46,58 +46,21 @@ TOKENIZER_ROWS = 20_000
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(DataArguments):
     """What [`finetune`] trains on and, without a checkpoint, what model it begins with.
 
-    Args:
+    Args: those of [`~encdec_slm.trainers.seq2seq_data.DataArguments`], and
         preset (`str`, *optional*, defaults to `"tiny"`): Size of a new model; see
             [`~encdec_slm.configuration.list_presets`]. Not read when the recipe has `model_name_or_path`.
         vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new model.
-        train_file (`str`, *optional*): A JSONL file. `None`, without a `dataset_name`, builds the docstring task.
-        validation_file (`str`, *optional*): Rows for the loss curve. `None` holds out a tenth of the training rows.
-        test_file (`str`, *optional*): Rows for the final numbers. `None` holds out a tenth of the training rows.
-        dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it.
-        dataset_config (`str`, *optional*): Its configuration.
-        dataset_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
-        dataset_streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed and store none. Needs
-            `max_steps`.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`): Name of a split of `dataset_name`.
-        dataset_validation_split (`str`, *optional*, defaults to `"validation"`): Held out of training if missing.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`): Held out of training if missing.
-        source_column (`str`, *optional*, defaults to `"source"`): Column that the encoder reads.
-        target_column (`str`, *optional*, defaults to `"target"`): Column that the decoder learns to write.
         max_source_length (`int`, *optional*, defaults to 256): In tokens; the rest is cut and the rows are counted.
         max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also bounds what is generated.
-        max_eval_samples (`int`, *optional*, defaults to 200): Rows of each held-out split that are used.
-
-    Raises:
-        ValueError: Two sources of data are named.
     """
 
     preset: str = field(default="tiny", metadata={"help": "Size of a new model."})
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
-    train_file: str | None = field(default=None, metadata={"help": "JSONL file with the training rows."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL file for the loss curve."})
-    test_file: str | None = field(default=None, metadata={"help": "JSONL file for the final numbers."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as needed; set `max_steps`."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_validation_split: str = field(default="validation", metadata={"help": "Split for the loss curve."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split for the final numbers."})
-    source_column: str = field(default="source", metadata={"help": "Column that the encoder reads."})
-    target_column: str = field(default="target", metadata={"help": "Column that the decoder learns to write."})
     max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
     max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
-    max_eval_samples: int = field(default=200, metadata={"help": "Rows used of each held-out split."})
-
-    def __post_init__(self):
-        if self.train_file is not None and self.dataset_name is not None:
-            raise ValueError(
-                f"`train_file` is {self.train_file!r} and `dataset_name` is {self.dataset_name!r}, but rows come from "
-                "one place. Leave one of them out."
-            )
 
 
 def finetune(

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -24,11 +25,57 @@ HELD_OUT_SHARE = 0.1
 SHUFFLE_BUFFER_ROWS = 2000
 
 
-def load_splits(args, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
+@dataclass
+class DataArguments:
+    """Where rows of `source` and `target` text come from.
+
+    Args:
+        train_file (`str`, *optional*): A JSONL file. `None`, without a `dataset_name`, builds the docstring task.
+        validation_file (`str`, *optional*): Rows for the loss curve. `None` holds out a tenth of the training rows.
+        test_file (`str`, *optional*): Rows for the final numbers. `None` holds out a tenth of the training rows.
+        dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it.
+        dataset_config (`str`, *optional*): Its configuration.
+        dataset_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
+        dataset_streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed and store none. Needs
+            `max_steps`.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): Name of a split of `dataset_name`.
+        dataset_validation_split (`str`, *optional*, defaults to `"validation"`): Held out of training if missing.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): Held out of training if missing.
+        source_column (`str`, *optional*, defaults to `"source"`): Column that the encoder reads.
+        target_column (`str`, *optional*, defaults to `"target"`): Column that the decoder learns to write.
+        max_eval_samples (`int`, *optional*, defaults to 200): Rows of each held-out split that are used.
+
+    Raises:
+        ValueError: Two sources of data are named.
+    """
+
+    train_file: str | None = field(default=None, metadata={"help": "JSONL file with the training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "JSONL file for the loss curve."})
+    test_file: str | None = field(default=None, metadata={"help": "JSONL file for the final numbers."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as needed; set `max_steps`."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Split for the loss curve."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for the final numbers."})
+    source_column: str = field(default="source", metadata={"help": "Column that the encoder reads."})
+    target_column: str = field(default="target", metadata={"help": "Column that the decoder learns to write."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Rows used of each held-out split."})
+
+    def __post_init__(self):
+        if self.train_file is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"`train_file` is {self.train_file!r} and `dataset_name` is {self.dataset_name!r}, but rows come from "
+                "one place. Leave one of them out."
+            )
+
+
+def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
     """The splits `train`, `validation` and `test` with string columns `source` and `target`.
 
     Args:
-        args ([`~encdec_slm.trainers.finetuning.FinetuneArguments`]): Names the data. Held-out splits that it leaves
+        args ([`DataArguments`]): Names the data. Held-out splits that it leaves
             out are taken off the training rows; at most `max_eval_samples` rows of each are kept.
         seed (`int`, *optional*, defaults to 0): Decides which rows are held out and in which order streamed ones come.
 
