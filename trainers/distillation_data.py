@@ -154,7 +154,7 @@ def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: s
 
 def describe_lengths(encoded: Dataset, encoder: RowEncoder, name: str) -> str:
     """Rows, lengths and how many texts were cut, in a sentence."""
-    parts = [f"The {name} has {len(encoded):,} rows"]
+    parts = [f"{name.capitalize()}: {len(encoded):,} rows"]
     bounds = {"source": encoder.max_source_length, "target": encoder.max_target_length}
     for kind, bound in bounds.items():
         if (column := f"num_{kind}_tokens") not in encoded.column_names:

@@ -4,6 +4,7 @@
 B batch, S source, T target, N target tokens of a batch, D width, V vocabulary.
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -161,30 +162,32 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             refuse_long_rows(dataset, max_target_length, self.teacher_context)
 
     def _set_generation_configs(self, student, teacher):
-        """How the student samples, how the teacher does, and how the student writes in evaluation."""
-        tokenizer, num_common = self.processing_class, self.num_common_tokens
-        ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-        start = {"decoder_start_token_id": decoder_start_token_id(student)}
-        beyond = list(range(num_common or 0, student.config.get_text_config().vocab_size)) if num_common else []
+        """How the student and the teacher sample in training, and how they write in evaluation."""
+        tokenizer, teacher_tokenizer = self.processing_class, self.teacher_tokenizer
         # Rows that only pad the student's table are no tokens, whatever untrained logits they have.
-        self.generation_config.update(**start, suppress_tokens=beyond or None)
-        self._greedy_config = GenerationConfig(
-            **{**ids, **start},
-            eos_token_id=self.eos_token_ids,
-            max_new_tokens=self.max_completion_length,
-            suppress_tokens=beyond or None,
-            do_sample=False,
-        )
-        teacher_ids = teacher.generation_config.eos_token_id
-        teacher_ids = [teacher_ids] if isinstance(teacher_ids, int) else list(teacher_ids or [])
-        self._teacher_generation_config = GenerationConfig(**self.generation_config.to_diff_dict())
-        self._teacher_generation_config.update(
-            decoder_start_token_id=None,
-            suppress_tokens=None,
-            bos_token_id=self.teacher_tokenizer.bos_token_id,
-            pad_token_id=self.teacher_tokenizer.pad_token_id or tokenizer.pad_token_id,
-            eos_token_id=sorted({self.teacher_tokenizer.eos_token_id, *teacher_ids} - {None}),
-        )
+        num_tokens = self.num_common_tokens or len(tokenizer)
+        padding_rows = list(range(num_tokens, student.config.get_text_config().vocab_size))
+        student_ids = {
+            "decoder_start_token_id": decoder_start_token_id(student),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": self.eos_token_ids,
+            "suppress_tokens": padding_rows or None,
+        }
+        ends = teacher.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        teacher_ids = {
+            "decoder_start_token_id": None,
+            "pad_token_id": tokenizer.pad_token_id if self.num_common_tokens else teacher_tokenizer.pad_token_id or 0,
+            "bos_token_id": teacher_tokenizer.bos_token_id,
+            "eos_token_id": sorted({teacher_tokenizer.eos_token_id, *ends} - {None}),
+        }
+        greedy = {"max_new_tokens": self.max_completion_length, "do_sample": False}
+        self.generation_config.update(**student_ids)
+        self._greedy_config = GenerationConfig(**student_ids, **greedy)
+        self._teacher_generation_config = copy.deepcopy(self.generation_config)
+        self._teacher_generation_config.update(**teacher_ids, suppress_tokens=None)
+        self._teacher_greedy_config = GenerationConfig(**teacher_ids, **greedy)
 
     # Batches
 
@@ -202,7 +205,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         if origin == "student":
             targets = self.student_texts([row["source_ids"] for row in rows])
         else:
-            targets = self._teacher_texts(rows) if origin == "teacher" else [row["target_ids"] for row in rows]
+            targets = self.teacher_texts(rows) if origin == "teacher" else [row["target_ids"] for row in rows]
             self.count_tokens(
                 mode, sum(len(row["source_ids"]) + len(ids) for row, ids in zip(rows, targets, strict=True))
             )
@@ -230,9 +233,9 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             return "student"
         return "teacher" if self.args.seq_kd else "data"
 
-    def _teacher_texts(self, rows):
-        """What the teacher writes, in ids of the student, and ended as the student ends its texts."""
-        config = self._teacher_generation_config
+    def teacher_texts(self, rows: list[dict], do_sample: bool = True) -> list[list[int]]:
+        """What the teacher writes for encoded rows, in ids of the student, and ended as the student ends its texts."""
+        config = self._teacher_generation_config if do_sample else self._teacher_greedy_config
         texts = self.write(self.teacher_model, [row["teacher_source_ids"] for row in rows], config)
         targets = []
         for ids in texts:
@@ -438,7 +441,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         sources = [row["source_ids"] for row in rows]
         student = self.write(self.model_wrapped, sources, self._greedy_config)
         gold = [row.get("target_ids", []) for row in rows]
-        teacher = self._teacher_texts(rows)
+        teacher = self.teacher_texts(rows, do_sample=False)
         return [decode(ids, skip_special_tokens=True) for ids in (sources, student, teacher, gold)]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):

@@ -4,20 +4,13 @@
 import copy
 import json
 import logging
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from datasets import IterableDataset
-from matplotlib.figure import Figure
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -29,10 +22,9 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..configuration import load_preset
-from ..configuration_encdec_slm import EncDecSLMConfig
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
+from .run_reports import LossBesideProgress, loss_figure, preset_config, score_texts, versions, write_file
 from .seq2seq_data import DataArguments, first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
 
 
@@ -124,7 +116,7 @@ def finetune(
         "train_seconds": round(train_seconds, 1),
         "rows": {split: dict(count) for split, count in counts.items()},
         "device": str(trainer.args.device),
-        "versions": _versions(),
+        "versions": versions(),
         "samples": predictions[:3],
     }
     _save(trainer, results, predictions)
@@ -136,18 +128,11 @@ def _sizes(model):
     return {"num_parameters": model.num_parameters(), "num_trainable_parameters": trained}
 
 
-def _versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def _new_model(args, splits):
     """A tokenizer trained on the training split, and random weights of the preset's size that fit it."""
     texts = first_texts(splits["train"], TOKENIZER_ROWS)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.max_source_length)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ids |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.bos_token_id}
-    config = EncDecSLMConfig(**{**load_preset(args.preset).to_diff_dict(), **ids, "vocab_size": len(tokenizer)})
-    return tokenizer, EncDecSLMForConditionalGeneration(config)
+    return tokenizer, EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
 
 
 def _load_checkpoint(model_args):
@@ -188,7 +173,7 @@ def _make_trainer(args, training_args, model_args, model, tokenizer, tokenized):
     )
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossBesideProgress)
+        trainer.add_callback(LossBesideProgress)
     return trainer
 
 
@@ -203,16 +188,6 @@ def _with_adapters(model, model_args):
 def _checkpoint_to_resume(training_args) -> str | bool | None:
     asked = training_args.resume_from_checkpoint
     return True if str(asked).lower() == "true" else asked
-
-
-class _LossBesideProgress(ProgressCallback):
-    """A progress bar with the losses beside it, instead of a printed dict per log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
-            self._shown = {**getattr(self, "_shown", {}), **shown}
-            self.training_bar.set_postfix(self._shown)
 
 
 def _measure(trainer, tokenized, texts, when):
@@ -233,52 +208,15 @@ def _measure(trainer, tokenized, texts, when):
     return {"loss": loss, **scores, "rougeL_other_rows": of_other_rows, "rows": len(rows)}, rows
 
 
-def score_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """How near texts are to their references, in percent.
-
-    Args:
-        predictions (`Sequence[str]`): What a model wrote.
-        references (`Sequence[str]`): Equally many; at least one.
-
-    Returns:
-        `dict`: `rougeL` (F-measure over stemmed words, averaged over rows) and `exact` (equal texts).
-    """
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = list(zip(predictions, references, strict=True))
-    rouge = [scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs]
-    exact = [prediction == reference for prediction, reference in pairs]
-    return {"rougeL": round(100 * sum(rouge) / len(pairs), 2), "exact": round(100 * sum(exact) / len(pairs), 2)}
-
-
 def _save(trainer, results, predictions):
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    figure = _loss_figure(trainer.state.log_history)
-    _write(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-    _write(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
+    figure = loss_figure(trainer.state.log_history)
+    write_file(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
     if not hasattr(trainer.model, "peft_config"):  # PEFT writes a card for its adapters itself
-        _write(folder / "README.md", model_card(folder.name, trainer.model.config, results).save)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first, so that nobody ever finds half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def _loss_figure(log_history: list[dict]) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend(title="rows")
-    axes.grid(alpha=0.3)
-    return figure
+        write_file(folder / "README.md", model_card(folder.name, trainer.model.config, results).save)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole story of a distillation: a teacher, a student that learns from it, and one that learns from data alone."""
+
+import copy
+import json
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..configuration import decoder_only_twin
+from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
+from .checkpoints import last_complete_checkpoint
+from .distillation_config import Seq2SeqDistillationConfig
+from .distillation_data import RowEncoder, collate, encode_rows
+from .distillation_models import load_teacher
+from .distillation_trainer import Seq2SeqDistillationTrainer
+from .generation_speed import compare_speed
+from .run_reports import LossBesideProgress, loss_figure, preset_config, score_texts, versions, write_file
+from .seq2seq_data import DataArguments, first_texts, load_splits, train_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_ROWS = 20_000
+# Batch-1 runs per model for the two speeds, and tokens of each.
+NUM_TIMED_SOURCES, NUM_TIMED_TOKENS = 20, 32
+SETTINGS_OF_THE_TEACHER = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "logging_steps", "seed", "bf16"),
+    *("use_cpu", "disable_tqdm", "dataloader_pin_memory", "gradient_checkpointing"),
+)
+# A new teacher reads a source, this token, and writes: its template says so to whoever loads it.
+TEACHER_TEMPLATE = "{{ messages[0]['content'] }}{{ bos_token }}"
+
+
+@dataclass
+class DistillArguments(DataArguments):
+    """What [`distill`] trains on, and what models it begins with.
+
+    Args: those of [`~encdec_slm.trainers.seq2seq_data.DataArguments`], and
+        model_name_or_path (`str`, *optional*): A student to begin with. `None` begins with new weights.
+        preset (`str`, *optional*, defaults to `"1m"`): Size of a new student; see
+            [`~encdec_slm.configuration.list_presets`].
+        vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new teacher.
+        teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only twin of this preset. `None`
+            takes `teacher_model_name_or_path`, whose tokenizer a new student gets too.
+        teacher_num_train_epochs (`float`, *optional*, defaults to 3.0): Of a new teacher.
+        teacher_learning_rate (`float`, *optional*, defaults to 1e-3): Of a new teacher.
+        compare_with_cross_entropy (`bool`, *optional*, defaults to `True`): Train the same student without its
+            teacher too, for as many steps on the same rows.
+
+    Raises:
+        ValueError: Two sources of data are named.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Student to begin with."})
+    preset: str = field(default="1m", metadata={"help": "Size of a new student."})
+    vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
+    teacher_preset: str | None = field(default=None, metadata={"help": "Train a new teacher, the twin of a preset."})
+    teacher_num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of a new teacher."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of a new teacher."})
+    compare_with_cross_entropy: bool = field(default=True, metadata={"help": "Train a student without teacher too."})
+
+
+def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) -> dict[str, Any]:
+    """Trains and saves a student, and compares it on held-out rows with its teacher and with one without a teacher.
+
+    The student, its tokenizer, card, `results.json` (what is returned), `predictions.jsonl` and `loss.png` are written
+    to `training_args.output_dir`; a new teacher and the student without a teacher to folders of the same name with
+    `_teacher` and `_cross_entropy` behind it. `resume_from_checkpoint: "true"` goes on where a run was stopped.
+
+    Args:
+        args ([`DistillArguments`]): Data and models.
+        training_args ([`Seq2SeqDistillationConfig`]): The distillation; `predict_with_generate` is on in any case.
+
+    Returns:
+        `dict`: `models` (a list of `name`, `num_parameters`, `loss` in nats per token, `rougeL`, `rougeL_other_rows`,
+        `exact` and `teacher_agreement` in percent, `first_token_seconds`, `tokens_per_second`, `train_seconds`),
+        `samples`, versions and settings.
+
+    Raises:
+        ValueError: The data or the models do not fit; the message says what to change.
+    """
+    training_args = copy.copy(training_args)
+    training_args.predict_with_generate = True
+    resumes = str(training_args.resume_from_checkpoint).lower() == "true"
+    splits = load_splits(args, training_args.seed)
+    teacher, teacher_tokenizer, teacher_seconds = _teacher(args, training_args, splits, resumes)
+    tokenizer = _student_tokenizer(args, teacher_tokenizer)
+    splits = {split: _as_messages(dataset, teacher_tokenizer) for split, dataset in splits.items()}
+
+    def student(name, **settings):
+        trainer = _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits)
+        seconds = _train(trainer, name, resumes)
+        scores, predictions = _student_scores(trainer, splits["test"])
+        return trainer, {"name": name, **scores, "train_seconds": seconds}, predictions
+
+    trainer, scores, predictions = student("distilled student")
+    rows = [{"name": "teacher", **_teacher_scores(trainer, splits["test"]), "train_seconds": teacher_seconds}, scores]
+    models = [trainer.teacher_model, trainer.model]
+    if args.compare_with_cross_entropy:
+        folder = f"{training_args.output_dir}_cross_entropy"
+        alone, scores, _ = student("student without teacher", output_dir=folder, kd_ratio=0.0, seq_kd=False)
+        alone.save_model()
+        models.append(alone.model)
+        rows.append(scores)
+    _add_speeds(rows, models, trainer, splits["test"])
+    results = {
+        "models": rows,
+        "train_steps": trainer.state.global_step,
+        "train_rows": None if isinstance(splits["train"], IterableDataset) else len(splits["train"]),
+        "device": str(trainer.args.device),
+        "versions": versions(),
+        "samples": predictions[:3],
+    }
+    _save(trainer, results, predictions)
+    return results
+
+
+def _as_messages(dataset, teacher_tokenizer):
+    """`prompt` and `completion`; the prompt is a message to teachers whose tokenizer can render one."""
+    is_chat = teacher_tokenizer.chat_template is not None
+
+    def convert(row):
+        prompt = [{"role": "user", "content": row["source"]}] if is_chat else row["source"]
+        return {"prompt": prompt, "completion": row["target"]}
+
+    options = {"remove_columns": ["source", "target"]}
+    return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})
+
+
+# The teacher
+
+
+def _teacher(args, training_args, splits, resumes):
+    """A teacher, its tokenizer, and the seconds of its training, which is `None` for one that is not ours."""
+    if args.teacher_preset is None:
+        teacher = load_teacher(None, training_args)
+        name = teacher.config._name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
+        return teacher, tokenizer, None
+    folder = Path(f"{training_args.output_dir}_teacher")
+    finished = folder / "trained.json"
+    if not (resumes and finished.is_file()):
+        _train_teacher(args, training_args, splits["train"], folder)
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    return teacher, AutoTokenizer.from_pretrained(folder), json.loads(finished.read_text("utf-8"))["train_seconds"]
+
+
+def _train_teacher(args, training_args, dataset, folder):
+    set_seed(training_args.seed)
+    texts = first_texts(dataset, TOKENIZER_ROWS)
+    tokenizer = train_tokenizer(texts, args.vocab_size, training_args.max_source_length)
+    config = decoder_only_twin(preset_config(args.teacher_preset, tokenizer))
+    tokenizer.chat_template = TEACHER_TEMPLATE
+    teacher = AutoModelForCausalLM.from_config(config)
+    logger.info(f"A new teacher of {teacher.num_parameters():,} parameters is trained first.")
+    bounds = (training_args.max_source_length, training_args.max_completion_length)
+    encoded = encode_rows(
+        _as_messages(dataset, tokenizer), RowEncoder(tokenizer, tokenizer, *bounds), "teacher's data"
+    )
+    trainer = Trainer(
+        model=teacher,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=args.teacher_num_train_epochs,
+            learning_rate=args.teacher_learning_rate,
+            save_strategy="no",
+            report_to=[],
+            **{name: getattr(training_args, name) for name in SETTINGS_OF_THE_TEACHER},
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=encoded.map(_causal_row, remove_columns=encoded.column_names),
+    )
+    _show_losses(trainer)
+    seconds = _train(trainer, "teacher", resumes=False)
+    trainer.save_model()
+    tokenizer.save_pretrained(folder)
+    write_file(folder / "trained.json", lambda path: path.write_text(json.dumps({"train_seconds": seconds})))
+
+
+def _causal_row(row):
+    """Source and target in one row, of which the target is learnt."""
+    source, target = row["teacher_source_ids"], row["target_ids"]
+    return {"input_ids": source + target, "labels": [-100] * len(source) + target}
+
+
+# The students
+
+
+def _student_tokenizer(args, teacher_tokenizer):
+    if args.model_name_or_path is not None:
+        return AutoTokenizer.from_pretrained(args.model_name_or_path)
+    tokenizer = copy.deepcopy(teacher_tokenizer)
+    tokenizer.chat_template = None  # the student reads plain text
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits):
+    training_args = replace(training_args, **settings)
+    set_seed(training_args.seed)
+    if args.model_name_or_path is None:
+        student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
+    else:
+        student = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+    trainer = Seq2SeqDistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=training_args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+    )
+    _show_losses(trainer)
+    return trainer
+
+
+def _show_losses(trainer):
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBesideProgress)
+
+
+def _train(trainer, name, resumes):
+    """Seconds of the training."""
+    num_trained = sum(value.numel() for value in trainer.model.parameters() if value.requires_grad)
+    logger.info(f"Training the {name}: {num_trained:,} parameters.")
+    checkpoint = last_complete_checkpoint(trainer.args.output_dir) if resumes else None
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return round(time.perf_counter() - started, 1)
+
+
+# Held-out rows
+
+
+def _student_scores(trainer, test):
+    """Numbers on held-out rows, and what the student wrote for each of them."""
+    output = trainer.predict(test)
+    tokenizer = trainer.processing_class
+    predicted_ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
+    predictions = [text.strip() for text in tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)]
+    scores = {"num_parameters": trainer.model.num_parameters(), "loss": output.metrics["test_ce_loss"]}
+    scores["teacher_agreement"] = 100 * output.metrics["test_teacher_agreement"]
+    rows = [
+        {"source": _text_of(row["prompt"]), "reference": row["completion"], "prediction": prediction}
+        for row, prediction in zip(test, predictions, strict=True)
+    ]
+    return {**scores, **_text_scores(predictions, test)}, rows
+
+
+def _text_of(prompt):
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
+def _text_scores(predictions, test):
+    references = list(test["completion"])
+    of_other_rows = score_texts(predictions, references[1:] + references[:1])["rougeL"]
+    return {**score_texts(predictions, references), "rougeL_other_rows": of_other_rows}
+
+
+@torch.no_grad()
+def _teacher_scores(trainer, test):
+    """The same numbers of the teacher, which agrees with itself."""
+    teacher, tokenizer = trainer.teacher_model, trainer.teacher_tokenizer
+    encoded = encode_rows(test, trainer.encoder, "test data")
+    total_loss, num_tokens, predictions = 0.0, 0, []
+    for start in range(0, len(encoded), trainer.args.eval_batch_size):
+        rows = encoded.select(range(start, min(start + trainer.args.eval_batch_size, len(encoded)))).to_list()
+        batch = collate(rows, [row["target_ids"] for row in rows], trainer.processing_class.pad_token_id, None)
+        batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
+        ids, mask = batch["teacher_ids"], batch["teacher_mask"]
+        is_source = torch.arange(ids.shape[1], device=ids.device) < batch["teacher_source_lengths"][:, None]
+        labels = ids.masked_fill(is_source | (mask == 0), -100)
+        count = int(batch["target_mask"].sum())
+        total_loss += count * teacher(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+        num_tokens += count
+        predictions += tokenizer.batch_decode(trainer.teacher_texts(rows, do_sample=False), skip_special_tokens=True)
+    scores = {"num_parameters": teacher.num_parameters(), "loss": total_loss / num_tokens, "teacher_agreement": 100.0}
+    return {**scores, **_text_scores([text.strip() for text in predictions], test)}
+
+
+def _add_speeds(rows, models, trainer, test):
+    encoded = encode_rows(test.select(range(min(NUM_TIMED_SOURCES, len(test)))), trainer.encoder, "timed rows")
+    sources = [encoded["teacher_source_ids"][:], *[encoded["source_ids"][:]] * (len(models) - 1)]
+    models = [trainer.accelerator.unwrap_model(model).eval() for model in models]
+    for row, speed in zip(rows, compare_speed(list(zip(models, sources, strict=True)), NUM_TIMED_TOKENS), strict=True):
+        row.update(speed)
+
+
+def _save(trainer, results, predictions):
+    trainer.save_model()
+    trainer.create_model_card()
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    figure = loss_figure(trainer.state.log_history)
+    write_file(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
