@@ -4,6 +4,7 @@
 N positions, D width, V vocabulary. No tensor of `N x V` exists beyond one chunk.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .output_heads import OutputHead
 
 # One chunk of float32 logits, per model. The objective holds about five tensors of this size at its peak.
 LOGITS_BUDGET_BYTES = 2**25
+LOWEST_LOG_PROBABILITY = -1e4
 
 
 class Objective(NamedTuple):
@@ -81,19 +83,29 @@ def token_divergence(
             "one shape: whole next-token distributions are compared. Use a teacher with the student's tokenizer."
         )
     student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return _divergence(student, student.exp(), _teacher_log_probabilities(teacher_logits / temperature), beta)[0]
+
+
+def _teacher_log_probabilities(logits):
+    """A teacher may exclude a token by a logit of -inf; what is never predicted is to add 0, not 0 x inf."""
+    return F.log_softmax(logits, dim=-1).clamp_(min=LOWEST_LOG_PROBABILITY)
+
+
+def _divergence(log_student, student, log_teacher, beta):
+    """The divergence of shape (N,), and its gradient for the softened student's logits of shape (N, V)."""
     if beta == 0.0:
-        return _kl(teacher, student)
+        teacher = log_teacher.exp()
+        return torch.linalg.vecdot(teacher, log_teacher - log_student), student - teacher
+    log_mixture = log_teacher
+    if beta < 1.0:
+        log_mixture = torch.logaddexp(log_student + math.log(1 - beta), log_teacher + math.log(beta))
+    surplus = log_student - log_mixture
+    of_student = torch.linalg.vecdot(student, surplus)
+    gradient = student * (surplus - of_student[..., None])
     if beta == 1.0:
-        return _kl(student, teacher)
-    weights = torch.tensor([1 - beta, beta], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logaddexp(student + weights[0], teacher + weights[1])
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-
-
-def _kl(log_p, log_q):
-    """KL(p || q) over the last axis. A token that p excludes adds nothing, even where q excludes it too."""
-    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
+        return of_student, gradient
+    of_teacher = torch.linalg.vecdot(log_teacher.exp(), log_teacher - log_mixture)
+    return beta * of_teacher + (1 - beta) * of_student, (1 - beta) * gradient
 
 
 def distillation_objective(
@@ -147,78 +159,86 @@ class _ChunkedObjective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, labels, settings):
-        num_positions = hidden.shape[0]
-        totals = [torch.zeros(num_positions, device=hidden.device) for _ in range(4)]
         loss = torch.zeros((), device=hidden.device)
-        needs_weight, needs_bias = (value is not None and value.requires_grad for value in (weight, bias))
-        grads = _Gradients(hidden, weight if needs_weight else None, bias if needs_bias else None)
+        parts = [torch.zeros(len(hidden), device=hidden.device) for _ in range(4)]
+        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         rows = max(1, settings.logits_budget_bytes // (4 * head.vocab_size(hidden)))
-        for start in range(0, num_positions, rows):
+        for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            teacher = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[chunk])
-            raw = head.raw_logits(hidden[chunk])
-            with torch.set_grad_enabled(any(ctx.needs_input_grad[:3])):
-                raw.requires_grad_(any(ctx.needs_input_grad[:3]))
-                chunk_loss, *parts = _chunk_objective(head.transformed(raw), teacher, labels[chunk], settings)
-                if raw.requires_grad:
-                    grads.add(chunk, torch.autograd.grad(chunk_loss, raw)[0], hidden[chunk], head)
-            loss += chunk_loss.detach()
-            for total, part in zip(totals, parts, strict=True):
-                total[chunk] = part.detach()
-        ctx.save_for_backward(*grads.tensors())
-        ctx.mark_non_differentiable(*totals)
-        return loss, *totals
+            teacher_logits = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[chunk])
+            logits = head.logits(hidden[chunk])
+            chunk_loss, chunk_parts, gradient = _chunk_objective(logits, teacher_logits, labels[chunk], settings)
+            loss += chunk_loss
+            for part, chunk_part in zip(parts, chunk_parts, strict=True):
+                part[chunk] = chunk_part
+            if any(ctx.needs_input_grad):
+                gradients.add(chunk, head.pulled_back(gradient, logits), hidden[chunk], head)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.mark_non_differentiable(*parts)
+        return loss, *parts
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        hidden, weight, bias = (
-            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return hidden, weight, bias, None, None, None, None, None
+        grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None, None
 
 
 class _Gradients:
-    """Sums of the loss's gradients over chunks, for those of hidden states, weight and bias that want one."""
+    """Sums over chunks of the loss's gradients for hidden states, weight and bias, where they are needed."""
 
-    def __init__(self, hidden, weight, bias):
-        self.hidden = torch.zeros_like(hidden)
-        self.weight = None if weight is None else torch.zeros_like(weight, dtype=torch.float32)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+    def __init__(self, hidden, weight, bias, needed):
+        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] else None
 
-    def add(self, chunk, grad_logits, hidden, head):
-        if head.weight is None:
-            self.hidden[chunk] = grad_logits.to(self.hidden.dtype)
-            return
-        grad = grad_logits.to(hidden.dtype)
-        self.hidden[chunk] = grad @ head.weight.to(hidden.dtype)
-        if self.weight is not None:
-            self.weight += grad.mT @ hidden
+    def add(self, chunk, gradient, hidden, head):
+        """Adds those of a chunk, from the gradient for its logits of shape (N, V)."""
         if self.bias is not None:
-            self.bias += grad_logits.sum(0)
-
-    def tensors(self):
-        return self.hidden, self.weight, self.bias
+            self.bias += gradient.sum(0)
+        gradient = gradient.to(hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[chunk] = gradient if head.weight is None else gradient @ head.weight.to(hidden.dtype)
+        if self.weight is None:
+            return
+        if hidden.dtype == torch.float32:
+            self.weight.addmm_(gradient.mT, hidden)
+        else:
+            self.weight += gradient.mT @ hidden
 
 
 def _chunk_objective(logits, teacher_logits, labels, settings):
-    """Loss, divergence, cross-entropy, entropy and agreement of a chunk, from float32 logits of shape (N, V)."""
-    log_probabilities = F.log_softmax(logits, dim=-1)
-    cross_entropy = -log_probabilities.gather(-1, labels[:, None])[:, 0]
-    smoothing = settings.label_smoothing
-    smoothed = cross_entropy
-    if smoothing:
-        smoothed = (1 - smoothing) * cross_entropy - smoothing * log_probabilities.mean(-1)
-    detached = log_probabilities.detach()
-    entropy = -(detached.exp() * detached).sum(-1)
+    """Loss, its parts of shape (N,), and its gradient for the student's float32 logits of shape (N, V)."""
+    log_student = F.log_softmax(logits, dim=-1)
+    student = log_student.exp()
+    smoothing, vocab_size = settings.label_smoothing, logits.shape[-1]
+    cross_entropy = -log_student.gather(-1, labels[:, None])[:, 0]
+    entropy = -torch.linalg.vecdot(student, log_student)
     divergence = agreement = torch.zeros_like(cross_entropy)
+    loss = settings.ce_weight * (1 - smoothing) * cross_entropy.sum()
+    gradient = settings.ce_weight * student
+    gradient.scatter_add_(
+        -1, labels[:, None], torch.as_tensor(settings.ce_weight * (smoothing - 1)).expand(len(labels), 1)
+    )
+    if smoothing:
+        loss -= settings.ce_weight * smoothing * log_student.mean(-1).sum()
+        gradient -= settings.ce_weight * smoothing / vocab_size
     if teacher_logits is not None:
+        divergence, of_divergence = _softened_divergence(logits, log_student, student, teacher_logits, settings)
         common = slice(settings.num_common_tokens)
-        divergence = token_divergence(
-            logits[:, common], teacher_logits[:, common], settings.beta, settings.temperature
-        )
         agreement = (logits[:, common].argmax(-1) == teacher_logits[:, common].argmax(-1)).float()
-    loss = settings.kd_weight * divergence.sum() + settings.ce_weight * smoothed.sum()
-    return loss, divergence, cross_entropy, entropy, agreement
+        loss += settings.kd_weight * divergence.sum()
+        gradient[:, common].add_(of_divergence.mul_(settings.kd_weight / settings.temperature))
+    return loss, (divergence, cross_entropy, entropy, agreement), gradient
+
+
+def _softened_divergence(logits, log_student, student, teacher_logits, settings):
+    common, temperature = slice(settings.num_common_tokens), settings.temperature
+    if temperature != 1.0 or logits.shape[-1] != settings.num_common_tokens:
+        log_student = F.log_softmax(logits[:, common] / temperature, dim=-1)
+        student = log_student.exp()
+    if temperature != 1.0:
+        teacher_logits = teacher_logits / temperature
+    return _divergence(log_student, student, _teacher_log_probabilities(teacher_logits[:, common]), settings.beta)
 
 
 __all__ = ["Objective", "ObjectiveSettings", "distillation_objective", "token_divergence"]

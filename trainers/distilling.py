@@ -43,7 +43,7 @@ NUM_TIMED_SOURCES, NUM_TIMED_TOKENS = 20, 32
 SETTINGS_OF_THE_TEACHER = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "logging_steps", "seed", "bf16"),
-    *("use_cpu", "disable_tqdm", "dataloader_pin_memory", "gradient_checkpointing"),
+    *("use_cpu", "disable_tqdm", "dataloader_pin_memory"),
 )
 # A new teacher reads a source, this token, and writes: its template says so to whoever loads it.
 TEACHER_TEMPLATE = "{{ messages[0]['content'] }}{{ bos_token }}"
@@ -62,6 +62,8 @@ class DistillArguments(DataArguments):
             takes `teacher_model_name_or_path`, whose tokenizer a new student gets too.
         teacher_num_train_epochs (`float`, *optional*, defaults to 3.0): Of a new teacher.
         teacher_learning_rate (`float`, *optional*, defaults to 1e-3): Of a new teacher.
+        use_chat_template (`bool`, *optional*, defaults to `True`): Give the teacher each source as a message of the
+            user, in its chat template if it has one. `False` gives it the plain text.
         compare_with_cross_entropy (`bool`, *optional*, defaults to `True`): Train the same student without its
             teacher too, for as many steps on the same rows.
 
@@ -75,6 +77,7 @@ class DistillArguments(DataArguments):
     teacher_preset: str | None = field(default=None, metadata={"help": "Train a new teacher, the twin of a preset."})
     teacher_num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of a new teacher."})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of a new teacher."})
+    use_chat_template: bool = field(default=True, metadata={"help": "Give the teacher messages, if it takes them."})
     compare_with_cross_entropy: bool = field(default=True, metadata={"help": "Train a student without teacher too."})
 
 
@@ -103,7 +106,8 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     splits = load_splits(args, training_args.seed)
     teacher, teacher_tokenizer, teacher_seconds = _teacher(args, training_args, splits, resumes)
     tokenizer = _student_tokenizer(args, teacher_tokenizer)
-    splits = {split: _as_messages(dataset, teacher_tokenizer) for split, dataset in splits.items()}
+    is_chat = args.use_chat_template and teacher_tokenizer.chat_template is not None
+    splits = {split: _prompts(dataset, is_chat) for split, dataset in splits.items()}
 
     def student(name, **settings):
         trainer = _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits)
@@ -133,9 +137,8 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     return results
 
 
-def _as_messages(dataset, teacher_tokenizer):
-    """`prompt` and `completion`; the prompt is a message to teachers whose tokenizer can render one."""
-    is_chat = teacher_tokenizer.chat_template is not None
+def _prompts(dataset, is_chat):
+    """`prompt` and `completion`; the prompt is text, or a message of the user."""
 
     def convert(row):
         prompt = [{"role": "user", "content": row["source"]}] if is_chat else row["source"]
@@ -172,9 +175,7 @@ def _train_teacher(args, training_args, dataset, folder):
     teacher = AutoModelForCausalLM.from_config(config)
     logger.info(f"A new teacher of {teacher.num_parameters():,} parameters is trained first.")
     bounds = (training_args.max_source_length, training_args.max_completion_length)
-    encoded = encode_rows(
-        _as_messages(dataset, tokenizer), RowEncoder(tokenizer, tokenizer, *bounds), "teacher's data"
-    )
+    encoded = encode_rows(_prompts(dataset, is_chat=True), RowEncoder(tokenizer, tokenizer, *bounds), "teacher's data")
     trainer = Trainer(
         model=teacher,
         args=TrainingArguments(

@@ -34,22 +34,21 @@ class OutputHead:
     def vocab_size(self, hidden):
         return hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
-    def raw_logits(self, hidden):
-        """Projected hidden states in float32, before scale and softcap."""
+    def logits(self, hidden):
+        """Of shape (..., V), in float32, without gradients."""
         if self.weight is None:
             return hidden.detach().float()
         logits = hidden.detach() @ self.weight.detach().to(hidden.dtype).mT
-        return (logits if self.bias is None else logits + self.bias.detach().to(logits.dtype)).float()
-
-    def transformed(self, logits):
-        if self.weight is None:
-            return logits
+        logits = (logits if self.bias is None else logits + self.bias.detach().to(logits.dtype)).float()
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def logits(self, hidden):
-        return self.transformed(self.raw_logits(hidden))
+    def pulled_back(self, gradient, logits):
+        """The gradient for `hidden @ weight.T + bias`, from that for the logits."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap) ** 2)
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
 
 @dataclass
