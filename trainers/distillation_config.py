@@ -41,6 +41,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     predict_with_generate: bool = field(default=False, metadata={"help": "Write texts in evaluation."})
 
     def __post_init__(self):
+        # TRL 1.16 sets the name that transformers 5.23 warns of; the new one says the same.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         for name in ("kd_ratio", "lmbda"):
             if not 0.0 <= getattr(self, name) <= 1.0:

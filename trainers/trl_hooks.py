@@ -93,7 +93,7 @@ class EncoderDecoderHooks(DistillationTrainer):
         unwrapped.eval()
         try:
             with (
-                _without_warning_of_a_name(),
+                _without_warnings_of_names(),
                 unwrap_model_for_generation(
                     model,
                     self.accelerator,
@@ -155,10 +155,10 @@ class EncoderDecoderHooks(DistillationTrainer):
 
 
 @contextmanager
-def _without_warning_of_a_name():
-    """TRL 1.16 asks for `is_gradient_checkpointing`, a name that transformers 5.23 deprecates."""
+def _without_warnings_of_names():
+    """TRL 1.16 speaks of gradient checkpointing, names that transformers 5.23 warns of."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
         yield
 
 
