@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/python examples/generate.py outputs/finetune_docstrings
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import pytest
 import torch
 
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
 
 
-# Matrices this small gain nothing from a second thread and lose much when cores are busy.
+# Matrices this small gain nothing from a second thread and lose much when cores are busy; nor do those of scripts.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
