@@ -8,12 +8,13 @@ import copy
 import math
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import EvalPrediction, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..hub_cards.cards import distillation_card
@@ -293,71 +294,62 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
     def _objective(self, student, inputs):
         """Loss of shape () and sums of shape (B, 6) over the tokens of each row; runs inside the student's wrapper."""
         base = student.get_base_model() if hasattr(student, "get_base_model") else student
-        source_ids, source_mask = trimmed(inputs["source_ids"], inputs["source_mask"])
-        encoder_outputs = base.get_encoder()(input_ids=source_ids, attention_mask=source_mask)
-        read = partial(
-            self._read_student, base, encoder_outputs=encoder_outputs, attention_mask=source_mask, use_cache=False
-        )
+        hidden, labels, rows, positions = self._student_at(base, inputs)
+        head, num_rows = self._read_student.head(base), len(inputs["source_ids"])
         kd_weight, ce_weight = self._weights(inputs)
-        target_is_gold = "gold_ids" not in inputs and bool(inputs["num_gold_tokens"] > 0)
-        row_sums = torch.zeros(len(source_ids), len(ROW_SUMS), device=source_ids.device)
-        objective, rows = self._compare(inputs, "target", read, kd_weight, ce_weight if target_is_gold else 0.0)
+        has_own_gold = "gold_ids" in inputs
+        target_is_gold = not has_own_gold and bool(inputs["num_gold_tokens"] > 0)
+        row_sums = torch.zeros(num_rows, len(ROW_SUMS), device=hidden.device)
+
+        of_target = rows < num_rows
+        teacher = (
+            (None, None) if kd_weight is None else self._teacher_at(inputs, rows[of_target], positions[of_target])
+        )
+        settings = self._settings(0.0 if kd_weight is None else kd_weight, ce_weight if target_is_gold else 0.0)
+        objective = distillation_objective(hidden[of_target], head, *teacher, labels[of_target], settings)
         loss = objective.loss
         if kd_weight is not None:
-            kd_parts = (
-                objective.divergence,
-                objective.entropy,
-                objective.agreement,
-                torch.ones_like(objective.entropy),
-            )
-            row_sums[:, :4].index_add_(0, rows, torch.stack(kd_parts, 1))
-        if "gold_ids" in inputs:
-            objective, rows = self._compare(inputs, "gold", read, None, ce_weight)
+            parts = (objective.divergence, objective.entropy, objective.agreement)
+            _add_per_row(row_sums[:, :4], rows[of_target], *parts)
+        if target_is_gold:
+            _add_per_row(row_sums[:, 4:], rows, objective.cross_entropy)
+        if has_own_gold:
+            settings = self._settings(0.0, ce_weight)
+            objective = distillation_objective(hidden[~of_target], head, None, None, labels[~of_target], settings)
             loss = loss + objective.loss
-        if target_is_gold or "gold_ids" in inputs:
-            ce_parts = (objective.cross_entropy, torch.ones_like(objective.cross_entropy))
-            row_sums[:, 4:].index_add_(0, rows, torch.stack(ce_parts, 1))
+            _add_per_row(row_sums[:, 4:], rows[~of_target] - num_rows, objective.cross_entropy)
         return loss, row_sums
 
-    def _weights(self, inputs):
-        """Factors of the summed divergence (`None` leaves the teacher out) and of the summed cross-entropy."""
-        # DDP averages gradients over processes; counts are those of all of them.
-        num_processes = 1
-        num_target, num_gold = inputs["target_mask"].sum(), inputs.get("gold_mask", inputs["target_mask"]).sum()
-        if self.model.training:
-            num_processes = self.accelerator.num_processes
-            num_target, num_gold = inputs["num_target_tokens"], inputs["num_gold_tokens"]
-        args = self.args
-        kd_weight = args.kd_ratio * args.kd_temperature**2 * num_processes / num_target.clamp(min=1)
-        ce_weight = (1 - args.kd_ratio) * num_processes / num_gold.clamp(min=1)
-        is_compared = self.num_common_tokens is not None and (args.kd_ratio > 0 or not self.model.training)
-        return kd_weight if is_compared else None, ce_weight
+    def _student_at(self, student, inputs):
+        """Hidden states of shape (N, D) that predict the target tokens, those tokens, their rows and positions.
 
-    def _compare(self, inputs, kind, read, kd_weight, ce_weight):
-        """The objective on one kind of target, and the row of each of its N tokens."""
-        target_ids, target_mask = trimmed(inputs[f"{kind}_ids"], inputs[f"{kind}_mask"])
-        start_ids = torch.full_like(target_ids[:, :1], self.generation_config.decoder_start_token_id)
-        hidden = read(decoder_input_ids=torch.cat((start_ids, target_ids[:, :-1]), 1))  # (B, T, D)
-        rows, positions = target_mask.nonzero(as_tuple=True)  # (N,) each
-        teacher_hidden = teacher_head = None
-        if kd_weight is not None:
-            teacher_hidden, teacher_head = self._teacher_at(inputs, rows, positions)
-        settings = ObjectiveSettings(
-            kd_weight=0.0 if kd_weight is None else kd_weight,
-            ce_weight=ce_weight,
-            beta=self.beta,
-            temperature=self.args.kd_temperature,
-            label_smoothing=self.args.label_smoothing_factor if self.model.training else 0.0,
-            num_common_tokens=self.num_common_tokens,
+        Where texts of the student are compared and gold ones are learnt, these follow in rows of their own: the source
+        is encoded once, and no weight is used twice.
+        """
+        source_ids, source_mask = trimmed(inputs["source_ids"], inputs["source_mask"])
+        encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
+        kinds = [kind for kind in ("target", "gold") if f"{kind}_ids" in inputs]
+        width = max(inputs[f"{kind}_ids"].shape[1] for kind in kinds)
+        ids, mask = (
+            torch.cat(
+                [F.pad(inputs[f"{kind}_{name}"], (0, width - inputs[f"{kind}_{name}"].shape[1])) for kind in kinds]
+            )
+            for name in ("ids", "mask")
         )
-        head, labels = self._read_student.head(read.args[0]), target_ids[rows, positions]
-        objective = distillation_objective(
-            hidden[rows, positions], head, teacher_hidden, teacher_head, labels, settings
+        ids, mask = trimmed(ids, mask)  # (B or 2B, T)
+        start_ids = torch.full_like(ids[:, :1], self.generation_config.decoder_start_token_id)
+        hidden = self._read_student(
+            student,
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat(len(kinds), 1, 1)),
+            attention_mask=source_mask.repeat(len(kinds), 1),
+            decoder_input_ids=torch.cat((start_ids, ids[:, :-1]), 1),
+            use_cache=False,
         )
-        return objective, rows
+        rows, positions = mask.nonzero(as_tuple=True)
+        return hidden[rows, positions], ids[rows, positions], rows, positions
 
     def _teacher_at(self, inputs, rows, positions):
-        """The teacher's hidden states that predict each target token, of shape (N, D), and its head."""
+        """The teacher's hidden states that predict the same target tokens, of shape (N, D), and its head."""
         teacher_ids, teacher_mask = trimmed(inputs["teacher_ids"], inputs["teacher_mask"])
         self.teacher_model.eval()
         with torch.no_grad():
@@ -371,6 +363,29 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             # The token at index i of a row is predicted at i - 1; the target begins behind the source.
             hidden = hidden[rows, inputs["teacher_source_lengths"][rows] - 1 + positions]
             return hidden, self._read_teacher.head(self.accelerator.unwrap_model(self.teacher_model))
+
+    def _weights(self, inputs):
+        """Factors of the summed divergence (`None` leaves the teacher out) and of the summed cross-entropy."""
+        num_processes, args = 1, self.args
+        num_target, num_gold = inputs["target_mask"].sum(), inputs.get("gold_mask", inputs["target_mask"]).sum()
+        if self.model.training:
+            # DDP averages gradients over processes; counts are those of all of them.
+            num_processes = self.accelerator.num_processes
+            num_target, num_gold = inputs["num_target_tokens"], inputs["num_gold_tokens"]
+        is_compared = self.num_common_tokens is not None and (args.kd_ratio > 0 or not self.model.training)
+        kd_weight = args.kd_ratio * args.kd_temperature**2 * num_processes / num_target.clamp(min=1)
+        ce_weight = (1 - args.kd_ratio) * num_processes / num_gold.clamp(min=1)
+        return kd_weight if is_compared else None, ce_weight
+
+    def _settings(self, kd_weight, ce_weight):
+        return ObjectiveSettings(
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            beta=self.beta,
+            temperature=self.args.kd_temperature,
+            label_smoothing=self.args.label_smoothing_factor if self.model.training else 0.0,
+            num_common_tokens=self.num_common_tokens,
+        )
 
     def _refuse_non_finite_loss(self, row_sums, rows):
         is_finite = row_sums.isfinite().all(-1)
@@ -482,6 +497,11 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             evaluation=evaluations[-1] if evaluations else None,
         )
         card.save(Path(self.args.output_dir) / "README.md")
+
+
+def _add_per_row(row_sums, rows, *parts):
+    """Adds parts of shape (N,), and their number, to the last axis of the rows that they belong to."""
+    row_sums.index_add_(0, rows, torch.stack((*parts, torch.ones_like(parts[0])), 1))
 
 
 def _means(sums, args) -> dict[str, float]:

@@ -103,7 +103,9 @@ class EncoderDecoderHooks(DistillationTrainer):
                 torch.no_grad(),
                 self._dist.summon_full_params(model, recurse=False),
             ):
-                written = writer.generate(**inputs, generation_config=generation_config)
+                # Processes that share a model's shards are to make equally many steps; transformers sees FSDP1 only.
+                synced = True if self.is_fsdp_enabled else None
+                written = writer.generate(**inputs, generation_config=generation_config, synced_gpus=synced)
         finally:
             unwrapped.train(was_training)
         # An encoder-decoder begins with its start token, a decoder-only model with the prompt.
