@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher, its student and a student without it: a run of two steps each, from rows to a saved folder and a table."""
+"""A teacher, its student and a student without it: two steps each, from rows to a saved folder and a table."""
 
 import json
 import os

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that can be trusted: complete ones to go on from, and finite weights to save."""
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -28,7 +27,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 def _is_complete(checkpoint):
     try:
         TrainerState.load_from_json(str(checkpoint / STATE_NAME))
-    except (OSError, json.JSONDecodeError, TypeError):
+    except (OSError, ValueError, TypeError):
         return False
     return True
 

@@ -53,7 +53,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but logits are divided by it. Set it above 0.")
         for name in ("max_source_length", "max_completion_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but a text has at least one token. Set it to 1.")
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but a text has at least one token. Set it to 1 or more."
+                )
         if self.max_completion_length is None:
             raise ValueError("`max_completion_length` is `None`, but texts that are written need a bound. Set it.")
         if self.use_vllm:

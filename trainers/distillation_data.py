@@ -74,7 +74,13 @@ class RowEncoder:
         if self.max_source_length is not None and num_tokens > self.max_source_length:
             source_ids = self.tokenizer(text, truncation=True, max_length=self.max_source_length)["input_ids"]
             source = _shortened(source, self.tokenizer.decode(source_ids, skip_special_tokens=True))
-        return source_ids, self._teacher_source(source, where), num_tokens
+        teacher_source_ids = self._teacher_source(source, where)
+        if not teacher_source_ids:
+            raise ValueError(
+                f"The {where} has no tokens for the teacher, but the target's first token is predicted from one. "
+                "Leave the row out."
+            )
+        return source_ids, teacher_source_ids, num_tokens
 
     def _teacher_source(self, source, where):
         if not isinstance(source, str):
@@ -116,7 +122,7 @@ def _plain_text(value, where):
 
 
 def _shortened(source, text):
-    """A source that was cut, for the teacher: it is to know no more than the student."""
+    """A source that was cut, for the teacher: it is to know no more than the student. A dialogue stays whole."""
     if isinstance(source, str):
         return text
     return [{**source[0], "content": text}] if len(source) == 1 else source
@@ -154,7 +160,7 @@ def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: s
 
 def describe_lengths(encoded: Dataset, encoder: RowEncoder, name: str) -> str:
     """Rows, lengths and how many texts were cut, in a sentence."""
-    parts = [f"{name.capitalize()}: {len(encoded):,} rows"]
+    parts = [f"{name.capitalize()}: {len(encoded):,} row{'s' * (len(encoded) != 1)}"]
     bounds = {"source": encoder.max_source_length, "target": encoder.max_target_length}
     for kind, bound in bounds.items():
         if (column := f"num_{kind}_tokens") not in encoded.column_names:

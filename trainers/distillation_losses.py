@@ -25,7 +25,8 @@ class Objective(NamedTuple):
         loss (`torch.Tensor` of shape `()`): `kd_weight * sum(divergence) + ce_weight * sum(smoothed cross_entropy)`.
         divergence (`torch.Tensor` of shape `(num_positions,)`): In nats, without `temperature**2` and any weight.
         cross_entropy (`torch.Tensor` of shape `(num_positions,)`): In nats, without label smoothing.
-        entropy (`torch.Tensor` of shape `(num_positions,)`): Of the student, in nats.
+        entropy (`torch.Tensor` of shape `(num_positions,)`): Of the student, in nats; on CUDA, in training, that of
+            the softened student over the common tokens.
         agreement (`torch.Tensor` of shape `(num_positions,)`): 1 where both models' likeliest tokens are the same.
     """
 
@@ -72,7 +73,8 @@ def token_divergence(
         temperature (`float`, *optional*, defaults to 1.0): Divides both logits; > 0.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: Not scaled by `temperature**2`.
+        `torch.Tensor` of shape `(...)`: Not scaled by `temperature**2`. A token that the teacher excludes by a logit
+        of -inf counts as one of probability exp(-10000), so that the reverse divergence stays finite.
 
     Raises:
         ValueError: The two models score different vocabularies or numbers of positions.
@@ -147,8 +149,7 @@ def _objective_on_kernel(student_hidden, student_head, teacher_hidden, teacher_h
     from .trl_hooks import kernel_divergence
 
     divergence, entropy = kernel_divergence(student_hidden, student_head, teacher_hidden, teacher_head, settings)
-    rest = settings._replace(kd_weight=0.0)
-    cross_entropy = distillation_objective(student_hidden, student_head, None, None, labels, rest)
+    cross_entropy = distillation_objective(student_hidden, student_head, None, None, labels, settings)
     loss = settings.kd_weight * divergence.sum() + cross_entropy.loss
     nothing = torch.full_like(entropy, torch.nan)
     return Objective(loss, divergence.detach(), cross_entropy.cross_entropy, entropy, nothing)
@@ -162,7 +163,7 @@ class _ChunkedObjective(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         parts = [torch.zeros(len(hidden), device=hidden.device) for _ in range(4)]
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        rows = max(1, settings.logits_budget_bytes // (4 * head.vocab_size(hidden)))
+        rows = max(1, settings.logits_budget_bytes // (4 * _largest_table(hidden, head, teacher_hidden, teacher_head)))
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             teacher_logits = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[chunk])
@@ -181,6 +182,13 @@ class _ChunkedObjective(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None, None
+
+
+def _largest_table(hidden, head, teacher_hidden, teacher_head):
+    sizes = [head.vocab_size(hidden)]
+    if teacher_hidden is not None:
+        sizes.append(teacher_head.vocab_size(teacher_hidden))
+    return max(sizes)
 
 
 class _Gradients:
@@ -216,9 +224,8 @@ def _chunk_objective(logits, teacher_logits, labels, settings):
     divergence = agreement = torch.zeros_like(cross_entropy)
     loss = settings.ce_weight * (1 - smoothing) * cross_entropy.sum()
     gradient = settings.ce_weight * student
-    gradient.scatter_add_(
-        -1, labels[:, None], torch.as_tensor(settings.ce_weight * (smoothing - 1)).expand(len(labels), 1)
-    )
+    at_labels = torch.as_tensor(settings.ce_weight * (smoothing - 1), dtype=gradient.dtype, device=gradient.device)
+    gradient.scatter_add_(-1, labels[:, None], at_labels.expand(len(labels), 1))
     if smoothing:
         loss -= settings.ce_weight * smoothing * log_student.mean(-1).sum()
         gradient -= settings.ce_weight * smoothing / vocab_size

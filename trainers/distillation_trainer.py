@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..hub_cards.cards import distillation_card
-from .checkpoints import last_complete_checkpoint, refuse_non_finite_weights
+from .checkpoints import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
 from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import RowEncoder, collate, encode_rows, padded, refuse_long_rows, trimmed, unpadded
 from .distillation_losses import ObjectiveSettings, distillation_objective
@@ -477,6 +477,9 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             FloatingPointError: A weight is not finite; what was saved before stays.
         """
         refuse_non_finite_weights(self.model, self.state.global_step, self.args.output_dir)
+        if output_dir is not None and self.args.should_save:
+            # A checkpoint of an earlier run that is written anew is complete once its state is there again.
+            (Path(output_dir) / STATE_NAME).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(

@@ -58,8 +58,8 @@ class DistillArguments(DataArguments):
         preset (`str`, *optional*, defaults to `"1m"`): Size of a new student; see
             [`~encdec_slm.configuration.list_presets`].
         vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new teacher.
-        teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only twin of this preset. `None`
-            takes `teacher_model_name_or_path`, whose tokenizer a new student gets too.
+        teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only twin of this preset. Not read
+            when the recipe has `teacher_model_name_or_path`, whose tokenizer a new student gets too.
         teacher_num_train_epochs (`float`, *optional*, defaults to 3.0): Of a new teacher.
         teacher_learning_rate (`float`, *optional*, defaults to 1e-3): Of a new teacher.
         use_chat_template (`bool`, *optional*, defaults to `True`): Give the teacher each source as a message of the
@@ -153,7 +153,7 @@ def _prompts(dataset, is_chat):
 
 def _teacher(args, training_args, splits, resumes):
     """A teacher, its tokenizer, and the seconds of its training, which is `None` for one that is not ours."""
-    if args.teacher_preset is None:
+    if args.teacher_preset is None or training_args.teacher_model_name_or_path is not None:
         teacher = load_teacher(None, training_args)
         name = teacher.config._name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)

@@ -96,6 +96,8 @@ def _run_to_head(model, inputs):
     captured = []
 
     def keep_one_position(module, args):
+        if len(args) != 1:
+            return None
         captured.append(args[0])
         return (args[0][:1, :1],)
 

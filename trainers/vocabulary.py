@@ -50,7 +50,7 @@ def _shown(ids, student, teacher):
         return "nothing" if token is None else repr(token)
 
     shown = [f"{id} is {name(student.get(id))} and {name(teacher.get(id))}" for id in ids[:NUM_SHOWN]]
-    return "; ".join(shown) + ("; ..." if len(ids) > NUM_SHOWN else "")
+    return "; ".join(shown) + ("; and others" if len(ids) > NUM_SHOWN else "")
 
 
 __all__ = ["num_common_tokens"]
