@@ -16,8 +16,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 # Threads of so small a model mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/finetune.py --config configuration/recipes/finetune_docstrings.yaml
-	$(BIN)/python examples/generate.py outputs/finetune_docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python examples/distill.py --config configuration/recipes/distill_docstrings.yaml
+	$(BIN)/python examples/generate.py outputs/distill_docstrings
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
@@ -35,6 +35,7 @@ quality: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python examples/benchmark.py --preset 330m --source-length 512 --new-tokens 64 --dtype bfloat16
+	$(BIN)/python examples/benchmark_training.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -136,3 +136,9 @@ def test_settings_survive_being_written_and_read(tmp_path):
     args = build(tmp_path, kd_ratio=0.4, kd_temperature=3.0, seq_kd=True, max_source_length=7)
     written = args.to_dict()
     assert {name: written[name] for name in OURS} == {name: getattr(args, name) for name in OURS}
+
+
+def test_half_precision_is_left_to_machines_with_a_gpu_for_it(tmp_path, monkeypatch):
+    assert Seq2SeqDistillationConfig(str(tmp_path), use_cpu=True).bf16 is False
+    monkeypatch.setattr("encdec_slm.trainers.distillation_config.is_torch_bf16_gpu_available", lambda: False)
+    assert Seq2SeqDistillationConfig(str(tmp_path)).bf16 is False

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
+from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.configuration.sizes import preset_table
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
 
@@ -18,17 +20,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def demo_folder(tmp_path, tiny_config):
     """A folder as `make demo` leaves it, with random weights."""
-    folder = tmp_path / "outputs" / "finetune_docstrings"
+    folder = tmp_path / "outputs" / "distill_docstrings"
     tokenizer = train_tokenizer(["def area(width, height): return width * height"], 300, 64)
-    tokenizer.save_pretrained(folder)
     config = EncDecSLMConfig(**{**tiny_config.to_dict(), "vocab_size": len(tokenizer)})
-    EncDecSLMForConditionalGeneration(config).save_pretrained(folder)
+    student, teacher = EncDecSLMForConditionalGeneration(config), decoder_only_twin(config)
+    for model, path in ((student, folder), (AutoModelForCausalLM.from_config(teacher), f"{folder}_teacher")):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
     return folder
 
 
 def test_every_snippet_runs(demo_folder):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
     )

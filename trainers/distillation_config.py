@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
 
 
@@ -11,7 +12,8 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     """TRL's [`~trl.DistillationConfig`] with a cross-entropy part and with targets from elsewhere than the student.
 
     The loss is `kd_ratio * kd_temperature**2 * divergence + (1 - kd_ratio) * cross_entropy`, in nats per target token.
-    With the defaults it is TRL's: reverse KL divergence on texts that the student writes.
+    With the defaults it is TRL's: reverse KL divergence on texts that the student writes. `bf16` defaults to
+    `True` where there is a GPU for it.
 
     Args:
         kd_ratio (`float`, *optional*, defaults to 1.0): Share of the divergence in the loss, in [0, 1]. The rest is
@@ -44,6 +46,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
         # TRL 1.16 sets the name that transformers 5.23 warns of; the new one says the same.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        # TRL's default is bf16 on every machine, which one without a GPU refuses.
+        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            self.bf16 = False
         super().__post_init__()
         for name in ("kd_ratio", "lmbda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
