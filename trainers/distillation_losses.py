@@ -138,10 +138,22 @@ def distillation_objective(
     is_plain = teacher_hidden is not None and student_head.weight is not None and teacher_head.weight is not None
     if is_plain and student_hidden.is_cuda and torch.is_grad_enabled():
         return _objective_on_kernel(student_hidden, student_head, teacher_hidden, teacher_head, labels, settings)
-    inputs = (student_hidden, student_head.weight, student_head.bias)
+    weight, bias = student_head.weight, student_head.bias
+    student_hidden, student_head = _as_in_autocast(student_hidden, student_head)
+    if teacher_hidden is not None:
+        teacher_hidden, teacher_head = _as_in_autocast(teacher_hidden, teacher_head)
+    inputs = (student_hidden, weight, bias)
     if not torch.is_grad_enabled():
         inputs = (None if value is None else value.detach() for value in inputs)
     return Objective(*_ChunkedObjective.apply(*inputs, student_head, teacher_hidden, teacher_head, labels, settings))
+
+
+def _as_in_autocast(hidden, head):
+    """Both in the precision that a matrix product of them would have, so that the head is cast once."""
+    kind, dtype = hidden.device.type, hidden.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), head.cast(dtype)
 
 
 def _objective_on_kernel(student_hidden, student_head, teacher_hidden, teacher_head, labels, settings):

@@ -90,7 +90,10 @@ def load_teacher(teacher, args) -> PreTrainedModel:
     kwargs |= args.teacher_model_init_kwargs or {}
     if _config_of(teacher, kwargs).is_encoder_decoder:
         raise ValueError(_no_teacher(teacher))
-    return AutoModelForCausalLM.from_pretrained(teacher, **_placed(kwargs, args))
+    model, info = AutoModelForCausalLM.from_pretrained(teacher, output_loading_info=True, **_placed(kwargs, args))
+    if info["missing_keys"]:  # a backbone without its head, say, which would get a random one
+        raise ValueError(_no_teacher(teacher))
+    return model
 
 
 def _config_of(name, kwargs):
@@ -115,17 +118,23 @@ def _placed(kwargs, args):
 
 def check_roles(student, teacher) -> None:
     """Raises a `ValueError` unless the student is an encoder-decoder and the teacher a causal language model."""
-    if not getattr(student.config, "is_encoder_decoder", False):
+    if not getattr(student.config, "is_encoder_decoder", False) or not _writes(student):
         raise ValueError(_no_student(type(student).__name__))
-    is_encoder_decoder = getattr(teacher.config, "is_encoder_decoder", False)
-    base = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
-    if is_encoder_decoder or not base.can_generate():
+    # Encoders such as BERT, which read what they are to predict, say that they are no decoders.
+    is_other = getattr(teacher.config, "is_encoder_decoder", False) or not getattr(teacher.config, "is_decoder", True)
+    if is_other or not _writes(teacher):
         raise ValueError(_no_teacher(type(teacher).__name__))
+
+
+def _writes(model):
+    """Whether a model has an output head and generates."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).can_generate()
 
 
 def _no_student(name):
     return (
-        f"The student {name} is no encoder-decoder, but its encoder is to read the source and its decoder to write. "
+        f"The student {name} is no encoder-decoder with an output head, but its encoder is to read the source and "
+        "its decoder to write. "
         "Use one that `AutoModelForSeq2SeqLM` loads; for a decoder-only student use TRL's DistillationTrainer."
     )
 

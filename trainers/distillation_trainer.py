@@ -151,7 +151,9 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             self._check_teacher_context(train_dataset, None if targets_are_given else args.max_completion_length)
         if isinstance(eval_dataset, dict):
             return train_dataset, {name: self._encoded(rows, name) for name, rows in eval_dataset.items()}
-        return train_dataset, eval_dataset and self._encoded(eval_dataset, "evaluation data")
+        if eval_dataset is not None:
+            eval_dataset = self._encoded(eval_dataset, "evaluation data")
+        return train_dataset, eval_dataset
 
     def _encoded(self, dataset, name):
         encoded = encode_rows(dataset, self.encoder, name)

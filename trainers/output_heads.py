@@ -2,7 +2,7 @@
 """A language model's hidden states as they enter its output head, and what becomes of them there."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,11 @@ class OutputHead:
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def cast(self, dtype):
+        """The same in another precision, without gradients."""
+        weight, bias = (None if value is None else value.detach().to(dtype) for value in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias)
 
     def pulled_back(self, gradient, logits):
         """The gradient for `hidden @ weight.T + bias`, from that for the logits."""

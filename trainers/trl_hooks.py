@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import SequentialSampler
 from transformers import GenerationConfig, Trainer
 from transformers.utils import is_rich_available
@@ -68,6 +69,20 @@ class EncoderDecoderHooks(DistillationTrainer):
         # TRL's own shuffles; predictions are to be in the order of the rows.
         return SequentialSampler(eval_dataset)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As of the Trainer: in the order of the rows, which TRL shuffles."""
+        rows = self.eval_dataset.get(eval_dataset) if isinstance(eval_dataset, str) else eval_dataset
+        if not isinstance(self.eval_dataset if rows is None else rows, IterableDataset):
+            return super().get_eval_dataloader(eval_dataset)
+        self.accelerator.dataloader_config.dispatch_batches = False  # rows are lists, which cannot be sent around
+        return Trainer.get_eval_dataloader(self, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As of the Trainer."""
+        if isinstance(test_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_test_dataloader(test_dataset)
+
     def _tokenize_prompts(self, prompts):
         return prompts, None, {}  # rows hold token ids already
 
@@ -101,6 +116,7 @@ class EncoderDecoderHooks(DistillationTrainer):
                     gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
                 ) as writer,
                 torch.no_grad(),
+                self.accelerator.autocast(),
                 self._dist.summon_full_params(model, recurse=False),
             ):
                 # Processes that share a model's shards are to make equally many steps; transformers sees FSDP1 only.
@@ -133,7 +149,9 @@ class EncoderDecoderHooks(DistillationTrainer):
     def routed(self, wrapped, method, *args, **kwargs):
         """What `method(unwrapped model, ...)` returns, called from within the forward of the wrapped model."""
         unwrapped = self.accelerator.unwrap_model(wrapped)
-        return self._forward_redirection(wrapped, unwrapped, method, unwrapped, *args, **kwargs)
+        # The redirection replaces the forward that accelerate has put autocast around.
+        with self.accelerator.autocast():
+            return self._forward_redirection(wrapped, unwrapped, method, unwrapped, *args, **kwargs)
 
     def log_texts(self, sources: list[str], student: list[str], teacher: list[str], gold: list[str]) -> None:
         """Prints texts side by side and keeps them as TRL keeps completions: a Parquet file, Trackio, W&B."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation over two processes, and of a student whose code comes from its own folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddp_worker import build, make_tokenizer
+from distillation_worker import EVALUATED, make_trainer, metrics_of, result_of
+from safetensors.torch import load_file
+
+
+TESTS = Path(__file__).parent
+RUNS = {
+    "off_policy": {"lmbda": 0.0, "kd_ratio": 0.5, "kd_temperature": 2.0, "max_steps": 3},
+    "accumulated": {"lmbda": 0.0, "kd_ratio": 0.5, "gradient_accumulation_steps": 2},
+    # Sampling this cold is greedy search, and the same in each process.
+    "on_policy": {"lmbda": 1.0, "kd_ratio": 0.5, "temperature": 1e-4, "beta": 0.5},
+    # Each process has its own random numbers, and all of them draw the same origin of a batch.
+    "mixed": {"lmbda": 0.5, "kd_ratio": 0.5, "temperature": 1e-4, "max_steps": 6},
+}
+# Gradients are summed over processes in another order.
+OTHER_ORDER = {"atol": 1e-5, "rtol": 1e-5}
+STUDENT_FROM_ITS_FOLDER = """
+import sys
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+folder, output_dir = sys.argv[1:]
+student = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
+assert "encdec_slm" not in sys.modules and type(student).__module__.startswith("transformers_modules."), student
+
+from distillation_worker import history_of, make_trainer
+
+before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+trainer = make_trainer(output_dir, student, lmbda=0.5, kd_ratio=0.5, optim="adamw_torch", learning_rate=1e-2)
+assert trainer.model is student
+trainer.train()
+assert not [name for name, parameter in student.named_parameters() if torch.equal(parameter, before[name])]
+trainer.save_model()
+torch.save(history_of(trainer), output_dir + "/losses.pt")
+"""
+
+
+def run(*command, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), **variables}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory):
+    """What two processes measure that share each batch."""
+    folder = tmp_path_factory.mktemp("shared_out")
+    runs = {name: {**settings, "per_device_train_batch_size": 2} for name, settings in RUNS.items()}
+    run(TESTS / "distillation_worker.py", folder, json.dumps(runs))
+    return torch.load(folder / "result.pt")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_distil_as_one_does_on_the_same_global_batch(name, shared_out, tmp_path):
+    trainer = make_trainer(tmp_path, **RUNS[name], per_device_train_batch_size=4)
+    trainer.train()
+    expected = {**result_of(trainer), "metrics": metrics_of(trainer, EVALUATED)}
+    assert (expected.pop("num_processes"), shared_out[name].pop("num_processes")) == (1, 2)
+    weights = shared_out[name].pop("weights"), expected.pop("weights")
+    torch.testing.assert_close(shared_out[name], expected, **OTHER_ORDER)
+    torch.testing.assert_close(*weights, **OTHER_ORDER)
+    assert len(expected["losses"]) == RUNS[name].get("max_steps", 2) and len(set(expected["losses"])) > 1
+
+
+def test_a_student_of_which_the_code_lies_in_its_folder_distils(tmp_path):
+    folder, output_dir = tmp_path / "student", tmp_path / "out"
+    build().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    run("-c", STUDENT_FROM_ITS_FOLDER, folder, output_dir, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert {"modeling_encdec_slm.py", "configuration_encdec_slm.py", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in output_dir.iterdir()
+    }
+    config = json.loads((output_dir / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForSeq2SeqLM"] == "modeling_encdec_slm.EncDecSLMForConditionalGeneration"
+    # The same run as that of the installed class.
+    student = build()
+    settings = {"lmbda": 0.5, "kd_ratio": 0.5, "optim": "adamw_torch", "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, student, **settings)
+    trainer.train()
+    assert torch.load(output_dir / "losses.pt") == pytest.approx(result_of(trainer)["losses"])
+    # Tied weights are saved once.
+    saved = load_file(output_dir / "model.safetensors")
+    torch.testing.assert_close(saved, {name: student.state_dict()[name] for name in saved})
