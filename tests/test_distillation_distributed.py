@@ -44,6 +44,44 @@ assert not [name for name, parameter in student.named_parameters() if torch.equa
 trainer.save_model()
 torch.save(history_of(trainer), output_dir + "/losses.pt")
 """
+# accelerate shards on accelerators only; told otherwise, FSDP2 itself works over gloo.
+SHARDED_ON_CPU = """
+import json
+import sys
+from accelerate import state
+
+initialize = state.AcceleratorState.__init__
+
+def initialize_sharded(self, *args, **kwargs):
+    initialize(self, *args, **kwargs)
+    self.distributed_type = state.DistributedType.FSDP
+    if "fsdp_plugin" in kwargs:
+        self.fsdp_plugin = kwargs["fsdp_plugin"]
+
+state.AcceleratorState.__init__ = initialize_sharded
+
+from distillation_worker import history_of, make_trainer
+from torch.distributed.tensor import DTensor
+
+results = {}
+for name, settings in json.loads(sys.argv[2]).items():
+    trainer = make_trainer(sys.argv[1] + "/" + name, **settings)
+    trainer.train()
+    assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    results[name] = {"losses": history_of(trainer), "gradient_norms": history_of(trainer, "grad_norm")}
+    trainer.save_model()
+if trainer.is_world_process_zero():
+    json.dump(results, open(sys.argv[1] + "/result.json", "w"))
+trainer.accelerator.end_training()
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
 
 
 def run(*command, **variables):
@@ -73,6 +111,24 @@ def test_two_processes_distil_as_one_does_on_the_same_global_batch(name, shared_
     torch.testing.assert_close(shared_out[name], expected, **OTHER_ORDER)
     torch.testing.assert_close(*weights, **OTHER_ORDER)
     assert len(expected["losses"]) == RUNS[name].get("max_steps", 2) and len(set(expected["losses"])) > 1
+
+
+@pytest.mark.slow
+def test_shards_of_fsdp2_distil_as_one_process_does(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED_ON_CPU)
+    names = ("off_policy", "on_policy")
+    runs = {name: {**RUNS[name], "per_device_train_batch_size": 2} for name in names}
+    run("-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path, json.dumps(runs), **FSDP2)
+    sharded = json.loads((tmp_path / "result.json").read_text())
+    for name in names:
+        trainer = make_trainer(tmp_path / "one", **RUNS[name], per_device_train_batch_size=4)
+        trainer.train()
+        expected = result_of(trainer)
+        for key in ("losses", "gradient_norms"):
+            assert sharded[name][key] == pytest.approx(expected[key], rel=1e-4)
+        saved = load_file(tmp_path / name / "model.safetensors")
+        torch.testing.assert_close(saved, {key: expected["weights"][key] for key in saved}, **OTHER_ORDER)
 
 
 def test_a_student_of_which_the_code_lies_in_its_folder_distils(tmp_path):
