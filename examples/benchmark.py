@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import encdec_slm
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
+from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
 
 
 @dataclass
@@ -54,19 +56,6 @@ class Contender:
     token_seconds: Callable[[torch.LongTensor, int], list[float]]
 
 
-class TokenClock:
-    """A streamer for `generate` that keeps when each token arrives; the prompt is the first thing to arrive."""
-
-    def __init__(self):
-        self.moments = []
-
-    def put(self, token_ids):
-        self.moments.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
 def encoder_decoder(arguments):
     """The preset itself."""
     model = random_model(AutoModelForSeq2SeqLM, load_preset(arguments.preset), arguments)
@@ -79,7 +68,7 @@ def encoder_decoder(arguments):
         num_parameters=num_weights(model, ""),
         bytes_per_token=lambda length: model.dtype.itemsize * (step_weights + length * num_cached_values(config)),
         first_token_flops=lambda length: 2 * (length * weights + step_weights) + 4 * attention_size * length**2,
-        token_seconds=generate_of(model),
+        token_seconds=partial(token_seconds, model),
     )
 
 
@@ -101,7 +90,7 @@ def twin(arguments):
         num_parameters=num_weights(model, ""),
         bytes_per_token=lambda length: model.dtype.itemsize * (step_weights + length * num_cached_values(config)),
         first_token_flops=lambda length: 2 * (length * weights + head_weights) + 4 * attention_size * length**2,
-        token_seconds=generate_of(model),
+        token_seconds=partial(token_seconds, model),
     )
 
 
@@ -118,18 +107,6 @@ def random_model(auto_class, config, arguments):
 def num_weights(model, *parts):
     """Parameters of a model whose names contain one of `parts`."""
     return sum(value.numel() for name, value in model.named_parameters() if any(part in name for part in parts))
-
-
-def generate_of(model):
-    """`Contender.token_seconds` of a transformers model."""
-
-    def token_seconds(source_ids, num_new_tokens):
-        clock, mask = TokenClock(), torch.ones_like(source_ids)
-        start = time.perf_counter()
-        model.generate(source_ids, attention_mask=mask, max_new_tokens=num_new_tokens, do_sample=False, streamer=clock)
-        return [moment - start for moment in clock.moments[1:]]
-
-    return token_seconds
 
 
 CONTENDERS = (encoder_decoder, twin)
@@ -202,11 +179,6 @@ def measure_times(contenders, arguments):
 
 def describe(seconds):
     return f"first token {1e3 * seconds[0]:.0f} ms, then {decode_rate(seconds):.1f} tokens/s"
-
-
-def decode_rate(seconds):
-    """Tokens per second after the first."""
-    return (len(seconds) - 1) / (seconds[-1] - seconds[0])
 
 
 def spread(values):

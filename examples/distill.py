@@ -8,13 +8,10 @@ also be given on the command line, which wins: `--teacher_model_name_or_path` ta
 `--dataset_name` any data set of the Hub. `--help` lists the keys.
 """
 
-import logging
-import sys
-import traceback
-
 from encdec_slm.configuration.recipe_files import parse_recipe
 from encdec_slm.trainers import Seq2SeqDistillationConfig
 from encdec_slm.trainers.distilling import DistillArguments, distill
+from encdec_slm.trainers.run_reports import first_lines, run_script
 
 
 def main():
@@ -45,7 +42,7 @@ def report(results, folder):
     if len(models) == 3:
         lines.append(verdict(models[1], models[2], results["train_steps"]))
     for sample in results["samples"]:
-        lines += ["", _shortened(sample["source"]), f"  reference: {sample['reference']}"]
+        lines += ["", first_lines(sample["source"]), f"  reference: {sample['reference']}"]
         lines += [f"  distilled: {sample['prediction']}"]
     lines += ["", f"Saved to {folder}: the distilled student, results.json, predictions.jsonl and loss.png."]
     return "\n".join(lines)
@@ -68,23 +65,5 @@ def verdict(distilled, alone, num_steps):
     return text + "."
 
 
-def _shortened(text, num_lines=6):
-    lines = text.splitlines()
-    return "\n".join([*lines[:num_lines], "    ..."] if len(lines) > num_lines else lines)
-
-
-def _is_about_input(error):
-    """Whether our own code raised this, to say what to change; anything else is a bug and keeps its stack trace."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").startswith("encdec_slm.")
-
-
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("encdec_slm").setLevel(logging.INFO)
-    try:
-        main()
-    except (TypeError, ValueError, FloatingPointError) as error:
-        if not _is_about_input(error):
-            raise
-        sys.exit(f"distill.py: {error}")
+    run_script(main)

@@ -7,15 +7,12 @@ python examples/finetune.py --config configuration/recipes/finetune_docstrings.y
 also be given on the command line, which wins. `--help` lists the keys.
 """
 
-import logging
-import sys
-import traceback
-
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
 from encdec_slm.configuration.recipe_files import parse_recipe
 from encdec_slm.trainers.finetuning import FinetuneArguments, finetune
+from encdec_slm.trainers.run_reports import first_lines, run_script
 
 
 def main():
@@ -37,7 +34,7 @@ def report(results, folder):
     for key, name in names.items():
         lines.append(f"{name:26} {results['before'][key]:9.2f} {results['after'][key]:9.2f}")
     for sample in results["samples"]:
-        lines += ["", _shortened(sample["source"]), f"  reference: {sample['reference']}"]
+        lines += ["", first_lines(sample["source"]), f"  reference: {sample['reference']}"]
         lines += [f"  model:     {sample['prediction']}"]
     lines += [
         "",
@@ -49,23 +46,5 @@ def report(results, folder):
     return "\n".join(lines)
 
 
-def _shortened(text, num_lines=6):
-    lines = text.splitlines()
-    return "\n".join([*lines[:num_lines], "    ..."] if len(lines) > num_lines else lines)
-
-
-def _is_about_input(error):
-    """Whether our own code raised this, to say what to change; anything else is a bug and keeps its stack trace."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").startswith("encdec_slm.")
-
-
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("encdec_slm").setLevel(logging.INFO)
-    try:
-        main()
-    except (TypeError, ValueError) as error:
-        if not _is_about_input(error):
-            raise
-        sys.exit(f"finetune.py: {error}")
+    run_script(main)

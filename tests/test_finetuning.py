@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from encdec_slm.trainers import finetuning
-from encdec_slm.trainers.finetuning import LORA_TARGET_MODULES, FinetuneArguments, finetune, score_texts
+from encdec_slm.trainers.finetuning import LORA_TARGET_MODULES, FinetuneArguments, finetune
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -134,26 +133,6 @@ def test_an_unknown_preset_is_answered_with_those_that_exist(tmp_path):
 def test_two_sources_of_data_are_refused():
     with pytest.raises(ValueError, match="rows come from one place"):
         FinetuneArguments(train_file="a.jsonl", dataset_name="b")
-
-
-def test_scores_are_percentages_of_overlap_and_equality():
-    references = ["Return the size.", "Close the file."]
-    assert score_texts(references, references) == {"rougeL": 100.0, "exact": 100.0}
-    # Two of three words, in order: precision 2/2 and recall 2/3 make 80.
-    assert score_texts(["returns size", ""], references) == {"rougeL": 40.0, "exact": 0.0}
-
-
-def test_a_file_is_never_half_written(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text("old", encoding="utf-8")
-
-    def fail_halfway(temporary):
-        temporary.write_text("ne", encoding="utf-8")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError):
-        finetuning._write(path, fail_halfway)
-    assert path.read_text(encoding="utf-8") == "old"
 
 
 def run_script(name, *args, cwd):

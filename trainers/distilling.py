@@ -31,7 +31,7 @@ from .distillation_data import RowEncoder, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .generation_speed import compare_speed
-from .run_reports import LossBesideProgress, loss_figure, preset_config, score_texts, versions, write_file
+from .run_reports import LossBesideProgress, preset_config, score_texts, versions, write_file, write_run_files
 from .seq2seq_data import DataArguments, first_texts, load_splits, train_tokenizer
 
 
@@ -197,9 +197,9 @@ def _train_teacher(args, training_args, dataset, folder):
 
 
 def _causal_row(row):
-    """Source and target in one row, of which the target is learnt."""
-    source, target = row["teacher_source_ids"], row["target_ids"]
-    return {"input_ids": source + target, "labels": [-100] * len(source) + target}
+    """Source and target in one row, both of which are learnt: knowing code helps to speak of it."""
+    ids = row["teacher_source_ids"] + row["target_ids"]
+    return {"input_ids": ids, "labels": list(ids)}
 
 
 # The students
@@ -311,11 +311,5 @@ def _add_speeds(rows, models, trainer, test):
 def _save(trainer, results, predictions):
     trainer.save_model()
     trainer.create_model_card()
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    figure = loss_figure(trainer.state.log_history)
-    write_file(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-    write_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
+    if trainer.is_world_process_zero():
+        write_run_files(Path(trainer.args.output_dir), trainer.state.log_history, results, predictions)

@@ -2,7 +2,6 @@
 """Fine-tunes an encoder-decoder on `source` and `target` text, and measures what that changed on held-out rows."""
 
 import copy
-import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .run_reports import LossBesideProgress, loss_figure, preset_config, score_texts, versions, write_file
+from .run_reports import LossBesideProgress, preset_config, score_texts, versions, write_file, write_run_files
 from .seq2seq_data import DataArguments, first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
 
 
@@ -213,10 +212,6 @@ def _save(trainer, results, predictions):
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    figure = loss_figure(trainer.state.log_history)
-    write_file(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-    write_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
-    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
+    write_run_files(folder, trainer.state.log_history, results, predictions)
     if not hasattr(trainer.model, "peft_config"):  # PEFT writes a card for its adapters itself
         write_file(folder / "README.md", model_card(folder.name, trainer.model.config, results).save)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training jobs share: a new model to begin with, texts to score, and files that say what happened."""
 
+import json
+import logging
 import os
 import platform
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,12 +63,21 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(temporary, path)
 
 
+def write_run_files(folder: Path, log_history: list[dict], results: dict, predictions: list[dict]) -> None:
+    """Writes `results.json`, `predictions.jsonl` and the plot of the losses, `loss.png`."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    figure = _loss_figure(log_history)
+    write_file(folder / "predictions.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    write_file(folder / "loss.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    write_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
+
+
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide what a run gives."""
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def loss_figure(log_history: list[dict]) -> Figure:
+def _loss_figure(log_history: list[dict]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
@@ -75,3 +88,23 @@ def loss_figure(log_history: list[dict]) -> Figure:
     axes.legend(title="rows")
     axes.grid(alpha=0.3)
     return figure
+
+
+def first_lines(text: str, num_lines: int = 6) -> str:
+    """A text for a report, cut with dots if it has more lines."""
+    lines = text.splitlines()
+    return "\n".join([*lines[:num_lines], "    ..."] if len(lines) > num_lines else lines)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main` with our log on the screen; what is wrong with its input ends it with a sentence."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("encdec_slm").setLevel(logging.INFO)
+    try:
+        main()
+    except (TypeError, ValueError, FloatingPointError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # What our own code raises says what to change; anything else is a bug and keeps its stack trace.
+        if not frame.f_globals.get("__name__", "").startswith("encdec_slm."):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
