@@ -27,6 +27,8 @@ from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTr
 gc.freeze()
 
 BOS, EOS = 1, 2
+# Sums over rows or processes are taken in another order.
+OTHER_ORDER = {"atol": 1e-5, "rtol": 1e-5}
 # transformers 5.23 deprecates the name that 5.17 has.
 CHECKPOINTING = (
     "activation" if "activation_checkpointing" in Seq2SeqDistillationConfig.__dataclass_fields__ else "gradient"
@@ -171,6 +173,62 @@ def metrics_of(trainer, dataset=None):
     metrics = trainer.evaluate() if dataset is None else trainer.evaluate(dataset)
     names = ("loss", "kd_loss", "ce_loss", "teacher_agreement", "entropy")
     return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+
+
+def weights_of(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def floats(numbers):
+    return {name: value.item() for name, value in numbers.items()}
+
+
+def capture(owner, name, calls):
+    """Lets `owner.name` be called as before and appends to `calls` what it was given and what it returned."""
+    original = getattr(owner, name)
+
+    def spy(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append((args, kwargs, result))
+        return result
+
+    setattr(owner, name, spy)
+
+
+def greedy_text(model, source, begin):
+    """What `model` writes after one source without padding, up to and with the end-of-text token."""
+    with torch.no_grad():
+        written = model.generate(
+            torch.tensor([source]),
+            attention_mask=torch.ones(1, len(source), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    return written[0, begin:].tolist()
+
+
+def frozen_texts(source_ids):
+    """Texts that depend on the source alone, of different lengths."""
+    return [[*reversed(ids), *ids[: len(ids) % 3], EOS] for ids in source_ids]
+
+
+# What is trained, and what is not
+
+
+def same_function_pair():
+    """A student and a teacher whose next token depends on the last one alone: table, norm and head, each the same."""
+    student, teacher = build(), make_teacher()
+    for model in (student, teacher):
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight.copy_(student.get_input_embeddings().weight)
+        teacher.get_output_embeddings().weight.copy_(student.get_output_embeddings().weight)
+        teacher.model.norm.weight.copy_(student.model.decoder.norm.weight)
+    return student, teacher
 
 
 def main(output_dir, runs):

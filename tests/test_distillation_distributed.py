@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ddp_worker import build, make_tokenizer
-from distillation_worker import EVALUATED, make_trainer, metrics_of, result_of
+from distillation_worker import EVALUATED, OTHER_ORDER, make_trainer, metrics_of, result_of
 from safetensors.torch import load_file
 
 
@@ -23,8 +23,6 @@ RUNS = {
     # Each process has its own random numbers, and all of them draw the same origin of a batch.
     "mixed": {"lmbda": 0.5, "kd_ratio": 0.5, "temperature": 1e-4, "max_steps": 6},
 }
-# Gradients are summed over processes in another order.
-OTHER_ORDER = {"atol": 1e-5, "rtol": 1e-5}
 STUDENT_FROM_ITS_FOLDER = """
 import sys
 import torch

@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder-only teacher, an encoder-decoder student, and the loss between them written out again."""
 
-import copy
-import json
-from pathlib import Path
-
-import numpy as np
-import pandas
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,73 +10,32 @@ from distillation_worker import (
     CHECKPOINTING,
     EOS,
     OFF_POLICY,
+    OTHER_ORDER,
+    capture,
+    frozen_texts,
     gold_pairs,
+    greedy_text,
     ids_of,
-    make_args,
     make_teacher,
     make_texts,
     make_trainer,
     metrics_of,
     plain_numbers,
+    same_function_pair,
+    weights_of,
 )
-from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from encdec_slm import EncDecSLMForConditionalGeneration
-from encdec_slm.trainers import Seq2SeqDistillationTrainer, distillation_trainer
+from encdec_slm.trainers import distillation_trainer
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # PEFT 0.21 asks for `is_gradient_checkpointing`, a name that transformers 5.23 deprecates.
 peft_uses_a_deprecated_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-# The sum over rows is taken in another order.
-OTHER_ORDER = {"atol": 1e-5, "rtol": 1e-5}
 TEMPLATE = "{% for m in messages %}w90 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w91{% endif %}"
-
-
-def weights_of(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def floats(numbers):
-    return {name: value.item() for name, value in numbers.items()}
-
-
-def capture(owner, name, calls):
-    """Lets `owner.name` be called as before and appends to `calls` what it was given and what it returned."""
-    original = getattr(owner, name)
-
-    def spy(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append((args, kwargs, result))
-        return result
-
-    setattr(owner, name, spy)
-
-
-def greedy_text(model, source, begin):
-    """What `model` writes after one source without padding, up to and with the end-of-text token."""
-    with torch.no_grad():
-        written = model.generate(
-            torch.tensor([source]),
-            attention_mask=torch.ones(1, len(source), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=10,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-    return written[0, begin:].tolist()
-
-
-def frozen_texts(source_ids):
-    """Texts that depend on the source alone, of different lengths."""
-    return [[*reversed(ids), *ids[: len(ids) % 3], EOS] for ids in source_ids]
-
-
-# What is trained, and what is not
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])
@@ -231,20 +184,6 @@ def test_positions_are_aligned_token_by_token(tmp_path, monkeypatch):
     for ids, divergence in zip(labels.split(lengths), objective.divergence.split(lengths), strict=True):
         torch.testing.assert_close(divergence, expected.pop(tuple(ids.tolist())), **OTHER_ORDER)
     assert not expected
-
-
-def same_function_pair():
-    """A student and a teacher whose next token depends on the last one alone: table, norm and head, each the same."""
-    student, teacher = build(), make_teacher()
-    for model in (student, teacher):
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                torch.nn.init.zeros_(parameter)
-    with torch.no_grad():
-        teacher.get_input_embeddings().weight.copy_(student.get_input_embeddings().weight)
-        teacher.get_output_embeddings().weight.copy_(student.get_output_embeddings().weight)
-        teacher.model.norm.weight.copy_(student.model.decoder.norm.weight)
-    return student, teacher
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -451,157 +390,6 @@ def test_the_end_of_text_is_taught_unless_the_target_is_cut(tmp_path):
 # Evaluation
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_evaluation_measures_means_over_all_tokens_whatever_the_batch_size(batch_size, tmp_path):
-    rows = make_texts(7, seed=8)
-    settings = {"beta": 0.3, "kd_temperature": 2.0, "kd_ratio": 0.3}
-    trainer = make_trainer(
-        tmp_path,
-        build(mlp_dropout=0.2),
-        arguments={"eval_dataset": Dataset.from_list(rows)},
-        per_device_eval_batch_size=batch_size,
-        label_smoothing_factor=0.2,
-        **settings,
-    )
-    with torch.no_grad():
-        expected = plain_numbers(build().eval(), make_teacher(), gold_pairs(rows), **settings)
-    torch.testing.assert_close(metrics_of(trainer), floats(expected), **OTHER_ORDER)
-
-
-def test_agreement_is_not_0_by_chance_alone(tmp_path):
-    rows = [{**row, "prompt": f"{row['prompt']} <s>"} for row in make_texts(8)]
-    trainer = make_trainer(tmp_path, *same_function_pair(), rows=rows)
-    assert metrics_of(trainer, Dataset.from_list(rows))["teacher_agreement"] == 1.0
-    half = make_texts(8)
-    agreement = metrics_of(trainer, Dataset.from_list(half))["teacher_agreement"]
-    # The first token of each row is predicted from different ones.
-    assert agreement == pytest.approx(1 - 8 / sum(len(target) for _, target in gold_pairs(half)), abs=0.1)
-    assert 0 < agreement < 1
-
-
-@pytest.mark.parametrize("as_stream", [False, True])
-def test_generated_texts_are_scored_in_the_order_of_the_rows(as_stream, tmp_path):
-    rows, scored = make_texts(7, seed=8), []
-    dataset = Dataset.from_list(rows)
-    if as_stream:
-        dataset = dataset.to_iterable_dataset()
-
-    def compute_metrics(prediction):
-        scored.append(prediction)
-        return {"number": 0.25}
-
-    trainer = make_trainer(
-        tmp_path,
-        arguments={"eval_dataset": dataset, "compute_metrics": compute_metrics},
-        predict_with_generate=True,
-        per_device_eval_batch_size=3,
-    )
-    metrics = trainer.evaluate()
-    assert metrics["eval_number"] == 0.25 and metrics["eval_kd_loss"] > 0
-    (prediction,) = scored
-    student = build().eval()
-    for (source, target), written, labels in zip(
-        gold_pairs(rows), prediction.predictions, prediction.label_ids, strict=True
-    ):
-        assert labels[labels != -100].tolist() == target
-        text = greedy_text(student, source, begin=1)
-        assert written[: len(text)].tolist() == text
-        assert set(written[len(text) :].tolist()) <= {0, -100}
-    output = trainer.predict(dataset)
-    assert np.array_equal(output.predictions, prediction.predictions)
-    assert output.metrics["test_number"] == 0.25
-
-
-def test_raw_rows_are_evaluated_and_predicted(tmp_path):
-    rows = make_texts(5, seed=9)
-    trainer = make_trainer(tmp_path)
-    with torch.no_grad():
-        expected = floats(plain_numbers(build().eval(), make_teacher(), gold_pairs(rows)))
-    torch.testing.assert_close(metrics_of(trainer, Dataset.from_list(rows)), expected, **OTHER_ORDER)
-    renamed = [{"source": row["prompt"], "target": row["completion"]} for row in rows]
-    torch.testing.assert_close(metrics_of(trainer, Dataset.from_list(renamed)), expected, **OTHER_ORDER)
-    output = trainer.predict(Dataset.from_list(rows))
-    torch.testing.assert_close(output.metrics["test_kd_loss"], expected["kd_loss"], **OTHER_ORDER)
-
-
-def test_rows_without_targets_are_evaluated_on_what_the_student_writes(tmp_path):
-    rows, texts = [{"prompt": row["prompt"]} for row in make_texts(5)], []
-    trainer = make_trainer(tmp_path)
-    capture(trainer, "student_texts", texts)
-    metrics = metrics_of(trainer, Dataset.from_list(rows))
-    pairs = [pair for (sources,), _, written in texts for pair in zip(sources, written, strict=True)]
-    assert "ce_loss" not in metrics and len(pairs) == 5
-    with torch.no_grad():
-        expected = floats(plain_numbers(build().eval(), make_teacher(), pairs))
-    torch.testing.assert_close(metrics, {name: expected[name] for name in metrics}, **OTHER_ORDER)
-
-
-def test_a_stream_is_predicted_like_a_data_set(tmp_path):
-    rows = Dataset.from_list(make_texts(7, seed=8))
-    trainer = make_trainer(tmp_path, predict_with_generate=True, per_device_eval_batch_size=3)
-    expected = trainer.predict(rows)
-    streamed = trainer.predict(rows.to_iterable_dataset())
-    assert np.array_equal(streamed.predictions, expected.predictions)
-    assert np.array_equal(streamed.label_ids, expected.label_ids)
-    torch.testing.assert_close(streamed.metrics["test_kd_loss"], expected.metrics["test_kd_loss"], **OTHER_ORDER)
-
-
-def test_each_data_set_of_a_dict_is_evaluated(tmp_path):
-    sets = {"near": make_texts(3, seed=8), "far": make_texts(4, seed=9)}
-    trainer = make_trainer(
-        tmp_path,
-        arguments={"eval_dataset": {name: Dataset.from_list(rows) for name, rows in sets.items()}},
-    )
-    metrics = trainer.evaluate()
-    for name, rows in sets.items():
-        with torch.no_grad():
-            expected = plain_numbers(build().eval(), make_teacher(), gold_pairs(rows))
-        torch.testing.assert_close(metrics[f"eval_{name}_kd_loss"], expected["kd_loss"].item(), **OTHER_ORDER)
-
-
-def test_evaluation_in_training_leaves_no_trace_in_the_losses(tmp_path):
-    histories = []
-    for eval_strategy in ("no", "steps"):
-        trainer = make_trainer(
-            tmp_path,
-            arguments={"eval_dataset": Dataset.from_list(make_texts(5))},
-            **OFF_POLICY,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            eval_strategy=eval_strategy,
-            eval_steps=1,
-        )
-        trainer.train()
-        histories.append(history_of(trainer))
-    torch.testing.assert_close(histories[0], histories[1], **OTHER_ORDER)
-    assert len(histories[0]) == len(history_of(trainer, "eval_kd_loss")) == 3
-
-
-def test_completions_are_printed_and_kept_beside_the_teachers_and_the_gold_ones(tmp_path, capsys):
-    rows = make_texts(8)
-    trainer = make_trainer(tmp_path, rows=rows, log_completions=True, max_steps=1, num_completions_to_print=3)
-    trainer.train()
-    printed = capsys.readouterr().out
-    assert all(heading in printed for heading in ("Prompt", "Completion", "Teacher", "Gold"))
-    table = pandas.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
-    assert list(table.columns) == ["step", "prompt", "completion", "teacher", "gold"] and len(table) == 3
-    gold = {row["prompt"]: row["completion"] for row in rows}
-    tokenizer, student, teacher = make_tokenizer(), trainer.model.eval(), make_teacher()
-
-    def text(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    for row in table.itertuples():
-        source = ids_of(row.prompt)
-        assert row.step == 1 and row.gold == gold[row.prompt]
-        assert row.teacher == text(greedy_text(teacher, source, begin=len(source)))
-        assert row.completion == text(greedy_text(student, source, begin=1))
-
-
-# Kinds of data
-
-
 def test_a_stream_is_trained_on_like_a_data_set_in_its_order(tmp_path):
     rows, runs = make_texts(16), []
     for as_stream in (False, True):
@@ -782,181 +570,3 @@ def test_bfloat16_autocast_reaches_every_part(part, lmbda, with_lora, tmp_path):
 
 
 # The card and the Hub
-
-
-def test_the_card_names_teacher_data_objective_tags_and_results(tmp_path):
-    student, teacher = build(), make_teacher()
-    teacher.config._name_or_path = "somebody/big-teacher"
-    trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        arguments={"eval_dataset": Dataset.from_list(make_texts(5)), "teacher_processing_class": make_tokenizer()},
-        lmbda=0.25,
-        beta=0.0,
-        kd_ratio=0.75,
-        kd_temperature=2.0,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-    )
-    trainer.train()
-    trainer.create_model_card("a-student", "some/data", tags="mine")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert {"trl", "distillation", "encdec_slm", "mine"} <= set(card.data.tags)
-    assert card.data.pipeline_tag == "text2text-generation" and card.data.datasets == "some/data"
-    for part in (
-        "[somebody/big-teacher](https://huggingface.co/somebody/big-teacher)",
-        "[some/data](https://huggingface.co/datasets/some/data)",
-        "0.75 x forward KL at temperature 2",
-        "0.25 x cross-entropy",
-        "written by the student (temperature 1.0, top-k off) in 25% of the batches, else those of the data",
-        "| optimizer steps | 2 |",
-        f"| kd_loss | {history_of(trainer, 'eval_kd_loss')[-1]:.4f} |",
-        f"| teacher_agreement | {history_of(trainer, 'eval_teacher_agreement')[-1]:.4f} |",
-    ):
-        assert part in card.content, part
-
-
-def test_pushing_uploads_the_model_with_its_card(tmp_path, monkeypatch):
-    uploads = []
-
-    class Url(str):
-        repo_id = "me/a-student"
-
-    def upload(api, **kwargs):
-        folder = Path(kwargs["folder_path"])
-        uploads.append(
-            (kwargs["repo_id"], {path.name for path in folder.iterdir()}, (folder / "README.md").read_text())
-        )
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: Url("https://hub/me/a-student"))
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    trainer = make_trainer(tmp_path, hub_model_id="me/a-student", kd_ratio=0.5, lmbda=0.0)
-    trainer.train()
-    trainer.push_to_hub(dataset_name="some/data")
-    ((repository, files, card),) = uploads
-    assert repository == "me/a-student"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
-    assert "some/data" in card and "- trl" in card and 'model="me/a-student"' in card and "reverse KL" in card
-
-
-# Models as strings, adapters and padded tables
-
-
-def saved(folder, model, tokenizer=True):
-    model.save_pretrained(folder)
-    if tokenizer:
-        make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def teacher_adapter(teacher):
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
-    adapted = get_peft_model(teacher, config)
-    for index, (name, parameter) in enumerate(adapted.named_parameters()):
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(index))
-    return adapted.eval()
-
-
-@peft_uses_a_deprecated_name
-@pytest.mark.parametrize("given_as", ["folder", "name in args", "adapter folder", "PeftModel", "merged"])
-def test_a_teacher_teaches_in_whatever_form_it_is_given(given_as, tmp_path):
-    rows, arguments, settings, reference = make_texts(8), {}, {}, make_teacher()
-    base = saved(tmp_path / "base", make_teacher())
-    if given_as in ("folder", "name in args"):
-        teacher = base
-    else:
-        from transformers import AutoModelForCausalLM
-
-        reference = teacher_adapter(AutoModelForCausalLM.from_pretrained(base))
-        teacher = copy.deepcopy(reference)
-        if given_as == "adapter folder":
-            teacher.save_pretrained(tmp_path / "adapter")
-            teacher = str(tmp_path / "adapter")
-        elif given_as == "merged":
-            teacher = teacher.merge_and_unload()
-    if given_as == "name in args":
-        settings["teacher_model_name_or_path"], teacher = teacher, None
-    args = make_args(tmp_path / "out", lmbda=0.0, max_steps=1, **settings)
-    arguments = {"train_dataset": Dataset.from_list(rows), "processing_class": make_tokenizer()}
-    trainer = Seq2SeqDistillationTrainer(build(), teacher, args, **arguments)
-    trainer.train()
-    expected = plain_numbers(build(), reference, gold_pairs(rows))["loss"].item()
-    # Merging adds B A to W once instead of adding B A x to W x.
-    torch.testing.assert_close(history_of(trainer)[0], expected, atol=1e-4, rtol=1e-4)
-    if given_as not in ("folder", "name in args"):
-        other = plain_numbers(build(), make_teacher(), gold_pairs(rows))["loss"].item()
-        assert abs(other - expected) > 1e-2
-    assert not any(parameter.requires_grad for parameter in trainer.teacher_model.parameters())
-
-
-def test_a_teacher_is_loaded_as_its_settings_say(tmp_path):
-    folder = saved(tmp_path / "teacher", make_teacher())
-    settings = {**OFF_POLICY, "max_steps": 1, "teacher_model_init_kwargs": {"dtype": "bfloat16"}}
-    trainer = make_trainer(tmp_path, teacher=folder, **settings)
-    trainer.train()
-    assert {parameter.dtype for parameter in trainer.teacher_model.parameters()} == {torch.bfloat16}
-    expected = plain_numbers(build(), make_teacher(), gold_pairs(make_texts()), kd_ratio=0.5)["loss"].item()
-    # bfloat16 keeps 8 bits, and the step has half of the rows.
-    torch.testing.assert_close(history_of(trainer)[0], expected, rtol=0.05, atol=0.0)
-    with pytest.raises(ValueError, match="`teacher_model_init_kwargs` is given, but the teacher is loaded already"):
-        make_trainer(tmp_path, **settings)
-
-
-def test_a_student_is_loaded_from_a_string_in_float32_with_its_tokenizer(tmp_path):
-    folder = saved(tmp_path / "student", build().to(torch.bfloat16))
-    args = make_args(tmp_path / "out", **OFF_POLICY, max_steps=1)
-    trainer = Seq2SeqDistillationTrainer(folder, make_teacher(), args, train_dataset=Dataset.from_list(make_texts(8)))
-    assert type(trainer.model) is EncDecSLMForConditionalGeneration
-    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
-    assert trainer.processing_class.get_vocab() == make_tokenizer().get_vocab()
-    trainer.train()
-    half = build().to(torch.bfloat16).float()
-    expected = plain_numbers(half, make_teacher(), gold_pairs(make_texts(8)), kd_ratio=0.5)["loss"].item()
-    torch.testing.assert_close(history_of(trainer)[0], expected, **OTHER_ORDER)
-
-
-@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(97, 128), (104, 97), (104, 128)])
-def test_padded_tables_are_compared_on_the_common_ids(student_rows, teacher_rows, tmp_path):
-    student, teacher, texts = build(vocab_size=student_rows), make_teacher(vocab_size=teacher_rows), []
-    rows, settings = make_texts(8), {"kd_ratio": 0.5, "beta": 0.5, "kd_temperature": 2.0}
-    trainer = make_trainer(tmp_path, student, teacher, rows=rows, max_steps=1, lmbda=1.0, **settings)
-    capture(trainer, "student_texts", texts)
-    with torch.no_grad():
-        # Untrained rows may be likely, and are still no tokens.
-        student.get_output_embeddings().weight[97:] *= 20
-        teacher.get_output_embeddings().weight[97:] *= 20
-    before = copy.deepcopy(student)
-    trainer.train()
-    ((sources,), _, written), *_ = texts
-    assert max(id for ids in written for id in ids) < 97
-    expected = plain_numbers(
-        before, teacher, list(zip(sources, written, strict=True)), gold_pairs(rows), common=97, **settings
-    )
-    torch.testing.assert_close(history_of(trainer)[0], expected["loss"].item(), **OTHER_ORDER)
-
-
-def test_losses_and_metrics_reach_tensorboard(tmp_path):
-    trainer = make_trainer(tmp_path, report_to=["tensorboard"], **OFF_POLICY)
-    trainer.train()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (file,) = tmp_path.rglob("events.out.tfevents*")
-    events = EventAccumulator(str(file))
-    events.Reload()
-    assert {"train/loss", "train/kd_loss", "train/ce_loss", "train/teacher_agreement"} <= set(events.Tags()["scalars"])
-    logged = [event.value for event in events.Scalars("train/loss")]
-    torch.testing.assert_close(logged, history_of(trainer), **OTHER_ORDER)
-
-
-def test_the_log_says_where_the_run_stands(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, **OFF_POLICY)
-    trainer.train()
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    num_tokens = sum(len(source) + len(target) for source, target in gold_pairs(make_texts()))
-    assert state["log_history"][1]["num_tokens"] == num_tokens
-    card = (tmp_path / "README.md").read_text()
-    assert "| optimizer steps | 2 |" in card
