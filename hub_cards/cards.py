@@ -43,6 +43,7 @@ def distillation_card(
     teacher: PreTrainedConfig,
     args: TrainingArguments,
     dataset_name: str | None,
+    num_rows: int | None,
     tags: list[str],
     train_steps: int,
     evaluation: dict[str, Any] | None,
@@ -55,6 +56,7 @@ def distillation_card(
         teacher ([`~transformers.PreTrainedConfig`]): Of the teacher.
         args ([`~encdec_slm.trainers.Seq2SeqDistillationConfig`]): The run.
         dataset_name (`str`, *optional*): Of a data set on the Hub.
+        num_rows (`int`, *optional*): Rows that were trained on, where their number is known.
         tags (`list[str]`): For the Hub.
         train_steps (`int`): Optimizer steps so far.
         evaluation (`dict`, *optional*): The last entry of the Trainer's log with evaluation metrics.
@@ -79,7 +81,7 @@ def distillation_card(
         repository=args.hub_model_id or name,
         student=f"`{base}`" if base else f"new weights or a local folder (`{student.model_type}`)",
         teacher_link=_link(teacher),
-        data=f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if dataset_name else "local rows",
+        data=_data(dataset_name, num_rows),
         targets=_targets(args),
         loss=_loss(args),
         train_steps=train_steps,
@@ -100,6 +102,11 @@ def _hub_name(config):
 def _link(config):
     name = _hub_name(config)
     return f"[{name}](https://huggingface.co/{name})" if name else f"a local `{config.model_type}` model"
+
+
+def _data(dataset_name, num_rows):
+    rows = "a stream of rows" if num_rows is None else f"{num_rows:,} rows"
+    return f"{rows} of [{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if dataset_name else rows
 
 
 def _targets(args):

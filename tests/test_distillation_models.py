@@ -121,3 +121,11 @@ def test_padded_tables_are_compared_on_the_common_ids(student_rows, teacher_rows
         before, teacher, list(zip(sources, written, strict=True)), gold_pairs(rows), common=97, **settings
     )
     torch.testing.assert_close(history_of(trainer)[0], expected["loss"].item(), **OTHER_ORDER)
+
+
+def test_another_end_of_text_is_warned_of(tmp_path, caplog):
+    teacher_tokenizer = make_tokenizer()
+    teacher_tokenizer.eos_token = "w96"
+    with caplog.at_level("WARNING", logger="encdec_slm"):
+        make_trainer(tmp_path, arguments={"teacher_processing_class": teacher_tokenizer})
+    assert "The student ends its texts with '</s>' and the teacher with 'w96'" in caplog.text

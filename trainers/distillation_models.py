@@ -175,6 +175,12 @@ def load_tokenizers(
             "The student's tokenizer has no end-of-text token, so the student could not be taught to stop. Set its "
             "`eos_token`."
         )
+    if teacher_tokenizer.eos_token != tokenizer.eos_token:
+        logger.warning(
+            f"The student ends its texts with {tokenizer.eos_token!r} and the teacher with "
+            f"{teacher_tokenizer.eos_token!r}: at the end of a text the teacher predicts another token than the "
+            "student is taught. If both know the teacher's, make it the `eos_token` of the student's tokenizer."
+        )
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token

@@ -497,6 +497,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             teacher=self.accelerator.unwrap_model(self.teacher_model).config,
             args=self.args,
             dataset_name=dataset_name,
+            num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             train_steps=self.state.global_step,
             evaluation=evaluations[-1] if evaluations else None,

@@ -133,7 +133,7 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
         "versions": versions(),
         "samples": predictions[:3],
     }
-    _save(trainer, results, predictions)
+    _save(trainer, results, predictions, args.dataset_name)
     return results
 
 
@@ -308,8 +308,8 @@ def _add_speeds(rows, models, trainer, test):
         row.update(speed)
 
 
-def _save(trainer, results, predictions):
+def _save(trainer, results, predictions, dataset_name):
     trainer.save_model()
-    trainer.create_model_card()
+    trainer.create_model_card(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         write_run_files(Path(trainer.args.output_dir), trainer.state.log_history, results, predictions)
