@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a CUDA device can show: its attention kernels, half precision, compiled generation."""
 
+from functools import partial
+
 import pytest
 import torch
+from ddp_worker import history_of
+from distillation_worker import make_trainer
 from transformers.utils import is_flash_attn_2_available
 
 from conftest import randomised
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
+from encdec_slm.trainers.distillation_losses import ObjectiveSettings, distillation_objective
+from encdec_slm.trainers.output_heads import OutputHead
 
 
 pytestmark = pytest.mark.gpu
@@ -68,3 +74,39 @@ def test_compiled_static_generation_equals_dynamic(cuda_model, cuda_source):
     # transformers compiles the decoding step by itself when the cache is static and the device an accelerator.
     actual = cuda_model.generate(**cuda_source, min_new_tokens=16, max_new_tokens=16, cache_implementation="static")
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_distillation_kernel_gives_the_loss_and_gradients_of_the_cpu(beta):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    tensors = {
+        "hidden": draw(300, 64),
+        "head": draw(5000, 64),
+        "teacher": draw(300, 96),
+        "teacher_head": draw(5000, 96),
+    }
+    labels = torch.randint(0, 5000, (300,), generator=generator)
+    settings = ObjectiveSettings(0.9 / 300, 0.1 / 300, beta, 1.5, 0.0, 4990)
+    results = []
+    for device in ("cpu", "cuda"):
+        hidden, head, teacher, teacher_head = (0.3 * value.to(device) for value in tensors.values())
+        objective = distillation_objective(
+            hidden.requires_grad_(),
+            OutputHead(head.requires_grad_()),
+            teacher,
+            OutputHead(teacher_head),
+            labels.to(device),
+            settings,
+        )
+        objective.loss.backward()
+        results.append([value.cpu() for value in (objective.loss.detach(), hidden.grad, head.grad)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)  # TF32 products
+
+
+def test_a_student_is_distilled_in_half_precision(tmp_path):
+    trainer = make_trainer(tmp_path, use_cpu=False, bf16=True, lmbda=0.5, kd_ratio=0.9, max_steps=4)
+    trainer.train()
+    losses = history_of(trainer)
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    assert trainer._read_student.head_is_known and trainer._read_teacher.head_is_known
