@@ -30,6 +30,7 @@ def training_args(folder, **fields):
     defaults = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-2, "use_cpu": True}
     defaults |= {"per_device_train_batch_size": 4, "disable_tqdm": True, "bf16": False, "report_to": []}
     defaults |= {"lmbda": 0.0, "kd_ratio": 0.5, "max_source_length": 64, "max_completion_length": 8}
+    defaults |= {"generation_kwargs": {"no_repeat_ngram_size": 3}}
     return Seq2SeqDistillationConfig(str(folder), **{**defaults, **fields})
 
 
@@ -70,7 +71,9 @@ def test_the_folders_hold_what_the_run_gave(finished):
     written = {"results.json", "predictions.jsonl", "loss.png", "README.md", "model.safetensors", "tokenizer.json"}
     assert {path.name for path in folder.iterdir()} >= written
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
-    AutoModelForSeq2SeqLM.from_pretrained(folder)
+    student = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    # As it was evaluated: 8 tokens behind the start token, and what `generation_kwargs` say.
+    assert (student.generation_config.max_length, student.generation_config.no_repeat_ngram_size) == (9, 3)
     AutoModelForSeq2SeqLM.from_pretrained(f"{folder}_cross_entropy")
     teacher = AutoModelForCausalLM.from_pretrained(f"{folder}_teacher")
     assert teacher.num_parameters() == results["models"][0]["num_parameters"]

@@ -29,7 +29,7 @@ class Seq2SeqDistillationConfig(DistillationConfig):
         max_source_length (`int`, *optional*): Longest source, in tokens of the student; what is cut is counted and
             logged. `None` cuts nothing. Targets are bounded by `max_completion_length`, likewise.
         predict_with_generate (`bool`, *optional*, defaults to `False`): In evaluation, write a text for each row, by
-            greedy search, for `compute_metrics`.
+            greedy search with `repetition_penalty` and `generation_kwargs`, for `compute_metrics`.
 
     Raises:
         ValueError: A value is out of its range, or asks for what an encoder-decoder cannot do.

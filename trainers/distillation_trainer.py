@@ -187,7 +187,8 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         }
         greedy = {"max_new_tokens": self.max_completion_length, "do_sample": False}
         self.generation_config.update(**student_ids)
-        self._greedy_config = GenerationConfig(**student_ids, **greedy)
+        asked = {"repetition_penalty": self.repetition_penalty, **(self.args.generation_kwargs or {})}
+        self._greedy_config = GenerationConfig(**{**student_ids, **asked, **greedy})
         self._teacher_generation_config = copy.deepcopy(self.generation_config)
         self._teacher_generation_config.update(**teacher_ids, suppress_tokens=None)
         self._teacher_greedy_config = GenerationConfig(**teacher_ids, **greedy)

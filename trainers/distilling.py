@@ -222,6 +222,9 @@ def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenize
         student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
     else:
         student = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+    # Whoever loads the student finds it writing as it was evaluated; the start token counts.
+    writing = {"max_length": training_args.max_completion_length + 1, **(training_args.generation_kwargs or {})}
+    student.generation_config.update(**writing)
     trainer = Seq2SeqDistillationTrainer(
         model=student,
         teacher_model=teacher,
