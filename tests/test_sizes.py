@@ -12,7 +12,7 @@ from encdec_slm.configuration.sizes import num_cached_values, num_parameters, nu
 
 
 SPLITS = {"2/3-1/3": 2 / 3, "1/2-1/2": 1 / 2, "1/3-2/3": 1 / 3}
-UNITS = {"m": 1e6, "b": 1e9}
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 load = functools.cache(load_preset)
 count = functools.cache(lambda name, split=None: num_parameters(load(name, split)))
@@ -100,7 +100,7 @@ def test_making_a_twin_leaves_the_config_unchanged():
 
 
 def test_unknown_names_are_answered_with_what_exists():
-    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, 1m, 26m, 330m, 500m, tiny"):
+    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, 1m, 26m, 330m, 500m, 700k, tiny"):
         load_preset("7b")
     with pytest.raises(ValueError, match=r"'1/4-3/4'.*2/3-1/3, 1/2-1/2, 1/3-2/3"):
         load_preset("tiny", split="1/4-3/4")
