@@ -66,20 +66,19 @@ def distillation_card(
         for key, value in (evaluation or {}).items()
         if key.startswith("eval_") and isinstance(value, float) and not key.endswith(UNSHOWN_METRICS)
     }
-    base = _hub_name(student)
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             pipeline_tag="text2text-generation",
             model_name=name,
-            base_model=base,
+            base_model=_hub_name(student),
             datasets=dataset_name,
             tags=sorted({student.model_type, *tags}),
         ),
         template_path=str(DISTILLATION_TEMPLATE),
         model_name=name,
         repository=args.hub_model_id or name,
-        student=f"`{base}`" if base else f"new weights or a local folder (`{student.model_type}`)",
+        student=_link(student),
         teacher_link=_link(teacher),
         data=_data(dataset_name, num_rows),
         targets=_targets(args),
@@ -100,8 +99,10 @@ def _hub_name(config):
 
 
 def _link(config):
-    name = _hub_name(config)
-    return f"[{name}](https://huggingface.co/{name})" if name else f"a local `{config.model_type}` model"
+    if name := _hub_name(config):
+        return f"[{name}](https://huggingface.co/{name})"
+    folder = Path(config._name_or_path).name
+    return f"`{config.model_type}` from the folder `{folder}`" if folder else f"a new `{config.model_type}` model"
 
 
 def _data(dataset_name, num_rows):

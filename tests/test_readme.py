@@ -32,7 +32,7 @@ def demo_folder(tmp_path, tiny_config):
 
 def test_every_snippet_runs(demo_folder):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 3
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
     )
