@@ -82,3 +82,14 @@ def test_the_command_line_wins_over_the_recipe(recipe):
 def test_a_file_that_is_no_mapping_is_refused(recipe, text, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe(text))
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_for_accelerate_load_and_open_with_the_command_that_takes_them(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type.value, config.num_processes) == (kinds[path.stem], 2)
+    head = path.read_text(encoding="utf-8").split("compute_environment")[0]
+    assert f"accelerate launch --config_file configuration/recipes/accelerate/{path.name} examples/distill.py" in head
