@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from encdec_slm.trainers import distillation_trainer
+from encdec_slm.trainers import distillation_losses, distillation_trainer
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -570,3 +570,22 @@ def test_bfloat16_autocast_reaches_every_part(part, lmbda, with_lora, tmp_path):
 
 
 # The card and the Hub
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_run_on_the_kernel_of_cuda_has_the_losses_of_one_in_chunks(lmbda, tmp_path, monkeypatch):
+    settings = {"lmbda": lmbda, "kd_ratio": 0.5, "temperature": 1e-4}
+    expected = make_trainer(tmp_path, **settings)
+    expected.train()
+
+    def as_on_cuda(student_hidden, student_head, teacher_hidden, *rest):
+        on_kernel = torch.is_grad_enabled() and teacher_hidden is not None
+        name = "_objective_on_kernel" if on_kernel else "distillation_objective"
+        return getattr(distillation_losses, name)(student_hidden, student_head, teacher_hidden, *rest)
+
+    monkeypatch.setattr(distillation_trainer, "distillation_objective", as_on_cuda)
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    torch.testing.assert_close(history_of(trainer), history_of(expected), rtol=1e-4, atol=1e-4)  # other kernels
+    assert history_of(expected, "teacher_agreement") and not history_of(trainer, "teacher_agreement")
+    assert "eval_teacher_agreement" in trainer.evaluate(trainer.train_dataset)
