@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .output_heads import OutputHead
 
 
-# One chunk of float32 logits, per model. The objective holds about five tensors of this size at its peak.
+# One chunk of float32 logits, per model; at its peak the objective holds several tensors of this size.
 LOGITS_BUDGET_BYTES = 2**25
 LOWEST_LOG_PROBABILITY = -1e4
 

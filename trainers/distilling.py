@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import IterableDataset
 from transformers import (
@@ -17,7 +16,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -31,13 +29,20 @@ from .distillation_data import RowEncoder, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .generation_speed import compare_speed
-from .run_reports import LossBesideProgress, preset_config, score_texts, versions, write_file, write_run_files
+from .run_reports import (
+    held_out_texts,
+    preset_config,
+    score_beside_other_rows,
+    show_losses,
+    versions,
+    write_file,
+    write_run_files,
+)
 from .seq2seq_data import DataArguments, first_texts, load_splits, train_tokenizer
 
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_ROWS = 20_000
 # Batch-1 runs per model for the two speeds, and tokens of each.
 NUM_TIMED_SOURCES, NUM_TIMED_TOKENS = 20, 32
 SETTINGS_OF_THE_TEACHER = (
@@ -168,8 +173,7 @@ def _teacher(args, training_args, splits, resumes):
 
 def _train_teacher(args, training_args, dataset, folder):
     set_seed(training_args.seed)
-    texts = first_texts(dataset, TOKENIZER_ROWS)
-    tokenizer = train_tokenizer(texts, args.vocab_size, training_args.max_source_length)
+    tokenizer = train_tokenizer(first_texts(dataset), args.vocab_size, training_args.max_source_length)
     config = decoder_only_twin(preset_config(args.teacher_preset, tokenizer))
     tokenizer.chat_template = TEACHER_TEMPLATE
     teacher = AutoModelForCausalLM.from_config(config)
@@ -189,7 +193,7 @@ def _train_teacher(args, training_args, dataset, folder):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         train_dataset=encoded.map(_causal_row, remove_columns=encoded.column_names),
     )
-    _show_losses(trainer)
+    show_losses(trainer)
     seconds = _train(trainer, "teacher", resumes=False)
     trainer.save_model()
     tokenizer.save_pretrained(folder)
@@ -234,14 +238,8 @@ def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenize
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizer,
     )
-    _show_losses(trainer)
+    show_losses(trainer)
     return trainer
-
-
-def _show_losses(trainer):
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBesideProgress)
 
 
 def _train(trainer, name, resumes):
@@ -260,26 +258,10 @@ def _train(trainer, name, resumes):
 def _student_scores(trainer, test):
     """Numbers on held-out rows, and what the student wrote for each of them."""
     output = trainer.predict(test)
-    tokenizer = trainer.processing_class
-    predicted_ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
-    predictions = [text.strip() for text in tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)]
+    sources = [prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in test["prompt"]]
+    text_scores, rows = held_out_texts(trainer.processing_class, output.predictions, sources, test["completion"])
     scores = {"num_parameters": trainer.model.num_parameters(), "loss": output.metrics["test_ce_loss"]}
-    scores["teacher_agreement"] = 100 * output.metrics["test_teacher_agreement"]
-    rows = [
-        {"source": _text_of(row["prompt"]), "reference": row["completion"], "prediction": prediction}
-        for row, prediction in zip(test, predictions, strict=True)
-    ]
-    return {**scores, **_text_scores(predictions, test)}, rows
-
-
-def _text_of(prompt):
-    return prompt if isinstance(prompt, str) else prompt[0]["content"]
-
-
-def _text_scores(predictions, test):
-    references = list(test["completion"])
-    of_other_rows = score_texts(predictions, references[1:] + references[:1])["rougeL"]
-    return {**score_texts(predictions, references), "rougeL_other_rows": of_other_rows}
+    return {**scores, "teacher_agreement": 100 * output.metrics["test_teacher_agreement"], **text_scores}, rows
 
 
 @torch.no_grad()
@@ -300,7 +282,7 @@ def _teacher_scores(trainer, test):
         num_tokens += count
         predictions += tokenizer.batch_decode(trainer.teacher_texts(rows, do_sample=False), skip_special_tokens=True)
     scores = {"num_parameters": teacher.num_parameters(), "loss": total_loss / num_tokens, "teacher_agreement": 100.0}
-    return {**scores, **_text_scores([text.strip() for text in predictions], test)}
+    return {**scores, **score_beside_other_rows([text.strip() for text in predictions], test["completion"])}
 
 
 def _add_speeds(rows, models, trainer, test):

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import IterableDataset
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    ProgressCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     set_seed,
@@ -23,7 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .run_reports import LossBesideProgress, preset_config, score_texts, versions, write_file, write_run_files
+from .run_reports import held_out_texts, preset_config, show_losses, versions, write_file, write_run_files
 from .seq2seq_data import DataArguments, first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
 
 
@@ -33,7 +31,6 @@ logger = logging.getLogger(__name__)
 # `cross_attn` (PEFT matches the ends of names) and of the MLPs. QLoRA adapts the same over a quantized base:
 # `load_in_4bit: true` in the recipe, on a GPU with `bitsandbytes` installed.
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TOKENIZER_ROWS = 20_000
 
 
 @dataclass
@@ -129,8 +126,7 @@ def _sizes(model):
 
 def _new_model(args, splits):
     """A tokenizer trained on the training split, and random weights of the preset's size that fit it."""
-    texts = first_texts(splits["train"], TOKENIZER_ROWS)
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.max_source_length)
+    tokenizer = train_tokenizer(first_texts(splits["train"]), args.vocab_size, args.max_source_length)
     return tokenizer, EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
 
 
@@ -170,9 +166,7 @@ def _make_trainer(args, training_args, model_args, model, tokenizer, tokenized):
         eval_dataset=tokenized["validation"],
         processing_class=tokenizer,
     )
-    if not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBesideProgress)
+    show_losses(trainer)
     return trainer
 
 
@@ -193,18 +187,9 @@ def _measure(trainer, tokenized, texts, when):
     """Numbers on held-out rows, and what the model wrote for each of them."""
     logger.info(f"Writing for {len(tokenized)} held-out rows, {when}:")
     output = trainer.predict(tokenized)
-    tokenizer = trainer.processing_class
-    predicted_ids = np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions)
-    predictions = tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)
-    rows = [
-        {"source": row["source"], "reference": row["target"], "prediction": prediction.strip()}
-        for row, prediction in zip(texts, predictions, strict=True)
-    ]
-    predictions, references = ([row[key] for row in rows] for key in ("prediction", "reference"))
-    scores = score_texts(predictions, references)
-    of_other_rows = score_texts(predictions, references[1:] + references[:1])["rougeL"]
+    scores, rows = held_out_texts(trainer.processing_class, output.predictions, texts["source"], texts["target"])
     loss = round(float(output.metrics["test_loss"]), 4)
-    return {"loss": loss, **scores, "rougeL_other_rows": of_other_rows, "rows": len(rows)}, rows
+    return {"loss": loss, **scores, "rows": len(rows)}, rows
 
 
 def _save(trainer, results, predictions):

@@ -60,7 +60,7 @@ class OutputHead:
 class HeadReader:
     """Runs a model up to its output head.
 
-    The model's own forward runs; only one position passes its head, in the first call. That position's logits show
+    The model's own forward runs, and only one position passes its head. In the first call that position's logits show
     whether this class knows what the model does behind its head. For a model of which it does not, logits are taken
     instead of hidden states: right as well, but as large as the vocabulary.
 

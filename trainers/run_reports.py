@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from matplotlib.figure import Figure
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer
 
 from ..configuration import load_preset
 from ..configuration_encdec_slm import EncDecSLMConfig
@@ -54,6 +55,40 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> dict[s
     rouge = [scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs]
     exact = [prediction == reference for prediction, reference in pairs]
     return {"rougeL": round(100 * sum(rouge) / len(pairs), 2), "exact": round(100 * sum(exact) / len(pairs), 2)}
+
+
+def held_out_texts(
+    tokenizer: PreTrainedTokenizerBase, predicted_ids: np.ndarray, sources: Sequence[str], references: Sequence[str]
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Scores of what a model wrote, and rows of `source`, `reference` and `prediction`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the model.
+        predicted_ids (`np.ndarray` of shape `(num_rows, length)`): From `Trainer.predict`; -100 is padding.
+        sources (`Sequence[str]`): What it read.
+        references (`Sequence[str]`): What it was to write.
+    """
+    predicted_ids = np.where(predicted_ids < 0, tokenizer.pad_token_id, predicted_ids)
+    predictions = [text.strip() for text in tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)]
+    rows = [
+        {"source": source, "reference": reference, "prediction": prediction}
+        for source, reference, prediction in zip(sources, references, predictions, strict=True)
+    ]
+    return score_beside_other_rows(predictions, references), rows
+
+
+def score_beside_other_rows(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """[`score_texts`], and `rougeL_other_rows`: what the same texts earn beside other rows' references."""
+    references = list(references)
+    of_other_rows = score_texts(predictions, references[1:] + references[:1])["rougeL"]
+    return {**score_texts(predictions, references), "rougeL_other_rows": of_other_rows}
+
+
+def show_losses(trainer: Trainer) -> None:
+    """Puts [`LossBesideProgress`] in the place of the Trainer's progress bar, if it has one."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBesideProgress)
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 HELD_OUT_SHARE = 0.1
+TOKENIZER_ROWS = 20_000
 # Streamed rows are shuffled within a window of this many.
 SHUFFLE_BUFFER_ROWS = 2000
 
@@ -246,8 +247,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     )
 
 
-def first_texts(dataset: Dataset | IterableDataset, num_rows: int) -> Iterator[str]:
-    """Sources and targets of the first `num_rows` rows, in turn."""
+def first_texts(dataset: Dataset | IterableDataset, num_rows: int = TOKENIZER_ROWS) -> Iterator[str]:
+    """Sources and targets of the first `num_rows` rows, in turn: enough to learn a tokenizer from."""
     for row in itertools.islice(dataset, num_rows):
         yield from (row["source"], row["target"])
 
