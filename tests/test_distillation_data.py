@@ -18,6 +18,7 @@ from encdec_slm.trainers.distillation_data import (
     encode_rows,
     padded,
     refuse_long_rows,
+    stacked,
     trimmed,
     unpadded,
 )
@@ -406,3 +407,10 @@ def test_trimming_leaves_a_column_of_rows_that_are_all_padding():
 def test_unpadding_undoes_padding(left, multiple):
     rows = [[10, 0, 11], [], [12]]
     assert list(unpadded(*padded(rows, 0, multiple, left=left))) == rows
+
+
+def test_batches_of_other_widths_are_stacked_as_wide_as_the_widest():
+    short, long = padded([[5, 6], [7]], 0, None), padded([[8, 9, 10]], 0, None)
+    ids, mask = stacked(short, long)
+    assert ids.tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]

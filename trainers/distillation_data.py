@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -205,8 +206,8 @@ def padded(rows: Sequence[Sequence[int]], padding_value: int, multiple: int | No
     mask = pad_sequence(ones, batch_first=True, padding_side=side)
     if multiple and (missing := -ids.shape[1] % multiple):
         width = (missing, 0) if left else (0, missing)
-        ids = torch.nn.functional.pad(ids, width, value=padding_value)
-        mask = torch.nn.functional.pad(mask, width)
+        ids = F.pad(ids, width, value=padding_value)
+        mask = F.pad(mask, width)
     return ids, mask
 
 
@@ -239,6 +240,15 @@ def trimmed(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Without the columns on the right that are padding in every row."""
     length = max(1, int(mask.sum(-1).max()))
     return ids[:, :length], mask[:, :length]
+
+
+def stacked(*batches: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and masks of several batches, one below the other and as wide as the widest."""
+    width = max(ids.shape[1] for ids, _ in batches)
+    ids, mask = (
+        torch.cat([F.pad(one, (0, width - one.shape[1])) for one in kind]) for kind in zip(*batches, strict=True)
+    )
+    return ids, mask
 
 
 def unpadded(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[list[int]]:

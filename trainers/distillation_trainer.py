@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import EvalPrediction, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..hub_cards.cards import distillation_card
 from .checkpoints import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_data import RowEncoder, collate, encode_rows, padded, refuse_long_rows, trimmed, unpadded
+from .distillation_data import RowEncoder, collate, encode_rows, padded, refuse_long_rows, stacked, trimmed, unpadded
 from .distillation_losses import ObjectiveSettings, distillation_objective
 from .distillation_models import (
     check_roles,
@@ -332,14 +331,9 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         source_ids, source_mask = trimmed(inputs["source_ids"], inputs["source_mask"])
         encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
         kinds = [kind for kind in ("target", "gold") if f"{kind}_ids" in inputs]
-        width = max(inputs[f"{kind}_ids"].shape[1] for kind in kinds)
-        ids, mask = (
-            torch.cat(
-                [F.pad(inputs[f"{kind}_{name}"], (0, width - inputs[f"{kind}_{name}"].shape[1])) for kind in kinds]
-            )
-            for name in ("ids", "mask")
-        )
-        ids, mask = trimmed(ids, mask)  # (B or 2B, T)
+        ids, mask = trimmed(
+            *stacked(*((inputs[f"{kind}_ids"], inputs[f"{kind}_mask"]) for kind in kinds))
+        )  # (B or 2B, T)
         start_ids = torch.full_like(ids[:, :1], self.generation_config.decoder_start_token_id)
         hidden = self._read_student(
             student,
