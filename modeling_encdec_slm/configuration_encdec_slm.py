@@ -48,8 +48,8 @@ class EncDecSLMConfig(PreTrainedConfig):
 
     The encoder reads the source once; the decoder runs once per generated token. Fields without a stack's name hold
     for both stacks. The switches exist because real checkpoints differ in them: the predecessor (plain tanh-GELU
-    MLP, biases, attention narrower than the model), Llama and SmolLM (gated SiLU, no biases), Qwen (query and key
-    norms).
+    MLP, biases, attention narrower than the model), Llama and SmolLM (gated SiLU, no biases; layers without rotation
+    in SmolLM3), Qwen (biases on queries, keys and values only; query and key norms).
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32128): Rows of the one embedding table, tokens.
@@ -65,13 +65,17 @@ class EncDecSLMConfig(PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP, a name known to transformers.
         gated_mlp (`bool`, *optional*, defaults to `True`): `down(act(gate(x)) * up(x))` instead of
             `down(act(up(x)))`.
-        attention_bias (`bool`, *optional*, defaults to `False`): Biases on the q, k, v and o projections.
+        attention_bias (`bool`, *optional*, defaults to `False`): Biases on the q, k and v projections.
+        attention_out_bias (`bool`, *optional*): A bias on the o projections. `None` means `attention_bias`.
         mlp_bias (`bool`, *optional*, defaults to `False`): Biases on the MLP projections.
         lm_head_bias (`bool`, *optional*, defaults to `False`): A bias per vocabulary entry on the output.
         qk_norm (`bool`, *optional*, defaults to `False`): RMSNorm over every query and key head before rotation.
         rms_norm_eps (`float`, *optional*, defaults to 1e-6): Added to the mean square inside every RMSNorm.
         rope_parameters (`dict`, *optional*): `rope_type`, `rope_theta` and what the type needs; transformers fills
             in `"default"` and 10000.
+        encoder_no_rope_layers (`list[int]`, *optional*): One entry per encoder layer, as in SmolLM3: 1 where queries
+            and keys of its self-attention are rotated, 0 where they are not. `None` rotates them everywhere.
+        decoder_no_rope_layers (`list[int]`, *optional*): The same of the decoder; its cross-attentions never rotate.
         max_position_embeddings (`int`, *optional*, defaults to 2048): Length in tokens that the model is made for;
             no table is built from it. It bounds generation when no other bound is given.
         attention_dropout (`float`, *optional*, defaults to 0.0): On attention probabilities, in training.
@@ -105,11 +109,14 @@ class EncDecSLMConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     gated_mlp: bool = True
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     mlp_bias: bool = False
     lm_head_bias: bool = False
     qk_norm: bool = False
     rms_norm_eps: float = 1e-6
     rope_parameters: RopeParameters | dict | None = None
+    encoder_no_rope_layers: list[int] | None = None
+    decoder_no_rope_layers: list[int] | None = None
     max_position_embeddings: int = 2048
     attention_dropout: float | int = 0.0
     mlp_dropout: float | int = 0.0
@@ -127,6 +134,8 @@ class EncDecSLMConfig(PreTrainedConfig):
             raise TypeError(_unknown_field_message(type(self), unknown[0]))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -191,6 +200,13 @@ class EncDecSLMConfig(PreTrainedConfig):
                 f"to `hidden_size // num_attention_heads` ({self.hidden_size} // {self.num_attention_heads}); set it "
                 "to an even number."
             )
+        for stack in ("encoder", "decoder"):
+            layers, depth = getattr(self, f"{stack}_no_rope_layers"), getattr(self, f"{stack}_num_hidden_layers")
+            if layers is not None and (len(layers) != depth or not set(layers) <= {0, 1}):
+                raise ValueError(
+                    f"`{stack}_no_rope_layers` is {layers}, but must have a 1 (rotated) or 0 (not rotated) for each "
+                    f"of the {depth} {stack} layers. Leave it out to rotate queries and keys in all of them."
+                )
         for name in ("attention_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 0 and less than 1.")
@@ -209,11 +225,16 @@ class EncDecSLMConfig(PreTrainedConfig):
 
 
 def _unknown_field_message(config_class, key):
-    fields = [field.name for field in dataclasses.fields(config_class)]
-    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    # Families differ in the order of words most of all: `num_encoder_layers`, `encoder_num_hidden_layers`.
+    fields = {_sorted_words(field.name): field.name for field in dataclasses.fields(config_class)}
+    nearest = fields[difflib.get_close_matches(_sorted_words(key), fields, n=1, cutoff=0.0)[0]]
     return (
         f"{config_class.__name__} has no field `{key}`. The nearest field is `{nearest}`: use it or leave `{key}` out."
     )
+
+
+def _sorted_words(name):
+    return "_".join(sorted(name.split("_")))
 
 
 __all__ = ["EncDecSLMConfig"]

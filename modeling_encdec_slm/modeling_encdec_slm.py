@@ -108,11 +108,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 class EncDecSLMAttention(nn.Module):
     """Grouped-query attention: over the hidden states themselves, or over the encoder's when these are given."""
 
-    def __init__(self, config, layer_idx, is_causal=False):
+    def __init__(self, config, layer_idx, is_causal=False, use_rope=True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = is_causal
+        self.use_rope = use_rope
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
@@ -121,7 +122,7 @@ class EncDecSLMAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = EncDecSLMRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = EncDecSLMRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -132,9 +133,10 @@ class EncDecSLMAttention(nn.Module):
         key = self.k_norm(self._split_heads(self.k_proj(states))).transpose(1, 2)
         return key, self._split_heads(self.v_proj(states)).transpose(1, 2)  # (B, K, S, d) each
 
-    def _self_keys_and_values(self, hidden_states, cos, sin, past_key_values):
+    def _self_keys_and_values(self, hidden_states, position_embeddings, past_key_values):
         key, value = self._keys_and_values(hidden_states)
-        key = _rotate(key, cos, sin)
+        if self.use_rope:
+            key = _rotate(key, *position_embeddings)
         if past_key_values is None:
             return key, value
         return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
@@ -159,9 +161,10 @@ class EncDecSLMAttention(nn.Module):
         **kwargs,
     ):
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states))).transpose(1, 2)  # (B, H, T, d)
-        if encoder_hidden_states is None:
+        if self.use_rope:
             query = _rotate(query, *position_embeddings)
-            key, value = self._self_keys_and_values(hidden_states, *position_embeddings, past_key_values)
+        if encoder_hidden_states is None:
+            key, value = self._self_keys_and_values(hidden_states, position_embeddings, past_key_values)
         else:
             key, value = self._cross_keys_and_values(encoder_hidden_states, past_key_values)
         # Of one token, query heads that share a key become rows of one query: CPU kernels then read keys once. With a
@@ -206,11 +209,16 @@ class EncDecSLMMLP(nn.Module):
         return self.dropout(self.down_proj(inner))
 
 
+def _uses_rope(config, stack, layer_idx):
+    layers = getattr(config, f"{stack}_no_rope_layers")
+    return layers is None or bool(layers[layer_idx])
+
+
 class EncDecSLMEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.input_layernorm = EncDecSLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = EncDecSLMAttention(config, layer_idx)
+        self.self_attn = EncDecSLMAttention(config, layer_idx, use_rope=_uses_rope(config, "encoder", layer_idx))
         self.post_attention_layernorm = EncDecSLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = EncDecSLMMLP(config)
 
@@ -224,9 +232,10 @@ class EncDecSLMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.input_layernorm = EncDecSLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = EncDecSLMAttention(config, layer_idx, is_causal=True)
+        use_rope = _uses_rope(config, "decoder", layer_idx)
+        self.self_attn = EncDecSLMAttention(config, layer_idx, is_causal=True, use_rope=use_rope)
         self.pre_cross_attn_layernorm = EncDecSLMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attn = EncDecSLMAttention(config, layer_idx)
+        self.cross_attn = EncDecSLMAttention(config, layer_idx, use_rope=False)
         self.post_attention_layernorm = EncDecSLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = EncDecSLMMLP(config)
 

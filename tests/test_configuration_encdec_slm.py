@@ -80,6 +80,11 @@ def test_a_file_of_this_version_loads_without_a_warning(tmp_path, warnings_of_th
         ({"eos_token_id": [2, 32128]}, r"`eos_token_id` \(32128\).*`vocab_size` \(32128\)"),
         ({"mlp_dropout": 1.5}, r"`mlp_dropout` is 1\.5"),
         ({"is_encoder_decoder": False}, r"`is_encoder_decoder` is False"),
+        (
+            {"decoder_no_rope_layers": [1, 1, 1]},
+            r"`decoder_no_rope_layers` is \[1, 1, 1\].* of the 4 decoder",
+        ),
+        ({"encoder_no_rope_layers": [2] * 8}, r"`encoder_no_rope_layers` .* must have a 1 \(rotated\) or 0"),
     ],
 )
 def test_contradicting_fields_are_refused_with_both_numbers(fields, message):
@@ -95,3 +100,9 @@ def test_a_field_of_another_type_is_refused():
 def test_left_out_sizes_follow_from_the_others():
     config = EncDecSLMConfig(hidden_size=96, num_attention_heads=6)
     assert (config.num_key_value_heads, config.head_dim) == (6, 16)
+
+
+@pytest.mark.parametrize(("attention_bias", "given", "expected"), [(True, None, True), (True, False, False)])
+def test_the_output_projection_follows_the_others_unless_told_otherwise(attention_bias, given, expected):
+    config = EncDecSLMConfig(attention_bias=attention_bias, attention_out_bias=given)
+    assert config.attention_out_bias is expected

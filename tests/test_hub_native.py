@@ -36,6 +36,12 @@ SWITCHES = [
     {"lm_head_bias": True},
     {"tie_word_embeddings": False, "lm_head_bias": True},
     {"attention_bias": True, "mlp_bias": True, "qk_norm": True, "gated_mlp": False, "head_dim": 6},
+    {
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "encoder_no_rope_layers": [1, 0],
+        "decoder_no_rope_layers": [0, 1],
+    },
 ]
 LONGROPE = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 1024}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}

@@ -61,6 +61,30 @@ def test_cached_decoding_equals_uncached(model, source, target_ids, kind):
     torch.testing.assert_close(torch.cat(steps, dim=1), expected)
 
 
+def test_layers_without_rotation_decode_with_a_cache_as_without(tiny_config, source, target_ids):
+    config = variant(tiny_config, encoder_no_rope_layers=[0, 1], decoder_no_rope_layers=[1, 0])
+    model = randomised(EncDecSLMForConditionalGeneration(config)).eval()
+    expected = model(**source, decoder_input_ids=target_ids).logits
+    first = model(**source, decoder_input_ids=target_ids[:, :3], use_cache=True)
+    second = model(
+        attention_mask=source["attention_mask"],
+        encoder_outputs=(first.encoder_last_hidden_state,),
+        decoder_input_ids=target_ids[:, 3:],
+        past_key_values=first.past_key_values,
+    )
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected)
+    everywhere = randomised(EncDecSLMForConditionalGeneration(tiny_config)).eval()
+    assert not torch.allclose(everywhere(**source, decoder_input_ids=target_ids).logits, expected, atol=1e-2)
+
+
+def test_a_layer_without_rotation_does_not_know_the_order_of_its_source(tiny_config, source):
+    config = variant(tiny_config, encoder_num_hidden_layers=1, encoder_no_rope_layers=[0])
+    model = randomised(EncDecSLMForConditionalGeneration(config)).eval()
+    ids = source["input_ids"][:1]
+    forwards, backwards = (model.get_encoder()(ids).last_hidden_state for ids in (ids, ids.flip(1)))
+    torch.testing.assert_close(forwards, backwards.flip(1))
+
+
 def test_a_cached_chunk_equals_single_steps(model, source, target_ids):
     expected = model(**source, decoder_input_ids=target_ids).logits
     first = model(**source, decoder_input_ids=target_ids[:, :2], use_cache=True)
