@@ -83,7 +83,7 @@ def test_the_folders_hold_what_the_run_gave(finished):
 
 def test_a_stopped_run_takes_the_teacher_that_it_has_trained(finished, monkeypatch):
     folder, results, rows_file = finished
-    monkeypatch.setattr(distilling, "_train_teacher", lambda *args: pytest.fail("the teacher is there"))
+    monkeypatch.setattr(distilling, "train_decoder_only", lambda *args: pytest.fail("the teacher is there"))
     again = distill(arguments(rows_file), training_args(folder, resume_from_checkpoint="true"))
     assert again["models"][0]["loss"] == results["models"][0]["loss"]
     assert again["models"][1]["loss"] == pytest.approx(results["models"][1]["loss"])

@@ -129,6 +129,17 @@ def _shortened(source, text):
     return [{**source[0], "content": text}] if len(source) == 1 else source
 
 
+def as_prompts(dataset: Dataset | IterableDataset, is_chat: bool) -> Dataset | IterableDataset:
+    """Rows of `source` and `target` as `prompt` and `completion`; the prompt is text, or a message of the user."""
+
+    def convert(row):
+        prompt = [{"role": "user", "content": row["source"]}] if is_chat else row["source"]
+        return {"prompt": prompt, "completion": row["target"]}
+
+    options = {"remove_columns": ["source", "target"]}
+    return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})
+
+
 def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: str) -> Dataset | IterableDataset:
     """A data set of token ids; one that has them already comes back as it is.
 

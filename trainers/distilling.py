@@ -2,7 +2,6 @@
 """The whole story of a distillation: a teacher, a student that learns from it, and one that learns from data alone."""
 
 import copy
-import json
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -15,17 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from ..configuration import decoder_only_twin
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .checkpoints import last_complete_checkpoint
+from .decoder_only_training import train_decoder_only, train_seconds_of
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_data import RowEncoder, collate, encode_rows
+from .distillation_data import as_prompts, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .generation_speed import compare_speed
@@ -35,10 +32,9 @@ from .run_reports import (
     score_beside_other_rows,
     show_losses,
     versions,
-    write_file,
     write_run_files,
 )
-from .seq2seq_data import DataArguments, first_texts, load_splits, train_tokenizer
+from .seq2seq_data import DataArguments, load_splits
 
 
 logger = logging.getLogger(__name__)
@@ -50,8 +46,6 @@ SETTINGS_OF_THE_TEACHER = (
     *("weight_decay", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "logging_steps", "seed", "bf16"),
     *("use_cpu", "disable_tqdm", "dataloader_pin_memory"),
 )
-# A new teacher reads a source, this token, and writes: its template says so to whoever loads it.
-TEACHER_TEMPLATE = "{{ messages[0]['content'] }}{{ bos_token }}"
 
 
 @dataclass
@@ -112,7 +106,7 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     teacher, teacher_tokenizer, teacher_seconds = _teacher(args, training_args, splits, resumes)
     tokenizer = _student_tokenizer(args, teacher_tokenizer)
     is_chat = args.use_chat_template and teacher_tokenizer.chat_template is not None
-    splits = {split: _prompts(dataset, is_chat) for split, dataset in splits.items()}
+    splits = {split: as_prompts(dataset, is_chat) for split, dataset in splits.items()}
 
     def student(name, **settings):
         trainer = _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits)
@@ -142,17 +136,6 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     return results
 
 
-def _prompts(dataset, is_chat):
-    """`prompt` and `completion`; the prompt is text, or a message of the user."""
-
-    def convert(row):
-        prompt = [{"role": "user", "content": row["source"]}] if is_chat else row["source"]
-        return {"prompt": prompt, "completion": row["target"]}
-
-    options = {"remove_columns": ["source", "target"]}
-    return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})
-
-
 # The teacher
 
 
@@ -163,47 +146,20 @@ def _teacher(args, training_args, splits, resumes):
         name = teacher.config._name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
         return teacher, tokenizer, None
-    folder = Path(f"{training_args.output_dir}_teacher")
-    finished = folder / "trained.json"
-    if not (resumes and finished.is_file()):
-        _train_teacher(args, training_args, splits["train"], folder)
-    teacher = AutoModelForCausalLM.from_pretrained(folder)
-    return teacher, AutoTokenizer.from_pretrained(folder), json.loads(finished.read_text("utf-8"))["train_seconds"]
-
-
-def _train_teacher(args, training_args, dataset, folder):
-    set_seed(training_args.seed)
-    tokenizer = train_tokenizer(first_texts(dataset), args.vocab_size, training_args.max_source_length)
-    config = decoder_only_twin(preset_config(args.teacher_preset, tokenizer))
-    tokenizer.chat_template = TEACHER_TEMPLATE
-    teacher = AutoModelForCausalLM.from_config(config)
-    logger.info(f"A new teacher of {teacher.num_parameters():,} parameters is trained first.")
-    bounds = (training_args.max_source_length, training_args.max_completion_length)
-    encoded = encode_rows(_prompts(dataset, is_chat=True), RowEncoder(tokenizer, tokenizer, *bounds), "teacher's data")
-    trainer = Trainer(
-        model=teacher,
-        args=TrainingArguments(
-            output_dir=str(folder),
+    folder = f"{training_args.output_dir}_teacher"
+    seconds = train_seconds_of(folder) if resumes else None
+    if seconds is None:
+        teacher_args = TrainingArguments(
+            output_dir=folder,
             num_train_epochs=args.teacher_num_train_epochs,
             learning_rate=args.teacher_learning_rate,
             save_strategy="no",
             report_to=[],
             **{name: getattr(training_args, name) for name in SETTINGS_OF_THE_TEACHER},
-        ),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        train_dataset=encoded.map(_causal_row, remove_columns=encoded.column_names),
-    )
-    show_losses(trainer)
-    seconds = _train(trainer, "teacher", resumes=False)
-    trainer.save_model()
-    tokenizer.save_pretrained(folder)
-    write_file(folder / "trained.json", lambda path: path.write_text(json.dumps({"train_seconds": seconds})))
-
-
-def _causal_row(row):
-    """Source and target in one row, both of which are learnt: knowing code helps to speak of it."""
-    ids = row["teacher_source_ids"] + row["target_ids"]
-    return {"input_ids": ids, "labels": list(ids)}
+        )
+        bounds = (training_args.max_source_length, training_args.max_completion_length)
+        seconds = train_decoder_only(args.teacher_preset, args.vocab_size, splits["train"], teacher_args, *bounds)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), seconds
 
 
 # The students
@@ -225,7 +181,8 @@ def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenize
     if args.model_name_or_path is None:
         student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
     else:
-        student = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path)
+        # Half-precision weights would lose most updates in rounding; `bf16` computes in it over weights that do not.
+        student = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     # Whoever loads the student finds it writing as it was evaluated; the start token counts.
     writing = {"max_length": training_args.max_completion_length + 1, **(training_args.generation_kwargs or {})}
     student.generation_config.update(**writing)
