@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from encdec_slm.trainers.finetuning import FinetuneArguments
@@ -155,3 +156,16 @@ def test_targets_end_in_the_end_of_text_token_whatever_the_tokenizer_does(tokeni
     tokenized, _ = tokenize_splits({"test": rows}, plain, 8, 6)
     assert [len(ids) for ids in tokenized["test"]["labels"]] == [4, 6]
     assert all(ids[-1] == plain.eos_token_id for ids in tokenized["test"]["labels"])
+
+
+def test_targets_leave_out_the_token_that_the_decoder_starts_with(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    llama_like = AutoTokenizer.from_pretrained(tmp_path)
+    llama_like.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", llama_like.bos_token_id)]
+    )
+    rows = Dataset.from_list([{"source": "abc", "target": "abc"}])
+    tokenized, _ = tokenize_splits({"test": rows}, llama_like, 8, 8, decoder_start_token_id=llama_like.bos_token_id)
+    expected, _ = tokenize_splits({"test": rows}, tokenizer, 8, 8)
+    assert tokenized["test"]["labels"][0] == expected["test"]["labels"][0]
+    assert tokenized["test"]["input_ids"][0][0] == llama_like.bos_token_id

@@ -69,7 +69,8 @@ def finetune(
     Returns:
         `dict`: `before` and `after`, each with `loss` (nats per token), `rougeL` and `exact` (percent), and
         `rougeL_other_rows`: the same texts beside other rows' references, which is what the form of a text earns
-        without its content. Also sizes, seconds, versions and `samples`.
+        without its content. `validation`: the losses on the way, each with its `step`. Also sizes, seconds, versions
+        and `samples`.
 
     Raises:
         ValueError: The data or the sizes do not fit; the message says what to change.
@@ -89,7 +90,8 @@ def finetune(
     set_seed(training_args.seed)
     splits = load_splits(args, training_args.seed)
     tokenizer, model = _load_checkpoint(model_args) if model_args.model_name_or_path else _new_model(args, splits)
-    tokenized, counts = tokenize_splits(splits, tokenizer, args.max_source_length, args.max_target_length)
+    bounds = (args.max_source_length, args.max_target_length)
+    tokenized, counts = tokenize_splits(splits, tokenizer, *bounds, model.config.decoder_start_token_id)
     trainer = _make_trainer(args, training_args, model_args, model, tokenizer, tokenized)
     sizes = _sizes(trainer.model)
     logger.info(f"{sizes['num_parameters']:,} parameters, {sizes['num_trainable_parameters']:,} of them trained.")
@@ -99,7 +101,7 @@ def finetune(
     trainer.train(resume_from_checkpoint=_checkpoint_to_resume(training_args))
     train_seconds = time.perf_counter() - started
     if isinstance(tokenized["train"], IterableDataset):
-        log_cut_rows("train", counts["train"], args.max_source_length, args.max_target_length)
+        log_cut_rows("train", counts["train"], *bounds)
     after, predictions = _measure(trainer, tokenized["test"], splits["test"], "after training")
 
     results = {
@@ -108,6 +110,11 @@ def finetune(
         "vocab_size": len(tokenizer),
         "before": before,
         "after": after,
+        "validation": [
+            {"step": entry["step"], "loss": round(entry["eval_loss"], 4)}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
         "train_steps": trainer.state.global_step,
         "train_seconds": round(train_seconds, 1),
         "rows": {split: dict(count) for split, count in counts.items()},

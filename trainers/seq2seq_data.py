@@ -258,6 +258,7 @@ def tokenize_splits(
     tokenizer: PreTrainedTokenizerBase,
     max_source_length: int,
     max_target_length: int,
+    decoder_start_token_id: int | None = None,
 ) -> tuple[dict[str, Dataset | IterableDataset], dict[str, Counter]]:
     """Token ids of all splits, and how many rows were cut.
 
@@ -266,6 +267,8 @@ def tokenize_splits(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer with an end-of-text token.
         max_source_length (`int`): Longest `input_ids`, in tokens.
         max_target_length (`int`): Longest `labels`, in tokens with the end-of-text token, which each of them ends in.
+        decoder_start_token_id (`int`, *optional*): Of the model. Labels leave it out where the tokenizer begins its
+            texts with it: the decoder is given this token, and has not to write it.
 
     Returns:
         `tuple`: Datasets with `input_ids`, `attention_mask` and `labels`; and per split a `Counter` of `rows`,
@@ -275,7 +278,11 @@ def tokenize_splits(
     for split, dataset in splits.items():
 
         def encode(batch, indices, split=split):
-            return _encode(batch, indices, split, tokenizer, max_source_length, max_target_length, counts[split])
+            _check_are_texts(batch, indices, split)
+            sources, num_cut_sources = _truncated(tokenizer, batch["source"], max_source_length)
+            labels, num_cut_targets = _labels(tokenizer, batch["target"], max_target_length, decoder_start_token_id)
+            counts[split].update(rows=len(labels), source=num_cut_sources, target=num_cut_targets)
+            return {"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources], "labels": labels}
 
         options = {"batched": True, "with_indices": True, "remove_columns": ["source", "target"]}
         if not isinstance(dataset, IterableDataset):
@@ -287,17 +294,20 @@ def tokenize_splits(
     return tokenized, counts
 
 
-def _encode(batch, indices, split, tokenizer, max_source_length, max_target_length, counts):
+def _check_are_texts(batch, indices, split):
     for column in ("source", "target"):
         for index, text in zip(indices, batch[column], strict=True):
             _check_is_text(text, column, f"Row {index} (from 0) of the {split} split")
-    sources, num_cut_sources = _truncated(tokenizer, batch["source"], max_source_length)
-    labels, num_cut_targets = _truncated(tokenizer, batch["target"], max_target_length)
+
+
+def _labels(tokenizer, texts, max_length, decoder_start_token_id):
+    """Ids of each target, which end in the end-of-text token, and how many targets were cut."""
+    labels, num_cut = _truncated(tokenizer, texts, max_length)
+    # Llama's tokenizers put the token in front that starts every target.
+    labels = [ids[1:] if ids[:1] == [decoder_start_token_id] else ids for ids in labels]
     eos = tokenizer.eos_token_id
     # Not every tokenizer ends a text by itself, and a model that is never taught to stop never does.
-    labels = [ids if ids[-1:] == [eos] else [*ids[: max_target_length - 1], eos] for ids in labels]
-    counts.update(rows=len(labels), source=num_cut_sources, target=num_cut_targets)
-    return {"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources], "labels": labels}
+    return [ids if ids[-1:] == [eos] else [*ids[: max_length - 1], eos] for ids in labels], num_cut
 
 
 def _truncated(tokenizer, texts, max_length):
