@@ -47,6 +47,7 @@ UNSUPPORTED_FIELDS = {
     "n_routed_experts": "a mixture of experts",
     "quantization_config": "quantized weights",
 }
+TELLING_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A mapped file counts as memory where it was read, so it is mapped anew for every block of so many bytes.
 BLOCK_BYTES = 16 * 2**20
@@ -340,13 +341,28 @@ def _listed(items, num_listed=NUM_LISTED):
 # Tokens
 
 
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of a repository on the Hub, without running code that lies there.
+
+    Raises:
+        ValueError: There is none that transformers can load.
+    """
+    folder = local_folder(name_or_path, ("config.json", *TOKENIZER_FILES))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}). Fetch its "
+            "tokenizer files, or give the tokenizer of the model that it was made from."
+        ) from error
+
+
 def _own_or_given(tokenizer, source) -> PreTrainedTokenizerBase | None:
     own = None
-    if source.folder is not None and any((source.folder / name).is_file() for name in _TOKENIZER_NAMES):
-        own = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    if source.folder is not None and any((source.folder / name).is_file() for name in TELLING_TOKENIZER_FILES):
+        own = load_tokenizer(source.folder)
     if isinstance(tokenizer, str | Path):
-        folder = local_folder(tokenizer, ("config.json", *TOKENIZER_FILES))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer is None:
         tokenizer = own
     elif own is not None:
@@ -358,9 +374,6 @@ def _own_or_given(tokenizer, source) -> PreTrainedTokenizerBase | None:
             "Give the tokenizer that it was trained with; tokens can be added after `resize_token_embeddings`."
         )
     return tokenizer
-
-
-_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def _check_same_tokens(tokenizer, own, name):
