@@ -41,7 +41,13 @@ BEGINNINGS = (*STRATEGIES, RANDOM)
 SEEDS = (0, 1, 2)
 VOCAB_SIZE, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 512, 80, 48
 SOURCE_RUN = {"num_train_epochs": 4}
-STUDENT_RUN = {"num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 50, "per_device_eval_batch_size": 50}
+STUDENT_RUN = {
+    "num_train_epochs": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 50,
+    "per_device_eval_batch_size": 50,
+    "disable_tqdm": True,
+}
 EVERY_RUN = {
     "per_device_train_batch_size": 16,
     "learning_rate": 3e-3,
@@ -52,7 +58,6 @@ EVERY_RUN = {
     "logging_steps": 50,
     "save_strategy": "no",
     "dataloader_pin_memory": False,
-    "disable_tqdm": True,
     "report_to": [],
 }
 SCORES = {

@@ -32,7 +32,7 @@ def demo_folder(tmp_path, tiny_config):
 
 def test_every_snippet_runs(demo_folder):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
     )
@@ -51,6 +51,6 @@ def test_it_is_short_and_its_snippets_too():
 def test_every_file_that_it_names_exists():
     for path in re.findall(r"examples/\w+\.py|trainers/\w+\.py", README):
         assert (ROOT / path).is_file()
-    recipes = re.findall(r"--config (\w+)", README)
+    recipes = re.findall(r"--(?:config|distill) (\w+)", README)
     assert recipes
     assert all((ROOT / "configuration" / "recipes" / f"{name}.yaml").is_file() for name in recipes)
