@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards, filled in from what a run has measured."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 DISTILLATION_TEMPLATE = Path(__file__).parent / "distillation_card.md"
+CONVERTED_TEMPLATE = Path(__file__).parent / "converted_card.md"
 # Speed of a machine is no property of the model.
 UNSHOWN_METRICS = ("_runtime", "_per_second", "_num_tokens", "_preparation_time")
 
@@ -87,6 +89,35 @@ def distillation_card(
         evaluation=evaluation,
         metrics=metrics,
         versions={package: version(package) for package in ("trl", "transformers", "torch")},
+    )
+
+
+def converted_card(
+    name: str, config: PreTrainedConfig, num_parameters: int, prompt: str, has_tokenizer: bool
+) -> ModelCard:
+    """The card of a model with the predecessor's weights; `.save(path)` writes it.
+
+    Args:
+        name (`str`): Heading of the card.
+        config ([`EncDecSLMConfig`]): Of the model.
+        num_parameters (`int`): Of the model; a tied weight counts once.
+        prompt (`str`): The predecessor's, with `{question}` and `{context}` where these go.
+        has_tokenizer (`bool`): Whether a tokenizer lies beside the weights.
+    """
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text2text-generation",
+            license="mit",
+            tags=[config.model_type],
+        ),
+        template_path=str(CONVERTED_TEMPLATE),
+        model_name=name,
+        config=config,
+        num_parameters=num_parameters,
+        is_scaled=config.rope_parameters["rope_type"] == "dynamic",
+        prompt=json.dumps(prompt),
+        has_tokenizer=has_tokenizer,
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against tensors computed by the predecessor's own code (microsoft/encoder-decoder-slm), in fp32."""
+"""Converted checkpoints beside what the predecessor's own code computed (microsoft/encoder-decoder-slm), in fp32."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
-from encdec_slm import EncDecSLMForConditionalGeneration
-from encdec_slm.conversion import convert_reference_state_dict, reference_config
+import encdec_slm  # noqa: F401 (registers the classes)
+from encdec_slm.conversion import convert_reference_checkpoint, convert_reference_state_dict
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,19 +32,32 @@ def cases():
     return load_file(GOLDEN / "text_a.cases.safetensors")
 
 
-def load_reference(is_interleaved=False):
+def load_converted(folder, attn_implementation="sdpa", **changes):
+    """What the converter makes of a checkpoint with the golden weights, loaded as anybody loads it."""
     with safe_open(GOLDEN / "text_a.weights.safetensors", "pt") as file:
-        config = reference_config(json.loads(file.metadata()["config"]), eos_token_id=79)
+        model_config = json.loads(file.metadata()["config"]) | changes
     weights = load_file(GOLDEN / "text_a.weights.safetensors")
-    model = EncDecSLMForConditionalGeneration(config).eval()
-    model.load_state_dict(convert_reference_state_dict(weights, config, is_interleaved))
-    return model
+    torch.save({"model_state_dict": weights, "model_config": model_config}, folder / "model.pt")
+    words = {"<unk>": 0, "<s>": 1, "<|endoftext|>": 79}
+    words |= {f"w{index}": index for index in range(97) if index not in words.values()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")))
+    convert_reference_checkpoint(folder / "model.pt", folder / "converted", tokenizer=tokenizer)
+    model, info = AutoModelForSeq2SeqLM.from_pretrained(
+        folder / "converted", attn_implementation=attn_implementation, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request):
-    model = load_reference()
-    model.set_attn_implementation(request.param)
+# Scaling changes nothing up to its block size; 16 is the longest input of any case.
+SCALED = {"rope_factor": 4.0, "block_size": 16}
+
+
+@pytest.fixture(scope="module", params=[("eager", {}), ("sdpa", {}), ("eager", SCALED), ("sdpa", SCALED)], ids=str)
+def model(request, tmp_path_factory):
+    attn_implementation, changes = request.param
+    model = load_converted(tmp_path_factory.mktemp("golden"), attn_implementation, **changes)
+    assert model.config.rope_parameters["rope_type"] == ("dynamic" if changes else "default")
     return model
 
 
@@ -104,11 +124,13 @@ def test_greedy_ids_equal_the_reference(model, cases):
     )
 
 
-def test_interleaved_heads_need_no_reordering(cases):
-    model = load_reference(is_interleaved=True)
+def test_interleaved_heads_need_no_reordering(cases, tmp_path):
+    model = load_converted(tmp_path, is_interleaved=True)
     inputs = inputs_of(cases, "main")
     is_real = inputs["decoder_attention_mask"].bool()
-    torch.testing.assert_close(model(**inputs).logits[is_real], cases["interleaved.logits"][is_real], **CLOSE)
+    outputs = model(**inputs, labels=labels_of(cases))
+    torch.testing.assert_close(outputs.logits[is_real], cases["interleaved.logits"][is_real], **CLOSE)
+    torch.testing.assert_close(outputs.loss, cases["interleaved.loss"], **CLOSE)
 
 
 @pytest.mark.parametrize(("stack", "length"), [("enc", 7), ("enc", 8), ("dec", 7), ("dec", 8)])
@@ -119,11 +141,12 @@ def test_rotary_tables_equal_the_reference(model, cases, stack, length):
     torch.testing.assert_close(sin[0, 0], cases[f"rope.{stack}{length}.sin"])
 
 
-def test_a_source_of_only_padding_is_finite_where_the_reference_attends_evenly(model, cases):
-    logits = model(**inputs_of(cases, "edge_all_pad")).logits
+@pytest.mark.parametrize("case", ["edge_all_pad", "edge_dec_leading_pad"])
+def test_rows_of_only_padding_are_finite_where_the_reference_attends_evenly(model, cases, case):
+    logits = model(**inputs_of(cases, case)).logits
     assert logits.isfinite().all()
     if model.config._attn_implementation == "eager":
-        torch.testing.assert_close(logits, cases["edge_all_pad.logits"], **CLOSE)
+        torch.testing.assert_close(logits, cases[f"{case}.logits"], **CLOSE)
 
 
 def test_sampling_filters_keep_ties_as_the_reference_does(cases):
