@@ -84,8 +84,9 @@ def convert_reference_checkpoint(
             Nothing that it pickles is executed.
         output_dir (`str` or `Path`): Where the model is to lie; nothing appears there before all of it is written.
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): A folder or a Hub
-            repository with a `tokenizer.json`, or a tokenizer in memory, which is written as transformers 5 built it.
-            `None` takes the one beside the checkpoint, if one lies there; otherwise the model has none.
+            repository with a `tokenizer.json`, or a tokenizer in memory. Of one that transformers 5 built anew from
+            such a folder, the folder is taken. `None` takes the one beside the checkpoint, if one lies there;
+            otherwise the model has none.
         model_config (`Mapping[str, Any]`, *optional*): Fields of the predecessor's `MuConfig`, for a checkpoint that
             carries none: `n_head` (and `is_interleaved`) cannot be told by its weights.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a checkpoint that lies in `output_dir`.
@@ -219,8 +220,9 @@ def _write_tokenizer(tokenizer, checkpoint_folder, model_config, folder):
             "microsoft/Phi-3.5-mini-instruct."
         )
         return None
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and type(tokenizer) is not PreTrainedTokenizerFast:
+        tokenizer = _files_of_rebuilt(tokenizer)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        _warn_if_rebuilt(tokenizer)
         tokenizer.save_pretrained(folder)
     elif isinstance(source := checkpoint_folder if tokenizer is None else tokenizer, (str, Path)):
         _copy_tokenizer_files(local_folder(source, TOKENIZER_FILES), folder)
@@ -241,13 +243,17 @@ def _name(tokenizer):
     return "beside the checkpoint" if tokenizer is None else repr(getattr(tokenizer, "name_or_path", str(tokenizer)))
 
 
-def _warn_if_rebuilt(tokenizer):
-    if type(tokenizer) is not PreTrainedTokenizerFast:
-        logger.warning(
-            f"`tokenizer` is a {type(tokenizer).__name__}, which transformers 5 builds anew instead of reading its "
-            "`tokenizer.json`, and is written as it is: its ids can differ from those that the predecessor saw. Give "
-            "its folder or name instead."
-        )
+def _files_of_rebuilt(tokenizer):
+    """The folder that transformers 5 built a tokenizer anew from, since its `tokenizer.json` says what it was."""
+    source = Path(tokenizer.name_or_path)
+    if (source / "tokenizer.json").is_file():
+        return source
+    logger.warning(
+        f"`tokenizer` is a {type(tokenizer).__name__}, which transformers 5 builds anew instead of reading its "
+        "`tokenizer.json`, and is written as it is: its ids can differ from those that the predecessor saw. Give its "
+        "folder or name instead."
+    )
+    return tokenizer
 
 
 def _copy_tokenizer_files(source, folder):

@@ -75,6 +75,7 @@ class EncDecSLMRotaryEmbedding(nn.Module):
             init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
             self.inv_freq = init_fn(self.config)[0].to(self.inv_freq.device)
             self.original_inv_freq = self.inv_freq.clone()
+            self.max_seq_len_cached = self.original_max_seq_len
         return self
 
     @torch.no_grad()

@@ -150,7 +150,7 @@ def _weights_and_config(path):
         raise _only_text(path)
     _check_tensors(loaded, path)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in loaded.values()})
-    return {key: tensor.to(dtype) for key, tensor in loaded.items()}, stored
+    return {key: tensor.to(dtype).contiguous() for key, tensor in loaded.items()}, stored
 
 
 def _is_state_dict(loaded):

@@ -3,6 +3,7 @@
 
 import builtins
 import json
+import logging
 import os
 import pickle
 import re
@@ -185,11 +186,12 @@ def test_mixed_dtypes_become_the_widest(save, tmp_path):
     assert {tensor.dtype for tensor in weights_in(tmp_path / "output").values()} == {torch.float32}
 
 
-def test_trainable_and_transposed_tensors_are_weights_too(save, checkpoint, tmp_path):
+@pytest.mark.parametrize("key", [BEFORE, "transformer.e.0.mlp.fc1.weight", "transformer.wte.weight"])
+def test_trainable_and_transposed_tensors_are_weights_too(save, checkpoint, key, tmp_path):
     convert_reference_checkpoint(checkpoint, tmp_path / "expected")
     weights = make_weights()
-    weights[BEFORE] = torch.nn.Parameter(weights[BEFORE])
-    weights["transformer.e.0.mlp.fc1.weight"] = weights["transformer.e.0.mlp.fc1.weight"].T.contiguous().T
+    changed = torch.nn.Parameter(weights[key].T.contiguous().T)
+    weights |= {other: changed for other, tensor in weights.items() if tensor is weights[key]}
     convert_reference_checkpoint(save(weights, model_config=MU_CONFIG), tmp_path / "output")
     assert_same_weights(tmp_path / "output", tmp_path / "expected")
 
@@ -623,8 +625,17 @@ def test_a_tokenizer_in_memory_is_written_as_it_is(checkpoint, original, tmp_pat
     assert (loaded.pad_token, loaded.eos_token, loaded.padding_side) == ("<unk>", "<|endoftext|>", "right")
 
 
-def test_a_tokenizer_that_transformers_rebuilt_is_warned_of(checkpoint, tokenizer_folder, warnings_of_ours, tmp_path):
+def test_of_a_tokenizer_that_transformers_rebuilt_the_files_are_taken(
+    checkpoint, tokenizer_folder, original, tmp_path
+):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    folder = convert_reference_checkpoint(checkpoint, tmp_path / "output", tokenizer=tokenizer)
+    assert_reads_as(AutoTokenizer.from_pretrained(folder), original)
+
+
+def test_a_rebuilt_tokenizer_without_its_files_is_warned_of(checkpoint, tokenizer_folder, warnings_of_ours, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.name_or_path = "somewhere/else"
     convert_reference_checkpoint(checkpoint, tmp_path / "output", tokenizer=tokenizer)
     assert any("Give its folder or name instead" in message for message in warnings_of_ours.messages)
 
@@ -836,7 +847,10 @@ def test_the_card_works_in_a_process_without_the_package(checkpoint, tokenizer_f
     assert written and run.stdout == f"{written}\n"
 
 
-def test_the_example_converts_and_says_how_to_load(checkpoint, tokenizer_folder, monkeypatch, capsys, tmp_path):
+def test_the_example_converts_and_says_how_to_load(
+    checkpoint, tokenizer_folder, monkeypatch, capsys, caplog, tmp_path
+):
+    caplog.set_level(logging.INFO, logger="encdec_slm")  # and back at the end, which the script does not do
     script = str(ROOT / "examples" / "convert_reference.py")
     arguments = [str(checkpoint), str(tmp_path / "output"), "--tokenizer", str(tokenizer_folder)]
     monkeypatch.setattr("sys.argv", [script, *arguments])

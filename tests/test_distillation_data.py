@@ -247,6 +247,7 @@ def test_only_rows_that_are_asked_for_are_read_from_a_stream():
 
 def test_rows_that_are_encoded_already_come_back_as_they_are(caplog):
     encoded = encode_rows(Dataset.from_dict({"prompt": ["w10"]}), make_encoder(), "training data")
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="encdec_slm"):
         assert encode_rows(encoded, make_encoder(), "training data") is encoded
     assert not caplog.records

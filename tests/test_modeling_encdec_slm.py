@@ -256,6 +256,14 @@ def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backe
     torch.testing.assert_close(actual, expected)
 
 
+def test_a_cast_after_a_long_call_scales_the_next_long_one_again(tiny_config):
+    rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    rotary = EncDecSLMRotaryEmbedding(variant(tiny_config, rope_parameters=rope_parameters, max_position_embeddings=8))
+    positions = torch.arange(20)[None]
+    expected = rotary(torch.zeros(1), positions)
+    torch.testing.assert_close(rotary.double()(torch.zeros(1), positions), expected)
+
+
 def test_casting_the_model_keeps_rotary_frequencies_in_single_precision(tiny_model):
     rotary = tiny_model.get_decoder().rotary_emb
     positions = torch.arange(2000)[None]
