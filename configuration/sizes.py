@@ -5,9 +5,18 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from ..configuration_encdec_slm import EncDecSLMConfig
+from ..configuration_encdec_vlm import EncDecVLMConfig
 
 
 PRESETS = Path(__file__).parent / "presets"
@@ -25,14 +34,15 @@ def list_presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def load_preset(name: str, split: str | None = None) -> EncDecSLMConfig:
-    """The config of one size, read from `presets/<name>.json`.
+def load_preset(name: str, split: str | None = None) -> EncDecSLMConfig | EncDecVLMConfig:
+    """The config of one size, of text or of vision and text, read from `presets/<name>.json`.
 
     Args:
         name (`str`): One of [`list_presets`].
         split (`str`, *optional*): Shares of encoder and decoder in the same number of layers: `"2/3-1/3"`,
             `"1/2-1/2"` or `"1/3-2/3"`. `intermediate_size` makes up for the cross-attentions that come or go, so that
-            the parameter count stays within 2 %. `None` takes the layers of the file, 2/3 and 1/3 in every text size.
+            the parameter count stays within 2 %. `None` takes the layers of the file: 2/3 and 1/3, but equal halves
+            in `625m-vlm`, as the predecessor has them.
 
     Raises:
         ValueError: There is no such preset or split.
@@ -43,8 +53,13 @@ def load_preset(name: str, split: str | None = None) -> EncDecSLMConfig:
     if split is not None and split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}. Available splits: {', '.join(SPLITS)}.")
     fields = json.loads(path.read_text(encoding="utf-8"))
-    config = EncDecSLMConfig(**fields)
-    return config if split is None else _with_split(config, fields, SPLITS[split])
+    if "vision_config" not in fields:
+        config = EncDecSLMConfig(**fields)
+        return config if split is None else _with_split(config, fields, SPLITS[split])
+    if split is not None:
+        text_config = EncDecSLMConfig(**fields["text_config"])
+        fields["text_config"] = _with_split(text_config, fields["text_config"], SPLITS[split])
+    return EncDecVLMConfig(**fields)
 
 
 def _with_split(config, fields, encoder_share):
@@ -57,7 +72,7 @@ def _with_split(config, fields, encoder_share):
     return _with_num_parameters(EncDecSLMConfig, {**fields, **layers}, num_parameters(config), tolerance=0.02)
 
 
-def decoder_only_twin(config: EncDecSLMConfig) -> PreTrainedConfig:
+def decoder_only_twin(config: EncDecSLMConfig | EncDecVLMConfig) -> PreTrainedConfig:
     """The decoder-only config of the same size: the fair opponent of `config` in every benchmark.
 
     It has as many layers as both stacks together and the same width, heads, vocabulary, activation and token ids.
@@ -65,12 +80,16 @@ def decoder_only_twin(config: EncDecSLMConfig) -> PreTrainedConfig:
     for: it brings the parameter count within 1 % of that of `config`.
 
     Args:
-        config ([`EncDecSLMConfig`]): Any size of this family.
+        config ([`EncDecSLMConfig`] or [`EncDecVLMConfig`]): Any size of this family.
 
     Returns:
-        [`~transformers.LlamaConfig`], or [`~transformers.Qwen3Config`] where `config` has query and key norms or a
-        width that is no multiple of its heads, which Llama refuses. Qwen's query and key norms come with its class.
+        For vision and text, [`~transformers.LlavaNextConfig`] with the same tower, tiles and image token, and the
+        twin of the text model. For text, [`~transformers.LlamaConfig`], or [`~transformers.Qwen3Config`] where
+        `config` has query and key norms or a width that is no multiple of its heads, which Llama refuses. Qwen's query
+        and key norms come with its class.
     """
+    if config.model_type == EncDecVLMConfig.model_type:
+        return _vision_twin(config)
     fields = {name: getattr(config, name) for name in TWIN_FIELDS}
     fields["num_hidden_layers"] = config.encoder_num_hidden_layers + config.decoder_num_hidden_layers
     config_class = LlamaConfig
@@ -78,6 +97,20 @@ def decoder_only_twin(config: EncDecSLMConfig) -> PreTrainedConfig:
         config_class = Qwen3Config
         del fields["mlp_bias"]  # Qwen's MLP has none to switch on
     return _with_num_parameters(config_class, fields, num_parameters(config), tolerance=0.01)
+
+
+def _vision_twin(config):
+    return LlavaNextConfig(
+        text_config=decoder_only_twin(config.text_config),
+        vision_config=config.vision_config,
+        image_token_index=config.image_token_id,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        projector_hidden_act=config.projector_hidden_act,
+        image_seq_length=config.patches_per_side**2,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
 
 
 def _with_num_parameters(config_class, fields, wanted, tolerance):
@@ -99,10 +132,11 @@ def num_weights_per_token(config: PreTrainedConfig) -> int:
     """Parameters that one generated token needs read, with all keys and values cached.
 
     An encoder-decoder runs its decoder, without the keys and values of the cross-attention, and the output head; a
-    decoder-only model runs everything. One row of the embedding table is not counted.
+    decoder-only model runs everything. One row of the embedding table is not counted, nor what sees images.
     """
     model = _empty_model(config)
     unread = {"encoder.", "cross_attn.k_proj.", "cross_attn.v_proj.", "embed_tokens."}
+    unread |= {"vision_tower.", "multi_modal_projector.", "image_newline"}
     read = [
         parameter
         # A tied table is listed under both of its names, of which only the head's is read as a whole.
@@ -118,11 +152,14 @@ def num_cached_values(config: PreTrainedConfig) -> int:
     For an encoder-decoder: those of a source token to the cross-attention's cache, and, equally many, those of a
     generated token to the self-attention's. For a decoder-only model: those of any token.
     """
+    config = config.get_text_config()
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 def _empty_model(config):
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if hasattr(config, "vision_config"):
+        auto_class = AutoModelForImageTextToText
     with torch.device("meta"):
         return auto_class.from_config(config)
 
@@ -141,9 +178,10 @@ def preset_table() -> str:
 
 
 def _preset_row(name, config, count):
+    weight_bytes, cached_bytes = 2 * num_weights_per_token(config), 2 * num_cached_values(config)
+    config = config.get_text_config()
     layers = f"{config.encoder_num_hidden_layers} + {config.decoder_num_hidden_layers}"
     heads = f"{config.num_attention_heads} / {config.num_key_value_heads} x {config.head_dim}"
-    weight_bytes, cached_bytes = 2 * num_weights_per_token(config), 2 * num_cached_values(config)
     numbers = (f"{weight_bytes:,}", f"{cached_bytes:,}", f"{cached_bytes:,}")
     return (f"`{name}`", f"{count:,}", layers, str(config.hidden_size), heads, *numbers)
 

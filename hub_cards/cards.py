@@ -99,23 +99,26 @@ def converted_card(
 
     Args:
         name (`str`): Heading of the card.
-        config ([`EncDecSLMConfig`]): Of the model.
+        config ([`EncDecSLMConfig`] or [`EncDecVLMConfig`]): Of the model.
         num_parameters (`int`): Of the model; a tied weight counts once.
         prompt (`str`): The predecessor's, with `{question}` and `{context}` where these go.
         has_tokenizer (`bool`): Whether a tokenizer lies beside the weights.
     """
+    text_config = config.get_text_config()
+    is_vision = text_config is not config
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
-            pipeline_tag="text2text-generation",
+            pipeline_tag="image-text-to-text" if is_vision else "text2text-generation",
             license="mit",
             tags=[config.model_type],
         ),
         template_path=str(CONVERTED_TEMPLATE),
         model_name=name,
-        config=config,
+        config=text_config,
+        is_vision=is_vision,
         num_parameters=num_parameters,
-        is_scaled=config.rope_parameters["rope_type"] == "dynamic",
+        is_scaled=text_config.rope_parameters["rope_type"] == "dynamic",
         prompt=json.dumps(prompt),
         has_tokenizer=has_tokenizer,
     )

@@ -16,9 +16,17 @@ from transformers.utils import logging
 
 from .checkpoint_folders import TOKENIZER_FILES, folder_written_whole, local_folder
 from .configuration_encdec_slm import EncDecSLMConfig
+from .conversion_vision import TEXT_FIELDS, convert_vision_tensors, read_vision_config, vision_reference_config
 from .hub_cards.cards import converted_card
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .reference_checkpoints import read_reference_checkpoint, reference_checkpoint_file
+from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration
+from .reference_checkpoints import (
+    check_weights_fit,
+    is_vision_checkpoint,
+    read_reference_checkpoint,
+    reference_checkpoint_file,
+    told_model_config,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +54,7 @@ QUESTION_ANSWERING_PROMPT = (
 )
 # The predecessor's pad token is `<unk>`, and so is its place in the vocabulary that of padding.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+IMAGE_TOKEN = "<image>"
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 PROBES = ("hello world", "", " ", "  lead", "trail ", "a  b", "\ttab\nline", "é ü 漢字 🙂", "###Answer\n")
 PROBES_AROUND_A_TOKEN = ("x{0}y", "{0}  text", " {0} a", "{0}\ntext{0}")
@@ -69,7 +78,7 @@ def convert_reference_checkpoint(
     model_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The folder of a Hub-ready model that computes what a text checkpoint of the predecessor computes.
+    """The folder of a Hub-ready model that computes what a checkpoint of the predecessor computes.
 
     It equals the predecessor up to rounding, but for:
 
@@ -80,15 +89,16 @@ def convert_reference_checkpoint(
       after a longer call the frequencies stay those of the longer one until a call is shorter than `block_size`.
 
     Args:
-        path (`str` or `Path`): The predecessor's `model.pt`, or a folder with exactly one `model.pt` or `model_*.pt`.
-            Nothing that it pickles is executed.
+        path (`str` or `Path`): The predecessor's `model.pt`, its vision-language `pytorch_model.bin` with a
+            `config.json` beside it, or a folder with exactly one of them. Nothing that it pickles is executed.
         output_dir (`str` or `Path`): Where the model is to lie; nothing appears there before all of it is written.
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): A folder or a Hub
             repository with a `tokenizer.json`, or a tokenizer in memory. Of one that transformers 5 built anew from
             such a folder, the folder is taken. `None` takes the one beside the checkpoint, if one lies there;
             otherwise the model has none.
         model_config (`Mapping[str, Any]`, *optional*): Fields of the predecessor's `MuConfig`, for a checkpoint that
-            carries none: `n_head` (and `is_interleaved`) cannot be told by its weights.
+            carries none: `n_head` (and `is_interleaved`) cannot be told by its weights. `vision_config` in it gives
+            fields of the tower that shapes do not tell.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a checkpoint that lies in `output_dir`.
 
     Returns:
@@ -102,10 +112,9 @@ def convert_reference_checkpoint(
     """
     path, output_dir = reference_checkpoint_file(Path(path)), Path(output_dir)
     with folder_written_whole(output_dir, overwrite) as folder:
-        weights, model_config = read_reference_checkpoint(path, model_config)
-        used_tokenizer = _write_tokenizer(tokenizer, path.parent, model_config, folder)
-        config = _config_with_token_ids(model_config, used_tokenizer, path)
-        _write_model(convert_reference_state_dict(weights, config, model_config["is_interleaved"]), config, folder)
+        weights, stored = read_reference_checkpoint(path)
+        write = _write_vision_model if is_vision_checkpoint(weights) else _write_text_model
+        config, used_tokenizer = write(weights, stored, dict(model_config or {}), tokenizer, path, folder)
         converted_card(
             output_dir.resolve().name,
             config,
@@ -114,6 +123,62 @@ def convert_reference_checkpoint(
             used_tokenizer is not None,
         ).save(folder / "README.md")
     return output_dir
+
+
+def _write_text_model(weights, stored, given, tokenizer, path, folder):
+    model_config = told_model_config(weights, stored, given, path)
+    used_tokenizer = _write_tokenizer(tokenizer, path.parent, model_config, folder)
+    config = _config_with_token_ids(model_config, used_tokenizer, path)
+    converted = convert_reference_state_dict(weights, config, model_config["is_interleaved"])
+    _write_model(converted, EncDecSLMForConditionalGeneration, config, folder, path)
+    return config, used_tokenizer
+
+
+def _write_vision_model(weights, stored, given, tokenizer, path, folder):
+    fields = read_vision_config(path)
+    vision_config = given.pop("vision_config", fields.get("vision_config"))
+    # Its query heads are in order, and there is no width of their own.
+    stated = {name: fields[name] for name in TEXT_FIELDS if name in fields} | {
+        "is_interleaved": True,
+        "qkv_embd": None,
+    }
+    text_weights = {key: tensor for key, tensor in weights.items() if key.startswith("transformer.")}
+    text_weights |= {key: weights[key] for key in ("lm_head.weight",) if key in weights}
+    model_config = told_model_config(text_weights, stated, given, path)
+    used_tokenizer = _write_tokenizer(tokenizer, path.parent, model_config, folder)
+    used_tokenizer, image_token_id = _with_image_token(used_tokenizer, model_config, folder)
+    text_config = _config_with_token_ids(model_config, used_tokenizer, path, lm_head_bias=True)
+    config = vision_reference_config(text_config, weights, fields, image_token_id, vision_config)
+    _write_model(convert_vision_state_dict(weights, config), EncDecVLMForConditionalGeneration, config, folder, path)
+    return config, used_tokenizer
+
+
+def convert_vision_state_dict(state_dict: Mapping[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """Weights for `EncDecVLMForConditionalGeneration(config)`, from the predecessor's vision-language model.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): The predecessor's weights under its own names.
+        config ([`EncDecVLMConfig`]): From [`~encdec_slm.conversion_vision.vision_reference_config`].
+    """
+    text = {key: tensor for key, tensor in state_dict.items() if key.startswith(("transformer.", "lm_head."))}
+    text = convert_reference_state_dict(text, config.text_config, is_interleaved=True)
+    moved = {key.replace("model.encoder.", "model.encoder.text_model."): tensor for key, tensor in text.items()}
+    return {**moved, **convert_vision_tensors(state_dict)}
+
+
+def _with_image_token(tokenizer, model_config, folder):
+    """The tokenizer with a token for images, saved again, and the id of that token."""
+    if tokenizer is None:
+        return None, model_config["vocab_size"] - 1
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        if len(tokenizer) >= model_config["vocab_size"]:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer):,} tokens, as many as the model has embeddings, but images need "
+                f"one more ({IMAGE_TOKEN!r}). Give the tokenizer that the model was trained with."
+            )
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        tokenizer.save_pretrained(folder)
+    return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
 def reference_config(model_config: Mapping[str, Any], **kwargs) -> EncDecSLMConfig:
@@ -189,23 +254,24 @@ def _group_query_heads(tensor, config, dim):
     return heads.transpose(dim, dim + 1).flatten(dim, dim + 2).contiguous()
 
 
-def _config_with_token_ids(model_config, tokenizer, path):
+def _config_with_token_ids(model_config, tokenizer, path, **kwargs):
     bos_token_id, eos_token_id = 1, 32000 if model_config["vocab_size"] > 32000 else None
     if tokenizer is not None:
         bos_token_id = tokenizer.get_vocab().get(SPECIAL_TOKENS["bos_token"], bos_token_id)
         eos_token_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     token_ids = {"bos_token_id": bos_token_id, "decoder_start_token_id": bos_token_id, "eos_token_id": eos_token_id}
     try:
-        return reference_config(model_config, **token_ids)
+        return reference_config(model_config, **token_ids, **kwargs)
     except StrictDataclassError as error:
         raise ValueError(
             f"The sizes of {str(path)!r} make no model: {error.__cause__ or error} Correct its `model_config`."
         ) from error
 
 
-def _write_model(weights, config, folder):
+def _write_model(weights, model_class, config, folder, path):
     with torch.device("meta"):
-        model = EncDecSLMForConditionalGeneration(config)
+        model = model_class(config)
+    check_weights_fit(weights, model.state_dict(), path)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.save_pretrained(folder)

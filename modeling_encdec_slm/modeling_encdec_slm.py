@@ -5,6 +5,7 @@ Axes in shape comments: B batch, S source, T target, D width, H query heads, K k
 V vocabulary.
 """
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -261,6 +262,21 @@ class EncDecSLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_encdec_slm.EncDecSLMConfig",
+    "AutoModel": "modeling_encdec_slm.EncDecSLMModel",
+    "AutoModelForSeq2SeqLM": "modeling_encdec_slm.EncDecSLMForConditionalGeneration",
+    "AutoModelForTextEncoding": "modeling_encdec_slm.EncDecSLMEncoderModel",
+}
+CUSTOM_PIPELINES = {
+    "text2text-generation": {
+        "impl": "pipeline_encdec_slm.Text2TextGenerationPipeline",
+        "pt": ["AutoModelForSeq2SeqLM"],
+        "type": "text",
+    }
+}
+
+
 class EncDecSLMPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of every model of this family: backends, devices, how it is saved."""
 
@@ -276,6 +292,8 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # What config.json says of the code in a folder: the Auto classes and the pipelines that find it.
+    _folder_entries = {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -300,7 +318,7 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.can_generate() and model.generation_config.max_length is None:
             # There was no generation_config.json: the folder was saved from a model without a head.
-            model.generation_config.max_length = model.config.max_position_embeddings
+            model.generation_config.max_length = model.config.get_text_config().max_position_embeddings
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -317,8 +335,8 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
                 "`EncDecSLMEncoderModel.from_pretrained` reads the encoder from it."
             )
         # The folder answers to every Auto class and to the pipeline, whatever this model itself was loaded from.
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
+        for name, entries in self._folder_entries.items():
+            setattr(self.config, name, copy.deepcopy(entries))
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -549,8 +567,8 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
             return decoder_inputs_embeds
         # Generated ids are the model's own; on an accelerator, checking them would wait for it at every token.
         if past_key_values is None or decoder_input_ids.device.type == "cpu":
-            _check_token_ids(decoder_input_ids, self.encoder.embed_tokens.num_embeddings, "decoder_input_ids")
-        return self.encoder.embed_tokens(decoder_input_ids)
+            _check_token_ids(decoder_input_ids, self.get_input_embeddings().num_embeddings, "decoder_input_ids")
+        return self.get_input_embeddings()(decoder_input_ids)
 
 
 class EncDecSLMEncoderModel(EncDecSLMPreTrainedModel):
@@ -682,18 +700,19 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         )
 
     def _loss(self, logits, labels, num_items_in_batch, **kwargs):
-        _check_token_ids(labels.clamp(min=0), self.config.vocab_size, "labels")
+        vocab_size = self.config.get_text_config().vocab_size
+        _check_token_ids(labels.clamp(min=0), vocab_size, "labels")
         if num_items_in_batch is None:
             num_items_in_batch = (labels != -100).sum()
         # A batch without supervision has loss 0 instead of 0 / 0.
         num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
-        vocab_size = self.config.vocab_size
         return self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Decoder input of the labels' shape: the start token, then all labels but the last; -100 becomes padding."""
-        start_ids = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
-        return torch.cat((start_ids, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)), 1)
+        config = self.config.get_text_config()
+        start_ids = labels.new_full((labels.shape[0], 1), config.decoder_start_token_id)
+        return torch.cat((start_ids, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)), 1)
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         # A caller's `max_new_tokens` replaces the bound of this family; that is no conflict to warn of.
@@ -706,7 +725,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
             raise ValueError(
                 '`cache_implementation="quantized"` was given, but transformers quantizes the caches of decoder-only '
                 'models only. Leave it out, or use "static" or "offloaded"; the cache is small already, since only '
-                f"{self.config.decoder_num_hidden_layers} decoder layers keep one."
+                f"{self.config.get_text_config().decoder_num_hidden_layers} decoder layers keep one."
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
@@ -731,19 +750,5 @@ def _check_target_lengths(labels, decoder_input_ids, decoder_inputs_embeds):
             f"predicts the other position by position. Leave `{name}` out to have it made from `labels`."
         )
 
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_encdec_slm.EncDecSLMConfig",
-    "AutoModel": "modeling_encdec_slm.EncDecSLMModel",
-    "AutoModelForSeq2SeqLM": "modeling_encdec_slm.EncDecSLMForConditionalGeneration",
-    "AutoModelForTextEncoding": "modeling_encdec_slm.EncDecSLMEncoderModel",
-}
-CUSTOM_PIPELINES = {
-    "text2text-generation": {
-        "impl": "pipeline_encdec_slm.Text2TextGenerationPipeline",
-        "pt": ["AutoModelForSeq2SeqLM"],
-        "type": "text",
-    }
-}
 
 __all__ = ["EncDecSLMEncoderModel", "EncDecSLMForConditionalGeneration", "EncDecSLMModel", "EncDecSLMPreTrainedModel"]

@@ -34,23 +34,52 @@ TELLING_WEIGHTS = {
 }
 
 
-def read_reference_checkpoint(
-    path: Path, model_config: Mapping[str, Any] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights under the predecessor's names, all of one dtype, and the `MuConfig` that they belong to.
+def read_reference_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """Weights under the predecessor's names, all of one dtype, and the config in the file, unchecked, or `None`.
 
     Nothing else of the file is used, and nothing that it pickles is executed.
 
     Args:
         path (`Path`): From [`reference_checkpoint_file`].
-        model_config (`Mapping[str, Any]`, *optional*): Fields of `MuConfig` that the file does not state.
 
     Raises:
-        ValueError: The file is damaged or pickles more than tensors and plain values; its weights are not those of
-            the text model; its config, `model_config` and the shapes contradict each other.
+        ValueError: The file is damaged or pickles more than tensors and plain values.
     """
-    weights, stored = _weights_and_config(path)
-    stated = _stated_model_config(stored, model_config)
+    loaded, stored = _load(path), None
+    if isinstance(loaded, Mapping) and "model_state_dict" in loaded:
+        loaded, stored = loaded["model_state_dict"], loaded.get("model_config")
+    if not _is_state_dict(loaded):
+        raise ValueError(
+            f"{str(path)!r} holds {_kind(loaded)}, but a checkpoint holds named tensors, alone or as its "
+            "`model_state_dict`. Give the `model.pt` that the predecessor's trainer wrote."
+        )
+    _check_tensors(loaded, path)
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in loaded.values()})
+    # A tied table that is stored transposed could not be saved as it is.
+    return {key: tensor.to(dtype).contiguous() for key, tensor in loaded.items()}, stored
+
+
+def is_vision_checkpoint(weights: Iterable[str]) -> bool:
+    """Whether these are names of weights of the predecessor's vision-language model."""
+    return any(key.startswith(VISION_WEIGHTS) for key in weights)
+
+
+def told_model_config(
+    weights: Mapping[str, torch.Tensor], stored: Any, given: Mapping[str, Any] | None, path: Path
+) -> dict[str, Any]:
+    """The `MuConfig` that the weights of a text model belong to, told by their shapes and by what is stated.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Of the text model, under the predecessor's names.
+        stored (`Any`): What the checkpoint states.
+        given (`Mapping[str, Any]`, *optional*): Fields of `MuConfig` that the checkpoint does not state.
+        path (`Path`): For messages.
+
+    Raises:
+        ValueError: The weights are not those of the text model, or `stored`, `given` and the shapes contradict each
+            other.
+    """
+    stated = _stated_model_config(stored, given)
     sizes = _sizes(weights)
     complete = {**MODEL_CONFIG, **stated, **{name: size for name, size in sizes.items() if size is not None}}
     complete |= _heads(sizes, stated, path)
@@ -67,38 +96,30 @@ def read_reference_checkpoint(
             "wrote it; if only the config is wrong, correct it in the file."
         )
     complete.pop("key_value_width")
-    return weights, complete
+    return complete
 
 
 def reference_checkpoint_file(path: Path) -> Path:
     """The file that `path` is, or the one checkpoint in the folder that it is.
 
     Args:
-        path (`Path`): A file, or a folder with exactly one `model.pt` or `model_*.pt`.
+        path (`Path`): A file, or a folder with exactly one `model.pt`, `model_*.pt` or `pytorch_model.bin`.
 
     Raises:
-        ValueError: There is no such file, more than one of them, or that of a vision-language model.
+        ValueError: There is no such file, or more than one of them.
     """
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"There is no file or folder {str(path)!r}. Give the path of the predecessor's `model.pt`.")
-    files = sorted(file for file in {*path.glob("model.pt"), *path.glob("model_*.pt")} if file.is_file())
+    names = ("model.pt", "model_*.pt", "pytorch_model.bin")
+    files = sorted({file for name in names for file in path.glob(name) if file.is_file()})
     if len(files) == 1:
         return files[0]
-    if not files and (path / "pytorch_model.bin").is_file():
-        raise _only_text(path / "pytorch_model.bin")
     found = f"{len(files)} checkpoints ({_listed(file.name for file in files)})" if files else "no checkpoint"
     raise ValueError(
-        f"The folder {str(path)!r} holds {found}, but exactly one `model.pt` or `model_*.pt` is converted. Give the "
-        "path of the file itself."
-    )
-
-
-def _only_text(path):
-    return ValueError(
-        f"{str(path)!r} is the checkpoint of a vision-language model, but only the predecessor's text model can be "
-        "imported so far. Give the `model.pt` of the text model."
+        f"The folder {str(path)!r} holds {found}, but exactly one `model.pt`, `model_*.pt` or `pytorch_model.bin` is "
+        "converted. Give the path of the file itself."
     )
 
 
@@ -135,22 +156,6 @@ def _reason(error):
         return found[0].replace("GLOBAL", "it pickles")
     line = next(iter(str(error).splitlines()), "")
     return type(error).__name__ if not line or "weights_only" in line else line[:200]
-
-
-def _weights_and_config(path):
-    loaded, stored = _load(path), None
-    if isinstance(loaded, Mapping) and "model_state_dict" in loaded:
-        loaded, stored = loaded["model_state_dict"], loaded.get("model_config")
-    if not _is_state_dict(loaded):
-        raise ValueError(
-            f"{str(path)!r} holds {_kind(loaded)}, but a checkpoint holds named tensors, alone or as its "
-            "`model_state_dict`. Give the `model.pt` that the predecessor's trainer wrote."
-        )
-    if any(key.startswith(VISION_WEIGHTS) for key in loaded):
-        raise _only_text(path)
-    _check_tensors(loaded, path)
-    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in loaded.values()})
-    return {key: tensor.to(dtype).contiguous() for key, tensor in loaded.items()}, stored
 
 
 def _is_state_dict(loaded):
@@ -287,14 +292,26 @@ def _contradicting_heads(complete, stated):
     return []
 
 
-def _differences(weights, complete, stated):
-    """Which weights are missing, left over, of another shape or not tied, each kind as one sentence."""
-    # One block more than there are shows what is missing; a config may claim any number of them.
-    depths = {
-        name: min(stated.get(name, complete[name]), complete[name] + 1)
-        for name in ("n_encoder_layer", "n_decoder_layer")
-    }
-    expected = _shapes({**complete, **depths})
+def check_weights_fit(weights: Mapping[str, torch.Tensor], needed: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuses weights under this family's names that are not those of a model.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Converted.
+        needed (`Mapping[str, torch.Tensor]`): The model's state dict.
+        path (`Path`): For messages.
+
+    Raises:
+        ValueError: Weights are missing, left over or of another shape; all of them are listed.
+    """
+    flaws = _listed_differences(weights, {key: tuple(tensor.shape) for key, tensor in needed.items()})
+    if flaws:
+        raise ValueError(
+            f"{str(path)!r} is no model of the predecessor: of the weights, in this family's names, "
+            f"{'; '.join(flaws)}. Give a checkpoint as its trainer wrote it."
+        )
+
+
+def _listed_differences(weights, expected):
     missing = [repr(key) for key in expected if key not in weights]
     extra = [repr(key) for key in weights if key not in expected]
     misshaped = [
@@ -303,7 +320,17 @@ def _differences(weights, complete, stated):
         if key in weights and tuple(weights[key].shape) != shape
     ]
     kinds = {"missing": missing, "left over": extra, "of another shape": misshaped}
-    flaws = [f"{len(keys):,} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+    return [f"{len(keys):,} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def _differences(weights, complete, stated):
+    """Which weights are missing, left over, of another shape or not tied, each kind as one sentence."""
+    # One block more than there are shows what is missing; a config may claim any number of them.
+    depths = {
+        name: min(stated.get(name, complete[name]), complete[name] + 1)
+        for name in ("n_encoder_layer", "n_decoder_layer")
+    }
+    flaws = _listed_differences(weights, _shapes({**complete, **depths}))
     if not flaws and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         flaws = ["'lm_head.weight' differs from 'transformer.wte.weight', which it shares there"]
     return flaws

@@ -474,15 +474,6 @@ def test_no_file_and_no_checkpoint_and_two_of_them_are_refused(refused, tmp_path
     assert "holds 2 checkpoints (model_12.pt, model_3.pt)" in refused(tmp_path / "folder")
 
 
-def test_the_vision_language_model_is_refused_by_name(refused, tmp_path):
-    torch.save({**make_weights(), "mm_projector.0.bias": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text('{"model_type": "llava_mu"}')
-    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
-        message = refused(path)
-        assert "pytorch_model.bin' is the checkpoint of a vision-language model" in message
-        assert "only the predecessor's text model can be imported so far" in message
-
-
 def test_a_folder_in_use_is_refused_unless_it_may_be_overwritten(checkpoint, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "config.json").write_text("old")

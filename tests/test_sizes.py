@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from encdec_slm import EncDecSLMConfig
+from encdec_slm import EncDecSLMConfig, EncDecVLMConfig
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset, sizes
 from encdec_slm.configuration.sizes import num_cached_values, num_parameters, num_weights_per_token
 
@@ -14,26 +14,67 @@ from encdec_slm.configuration.sizes import num_cached_values, num_parameters, nu
 SPLITS = {"2/3-1/3": 2 / 3, "1/2-1/2": 1 / 2, "1/3-2/3": 1 / 3}
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
+VISION = [name for name in list_presets() if name.endswith("-vlm")]
+TEXT = [name for name in list_presets() if name not in VISION]
+
 load = functools.cache(load_preset)
 count = functools.cache(lambda name, split=None: num_parameters(load(name, split)))
 
 
 def test_the_presets_hold_the_family():
-    assert {"tiny", "26m", "110m", "330m", "500m", "1b"} <= set(list_presets())
+    assert {"tiny", "26m", "110m", "330m", "500m", "1b"} <= set(TEXT)
+    assert {"tiny-vlm", "625m-vlm", "800m-vlm"} <= set(VISION)
 
 
-@pytest.mark.parametrize("name", list_presets())
+def assert_names_declared_fields(fields, config):
+    assert fields.keys() - {"model_type"} <= {field.name for field in dataclasses.fields(config)}
+    assert {key: getattr(config, key) for key in fields} == fields
+
+
+@pytest.mark.parametrize("name", TEXT)
 def test_preset_files_name_only_declared_fields(name):
     fields = json.loads((sizes.PRESETS / f"{name}.json").read_text(encoding="utf-8"))
-    declared = {field.name for field in dataclasses.fields(EncDecSLMConfig)}
-    assert fields.keys() <= declared
+    assert_names_declared_fields(fields, load(name))
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision_presets_name_only_declared_fields(name):
+    fields = json.loads((sizes.PRESETS / f"{name}.json").read_text(encoding="utf-8"))
     config = load(name)
-    assert {key: getattr(config, key) for key in fields} == fields
+    for part in ("text_config", "vision_config"):
+        assert_names_declared_fields(fields.pop(part), getattr(config, part))
+    assert_names_declared_fields(fields, config)
 
 
 @pytest.mark.parametrize("name", [name for name in list_presets() if not name.startswith("tiny")])
 def test_a_preset_has_the_parameters_that_its_name_says(name):
-    assert count(name) == pytest.approx(float(name[:-1]) * UNITS[name[-1]], rel=0.03)
+    size = name.removesuffix("-vlm")
+    assert count(name) == pytest.approx(float(size[:-1]) * UNITS[size[-1]], rel=0.03)
+
+
+def test_the_625m_preset_is_the_predecessors_vision_model():
+    assert count("625m-vlm") == 624_874_624
+    config = load("625m-vlm")
+    assert (config.text_config.encoder_num_hidden_layers, config.text_config.decoder_num_hidden_layers) == (20, 20)
+    assert (config.vision_config.image_size, config.patches_per_side) == (336, 24)
+
+
+def test_the_800m_preset_reads_with_two_thirds_of_its_layers():
+    assert load("800m-vlm").to_dict() == load("800m-vlm", "2/3-1/3").to_dict()
+    assert count("tiny-vlm") < 1_000_000
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", VISION)
+def test_the_twin_of_a_vision_size_sees_with_the_same_tower(name, split):
+    config = load(name, split)
+    twin = decoder_only_twin(config)
+    assert isinstance(config, EncDecVLMConfig) and twin.model_type == "llava_next"
+    assert num_parameters(twin) == pytest.approx(count(name, split), rel=0.01)
+    assert count(name, split) == pytest.approx(count(name), rel=0.02)
+    assert twin.vision_config == config.vision_config
+    assert (twin.image_token_index, twin.image_grid_pinpoints) == (config.image_token_id, config.image_grid_pinpoints)
+    assert num_weights_per_token(twin) == num_parameters(twin.text_config)
 
 
 def test_the_330m_preset_has_exactly_the_parameters_of_the_predecessor():
@@ -45,7 +86,7 @@ def test_the_smallest_and_the_largest_preset_keep_their_bounds():
     assert count("1b") <= 1_000_000_000
 
 
-@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("name", TEXT)
 def test_a_preset_gives_two_thirds_of_its_layers_to_the_encoder(name):
     config = load(name)
     assert config.encoder_num_hidden_layers == 2 * config.decoder_num_hidden_layers
@@ -59,7 +100,7 @@ def test_the_330m_preset_reads_what_the_paper_predicts():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("name", TEXT)
 def test_a_split_moves_layers_and_keeps_the_parameters(name, split):
     whole, config = load(name), load(name, split)
     num_layers = whole.encoder_num_hidden_layers + whole.decoder_num_hidden_layers
@@ -70,7 +111,7 @@ def test_a_split_moves_layers_and_keeps_the_parameters(name, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("name", TEXT)
 def test_a_twin_is_as_large_and_as_wide(name, split):
     config = load(name, split)
     twin = decoder_only_twin(config)
@@ -100,7 +141,7 @@ def test_making_a_twin_leaves_the_config_unchanged():
 
 
 def test_unknown_names_are_answered_with_what_exists():
-    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, 1m, 26m, 330m, 500m, 700k, tiny"):
+    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, .*700k, 800m-vlm, tiny"):
         load_preset("7b")
     with pytest.raises(ValueError, match=r"'1/4-3/4'.*2/3-1/3, 1/2-1/2, 1/3-2/3"):
         load_preset("tiny", split="1/4-3/4")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the vision-text family, and the geometry of an image in it: tiles, and tokens per image."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_encdec_slm import EncDecSLMConfig
+
+
+# Of CLIP ViT-L/14-336, the predecessor's tower.
+DEFAULT_VISION_CONFIG = {
+    **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    **{"image_size": 336, "patch_size": 14, "projection_dim": 768},
+}
+DEFAULT_PINPOINTS = ((336, 336), (672, 672), (672, 1008), (1008, 672))
+
+
+@strict
+class EncDecVLMConfig(PreTrainedConfig):
+    r"""Sizes and conventions of a vision-text encoder-decoder: a text model, a vision tower, and what joins them.
+
+    An image becomes one downscaled tile and a grid of tiles of the resolution in `image_grid_pinpoints` that fits it
+    best (LLaVA-NeXT); their features stand among the tokens that the encoder reads.
+
+    Args:
+        text_config ([`EncDecSLMConfig`] or `dict`, *optional*): The text model. `None` means its defaults.
+        vision_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*): A vision tower of transformers with
+            square patches (`image_size`, `patch_size`, `hidden_size`). `None` means CLIP ViT-L/14-336.
+        image_token_id (`int`, *optional*, defaults to 32011): Stands once for each image feature in `input_ids`.
+        vision_feature_layer (`int`, *optional*, defaults to -2): Which hidden state of the tower is read, counted as
+            in `hidden_states`: 0 are its embeddings, -1 its last layer.
+        vision_feature_select_strategy (`str`, *optional*): `"default"` leaves out the first feature, CLIP's class
+            token; `"full"` keeps all, for towers without one. `None` means what the tower needs.
+        image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions `(height, width)` in pixels, multiples of
+            the tower's `image_size`. `None` means those of the predecessor, in tiles: 1 x 1, 2 x 2, 2 x 3 and 3 x 2.
+        max_num_tiles (`int`, *optional*, defaults to 3): Features of a grid are resized where they are more than
+            those of so many tiles (by more than a fifth).
+        image_newline (`bool`, *optional*, defaults to `True`): A learned vector ends every row of grid features.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation between the projector's two layers.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the projector's fresh weights.
+        tie_word_embeddings (`bool`, *optional*): As in `text_config`; `None` means what that says.
+
+    Raises:
+        StrictDataclassClassValidationError: Two fields contradict each other.
+    """
+
+    model_type = "encdec_vlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_config": EncDecSLMConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32011
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
+    image_grid_pinpoints: list[list[int]] | None = None
+    max_num_tiles: int = 3
+    image_newline: bool = True
+    projector_hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool | None = None
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _text_config(self.text_config)
+        self.vision_config = _vision_config(self.vision_config)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.vision_feature_select_strategy is None:
+            self.vision_feature_select_strategy = "default" if "clip" in self.vision_config.model_type else "full"
+        if self.image_grid_pinpoints is None:
+            tile = self.vision_config.image_size
+            self.image_grid_pinpoints = [[tile * side // 336 for side in pinpoint] for pinpoint in DEFAULT_PINPOINTS]
+        super().__post_init__(**kwargs)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def validate_architecture(self):
+        """The rules that hold between fields; `@strict` calls it whenever a config is built."""
+        tile, patch = self.vision_config.image_size, self.vision_config.patch_size
+        if not isinstance(tile, int) or not isinstance(patch, int) or tile % patch:
+            raise ValueError(
+                f"`vision_config` has `image_size` {tile} and `patch_size` {patch}, but a tile must be a square that "
+                "whole patches fill. Set both to integers, the first a multiple of the second."
+            )
+        pinpoints = self.image_grid_pinpoints
+        if not pinpoints or any(
+            len(pair) != 2 or min(pair) < tile or any(side % tile for side in pair) for pair in pinpoints
+        ):
+            raise ValueError(
+                f"`image_grid_pinpoints` is {pinpoints}, but must have at least one (height, width) in pixels, both "
+                f"multiples of the tower's `image_size` ({tile})."
+            )
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` ({self.image_token_id}) must be at least 0 and less than `vocab_size` of "
+                f"`text_config` ({self.text_config.vocab_size})."
+            )
+        depth = self.vision_config.num_hidden_layers
+        if not -depth - 1 <= self.vision_feature_layer <= depth:
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but the tower has hidden states 0 to {depth} "
+                f"(or -1 to {-depth - 1})."
+            )
+        if self.max_num_tiles < 1:
+            raise ValueError(f"`max_num_tiles` is {self.max_num_tiles}, but must be at least 1.")
+        if not self.is_encoder_decoder:
+            raise ValueError("`is_encoder_decoder` is False, but this family has an encoder and a decoder: leave it.")
+
+
+def _text_config(config: Any) -> PreTrainedConfig:
+    if isinstance(config, dict):
+        return EncDecSLMConfig(**{key: value for key, value in copy.deepcopy(config).items() if key != "model_type"})
+    return EncDecSLMConfig() if config is None else config
+
+
+def _vision_config(config: Any) -> PreTrainedConfig:
+    if config is None:
+        return CLIPVisionConfig(**DEFAULT_VISION_CONFIG)
+    if isinstance(config, dict):
+        config = copy.deepcopy(config)
+        return CONFIG_MAPPING[config.get("model_type", "clip_vision_model")](**config)
+    return config
+
+
+def grid_shape(image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
+    """Rows and columns of the grid of tiles that an image is cut into.
+
+    Args:
+        image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+        pinpoints (`Sequence`): Resolutions (height, width) to choose from.
+        tile_size (`int`): Side of a tile, in pixels.
+    """
+    height, width = select_best_resolution(image_size, pinpoints)
+    return height // tile_size, width // tile_size
+
+
+def unpadded_bounds(image_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where features of the image itself lie in those of its padded grid: top, bottom, left and right, in features.
+
+    An odd difference leaves one row or column of padding, as in the predecessor.
+
+    Args:
+        image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+        grid_size (`tuple[int, int]`): Height and width of the grid, in features.
+    """
+    (height, width), (grid_height, grid_width) = image_size, grid_size
+    if width / height > grid_width / grid_height:
+        padding = (grid_height - int(height * (grid_width / width))) // 2
+        return padding, grid_height - padding, 0, grid_width
+    padding = (grid_width - int(width * (grid_height / height))) // 2
+    return 0, grid_height, padding, grid_width - padding
+
+
+def shrunk_size(height: int, width: int, patches_per_side: int, max_num_tiles: int) -> tuple[int, int]:
+    """Height and width that grid features are resized to; the same where they are not too many.
+
+    Args:
+        height (`int`): Of the features, without padding.
+        width (`int`): Likewise.
+        patches_per_side (`int`): Features along one side of a tile.
+        max_num_tiles (`int`): See [`EncDecVLMConfig`].
+    """
+    ratio = math.sqrt(height * width / (max_num_tiles * patches_per_side**2))
+    return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
+
+
+def feature_shape(
+    image_size: tuple[int, int],
+    pinpoints: Sequence[Sequence[int]],
+    tile_size: int,
+    patches_per_side: int,
+    max_num_tiles: int,
+) -> tuple[int, int]:
+    """Height and width of the grid features that an image ends up with, without the column of newlines.
+
+    Args: as in [`grid_shape`] and [`shrunk_size`].
+    """
+    rows, columns = grid_shape(image_size, pinpoints, tile_size)
+    top, bottom, left, right = unpadded_bounds(image_size, (rows * patches_per_side, columns * patches_per_side))
+    return shrunk_size(bottom - top, right - left, patches_per_side, max_num_tiles)
+
+
+def num_image_tokens(
+    image_size: tuple[int, int],
+    pinpoints: Sequence[Sequence[int]],
+    tile_size: int,
+    patches_per_side: int,
+    max_num_tiles: int,
+    image_newline: bool = True,
+) -> int:
+    """Features of an image, which are as many as its tokens: of the downscaled tile, and of its grid.
+
+    Args: as in [`feature_shape`], and
+        image_newline (`bool`, *optional*, defaults to `True`): See [`EncDecVLMConfig`].
+    """
+    height, width = feature_shape(image_size, pinpoints, tile_size, patches_per_side, max_num_tiles)
+    return patches_per_side**2 + height * (width + image_newline)
+
+
+__all__ = ["EncDecVLMConfig"]

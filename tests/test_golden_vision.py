@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The predecessor's vision-language model, converted, beside what its own code computed, in fp32."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from encdec_slm import EncDecVLMForConditionalGeneration
+from encdec_slm.configuration import load_preset
+from encdec_slm.conversion import convert_reference_checkpoint, convert_vision_state_dict
+
+
+GOLDEN = Path(__file__).parent / "golden"
+# Sums in another order; the smallest effect of a wrong convention is 3.5e-4.
+CLOSE = {"rtol": 0, "atol": 1e-4}
+# Images of each case, their (width, height), and the tokens of each.
+CASES = {
+    "landscape": (["landscape"], [(85, 64)], [64]),
+    "portrait": (["portrait"], [(40, 90)], [61]),
+    "small": (["small"], [(20, 20)], [36]),
+    "batch": (["landscape", "small"], [(85, 64), (20, 20)], [64, 36]),
+}
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return load_file(GOLDEN / "vision_tiny.cases.safetensors")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder as the predecessor's code writes it."""
+    folder = tmp_path_factory.mktemp("mu_vision")
+    with safe_open(GOLDEN / "vision_tiny.weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    (folder / "config.json").write_text(metadata["config"], encoding="utf-8")
+    torch.save(load_file(GOLDEN / "vision_tiny.weights.safetensors"), folder / "pytorch_model.bin")
+    return folder, json.loads(metadata["clip_vision_config"])
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(checkpoint, request, tmp_path_factory):
+    folder, vision_config = checkpoint
+    output = tmp_path_factory.mktemp("converted") / request.param
+    convert_reference_checkpoint(folder, output, model_config={"vision_config": vision_config})
+    return AutoModelForImageTextToText.from_pretrained(output, attn_implementation=request.param).eval()
+
+
+def inputs_of(cases, case, image_token_id):
+    """Inputs with as many image tokens as the predecessor spliced features in."""
+    names, sizes, counts = CASES[case]
+    counts = iter(counts)
+    rows = [
+        [token for given in row for token in ([image_token_id] * next(counts) if given == -200 else [given]) if token]
+        for row in cases[f"{case}.input_ids"].tolist()
+    ]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.cat([cases[f"image.{name}.pixel_values"] for name in names]),
+        "image_sizes": torch.tensor([(height, width) for width, height in sizes]),
+    }
+
+
+def test_the_tower_and_the_projector_equal_the_reference(model, cases):
+    encoder = model.model.encoder
+    features = encoder._tower_features(cases["image.small.pixel_values"])
+    torch.testing.assert_close(features, cases["small.clip_patch_features"], **CLOSE)
+    torch.testing.assert_close(encoder.multi_modal_projector(features), cases["small.projected"], **CLOSE)
+
+
+def test_joined_tiles_equal_the_reference(model, cases):
+    (features,) = model.get_image_features(cases["image.landscape.pixel_values"], torch.tensor([[64, 85]]))
+    torch.testing.assert_close(features, cases["landscape.image_features"], **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_embeddings_equal_the_reference(model, cases, case):
+    inputs = inputs_of(cases, case, model.config.image_token_id)
+    is_real = inputs.pop("attention_mask").bool()
+    merged = model.model.encoder._with_images(inputs_embeds=None, **inputs)
+    assert torch.equal(is_real, cases[f"{case}.attention_mask"])
+    torch.testing.assert_close(merged[is_real], cases[f"{case}.merged_embeds"][is_real], **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_encoding_and_logits_equal_the_reference(model, cases, case):
+    inputs = inputs_of(cases, case, model.config.image_token_id)
+    target = cases[f"{case}.decoder_input_ids"]
+    mask = (target != 0).long()
+    outputs = model(**inputs, decoder_input_ids=target, decoder_attention_mask=mask)
+    is_real = inputs["attention_mask"].bool()
+    encoded = outputs.encoder_last_hidden_state
+    torch.testing.assert_close(encoded[is_real], cases[f"{case}.encoder_hidden"][is_real], **CLOSE)
+    is_real = mask.bool()
+    torch.testing.assert_close(outputs.logits[is_real], cases[f"{case}.logits"][is_real], **CLOSE)
+
+
+def test_the_loss_equals_the_reference(model, cases):
+    inputs = inputs_of(cases, "landscape", model.config.image_token_id)
+    given = {"decoder_input_ids": cases["landscape.decoder_input_ids"], "labels": cases["landscape.labels"]}
+    torch.testing.assert_close(model(**inputs, **given).loss, cases["landscape.loss"], **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_ids_equal_the_reference(model, cases, case):
+    inputs = inputs_of(cases, case, model.config.image_token_id)
+    ids = model.generate(**inputs, max_new_tokens=10, eos_token_id=79)
+    assert torch.equal(ids, cases[f"{case}.greedy_ids"])
+
+
+def test_the_released_checkpoint_fills_the_625m_model():
+    """Its 1,141 tensors by name and shape; without memory, on the meta device."""
+    key_map = json.loads((GOLDEN / "key_map.json").read_text(encoding="utf-8"))["vision"]
+    with torch.device("meta"):
+        weights = {
+            key.replace("{i}", str(index)): torch.empty(shape)
+            for key, shape, count in key_map["keys"]
+            for index in range(count)
+        }
+        model = EncDecVLMForConditionalGeneration(load_preset("625m-vlm"))
+    assert len(weights) == key_map["n_tensors"] == 1141
+    converted = convert_vision_state_dict(weights, model.config)
+    model.load_state_dict(converted, assign=True)
+    model.tie_weights()
+    assert sum(parameter.numel() for parameter in model.parameters()) == key_map["n_params"] == 624_874_624
