@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contracts of the vision-text model; that it computes what the predecessor computes is in test_golden_vision."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    SiglipVisionConfig,
+)
+
+from conftest import randomised
+from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration, EncDecVLMModel
+from encdec_slm.configuration_encdec_vlm import feature_shape, grid_shape, num_image_tokens
+
+
+IMAGE = 96
+CLIP = {
+    **{"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3},
+    **{"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+PINPOINTS = [[8, 8], [16, 16], [16, 24]]
+# Height and width: one tile, four with padding above and below, six that are shrunk.
+SIZES = [(8, 8), (11, 16), (160, 240)]
+
+# transformers 5.23 calls it activation checkpointing; PEFT 0.21 and transformers 5.17 do not.
+renamed_in_transformers = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def make_config(tiny_config, vision_config=CLIP, **fields):
+    fields = {"image_token_id": IMAGE, "image_grid_pinpoints": PINPOINTS, **fields}
+    return EncDecVLMConfig(text_config=copy.deepcopy(tiny_config), vision_config=dict(vision_config), **fields)
+
+
+def build(config):
+    return randomised(EncDecVLMForConditionalGeneration(config)).eval()
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def model(request, tiny_config):
+    return build(make_config(tiny_config, CLIP if request.param == "clip" else SIGLIP))
+
+
+@pytest.fixture
+def clip_model(tiny_config):
+    return build(make_config(tiny_config))
+
+
+def make_inputs(config, rows, seed=0, padding_side="right"):
+    """Rows of text with images: each row a list of image sizes, whose tokens stand between others."""
+    generator = torch.Generator().manual_seed(seed)
+    tile = config.vision_config.image_size
+    geometry = (config.image_grid_pinpoints, tile, config.patches_per_side, config.max_num_tiles)
+    ids, tiles = [], []
+    for sizes in rows:
+        row = torch.randint(3, 90, (4,), generator=generator).tolist()
+        for size in sizes:
+            row += [IMAGE] * num_image_tokens(size, *geometry, config.image_newline)
+            row += torch.randint(3, 90, (2,), generator=generator).tolist()
+            grid_rows, columns = grid_shape(size, config.image_grid_pinpoints, tile)
+            tiles.append(torch.randn(1 + grid_rows * columns, 3, tile, tile, generator=generator))
+        ids.append(row)
+    length = max(map(len, ids))
+    pad = [[0] * (length - len(row)) for row in ids]
+    left = padding_side == "left"
+    input_ids = torch.tensor([gap + row if left else row + gap for row, gap in zip(ids, pad, strict=True)])
+    inputs = {"input_ids": input_ids, "attention_mask": (input_ids != 0).long()}
+    if tiles:
+        sizes = torch.tensor([size for row in rows for size in row])
+        inputs |= {"pixel_values": torch.cat(tiles), "image_sizes": sizes}
+    return inputs
+
+
+MIXED = [[SIZES[1]], [], [SIZES[2], SIZES[0]]]
+
+
+def logits_of(model, target_ids, rows=MIXED, **kwargs):
+    inputs = make_inputs(model.config, rows, **kwargs)
+    return model(**inputs, decoder_input_ids=target_ids[: len(rows)]).logits
+
+
+def test_building_a_model_leaves_its_config_unchanged(tiny_config):
+    config = make_config(tiny_config)
+    before = config.to_dict()
+    EncDecVLMForConditionalGeneration(config)
+    assert config.to_dict() == before
+
+
+# Images among tokens
+
+
+def test_features_of_an_image_are_as_many_as_its_tokens(model):
+    config = model.config
+    inputs = make_inputs(config, [SIZES])
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    assert sum(map(len, features)) == int((inputs["input_ids"] == IMAGE).sum())
+    assert {feature.shape[1] for feature in features} == {config.text_config.hidden_size}
+    assert feature_shape(SIZES[2], PINPOINTS, 8, 2, 3) == (2, 4)  # 4 x 6 are more than three tiles have
+
+
+def test_features_take_the_places_of_their_tokens_and_nothing_else(clip_model):
+    inputs = make_inputs(clip_model.config, MIXED)
+    encoder = clip_model.model.encoder
+    merged = encoder._with_images(inputs["input_ids"], None, inputs["pixel_values"], inputs["image_sizes"])
+    embedded = encoder.get_input_embeddings()(inputs["input_ids"])
+    is_image = inputs["input_ids"] == IMAGE
+    assert torch.equal(merged[~is_image], embedded[~is_image])
+    features = clip_model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    assert torch.equal(merged[is_image], torch.cat(features))
+
+
+def test_a_batch_equals_its_rows(model, target_ids):
+    together = logits_of(model, target_ids)
+    whole = make_inputs(model.config, MIXED)
+    tiles = whole["pixel_values"].split([5, 7, 2])
+    for row, (images, sizes) in enumerate([((0,), [0]), ((), []), ((1, 2), [1, 2])]):
+        alone = {name: whole[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+        length = int(alone["attention_mask"].sum())
+        alone = {name: value[:, :length] for name, value in alone.items()}
+        if images:
+            alone |= {"pixel_values": torch.cat([tiles[index] for index in images])}
+            alone |= {"image_sizes": whole["image_sizes"][sizes]}
+        logits = model(**alone, decoder_input_ids=target_ids[row : row + 1]).logits
+        torch.testing.assert_close(together[row : row + 1], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_either_side_gives_the_same(model, target_ids):
+    left = logits_of(model, target_ids, padding_side="left")
+    torch.testing.assert_close(left, logits_of(model, target_ids), rtol=1e-4, atol=1e-4)
+
+
+def test_images_change_what_is_written_after_them(clip_model, target_ids):
+    inputs = make_inputs(clip_model.config, MIXED)
+    before = clip_model(**inputs, decoder_input_ids=target_ids).logits
+    inputs["pixel_values"] = inputs["pixel_values"] + 1
+    after = clip_model(**inputs, decoder_input_ids=target_ids).logits
+    assert torch.equal(before[1], after[1])  # no image
+    assert not torch.allclose(before[0], after[0], atol=1e-2) and not torch.allclose(before[2], after[2], atol=1e-2)
+
+
+def test_without_images_it_is_the_text_model(clip_model, target_ids, source):
+    logits = clip_model(**source, decoder_input_ids=target_ids).logits
+    text = clip_model.model.encoder.text_model(**source).last_hidden_state
+    outputs = clip_model(
+        encoder_outputs=(text,), attention_mask=source["attention_mask"], decoder_input_ids=target_ids
+    )
+    assert torch.equal(logits, outputs.logits)
+
+
+def test_rows_of_features_end_in_a_newline_only_where_asked(tiny_config, target_ids):
+    config = make_config(tiny_config, image_newline=False)
+    model = build(config)
+    assert model.model.encoder.image_newline is None
+    assert num_image_tokens((8, 8), PINPOINTS, 8, 2, 3, False) == 8
+    assert logits_of(model, target_ids).isfinite().all()
+
+
+def test_a_grid_without_a_row_leaves_the_whole_image(tiny_config):
+    model = build(make_config(tiny_config, image_grid_pinpoints=[[8, 24]]))
+    (features,) = model.get_image_features(torch.randn(4, 3, 8, 8), torch.tensor([[2, 1000]]))
+    assert features.shape == (4, 32)
+
+
+# As every model of the library
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_cached_decoding_equals_uncached(clip_model, target_ids, backend):
+    clip_model.set_attn_implementation(backend)
+    inputs = make_inputs(clip_model.config, MIXED)
+    expected = clip_model(**inputs, decoder_input_ids=target_ids).logits
+    first = clip_model(**inputs, decoder_input_ids=target_ids[:, :3], use_cache=True)
+    second = clip_model(
+        attention_mask=inputs["attention_mask"],
+        encoder_outputs=(first.encoder_last_hidden_state,),
+        decoder_input_ids=target_ids[:, 3:],
+        past_key_values=first.past_key_values,
+    )
+    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected)
+
+
+def test_eager_equals_sdpa_in_every_part(model, target_ids):
+    logits = {}
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        assert model.model.encoder.vision_tower.config._attn_implementation == backend
+        assert model.model.decoder.config._attn_implementation == backend
+        logits[backend] = logits_of(model, target_ids)
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_images_are_encoded_once_per_generation(clip_model, settings):
+    calls = {"tower": 0, "encoder": 0, "steps": 0}
+
+    def count(module, name):
+        module.register_forward_hook(lambda *_: calls.update({name: calls[name] + 1}))
+
+    count(clip_model.model.encoder.vision_tower, "tower")
+    count(clip_model.model.encoder, "encoder")
+    count(clip_model.model.decoder, "steps")
+    inputs = make_inputs(clip_model.config, MIXED)
+    clip_model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **settings)
+    assert calls == {"tower": 1, "encoder": 1, "steps": 6}
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_generating_equals_the_written_out_loop(clip_model, cache_implementation):
+    inputs = make_inputs(clip_model.config, MIXED)
+    ids = torch.ones(3, 1, dtype=torch.long)
+    for _ in range(5):
+        ids = torch.cat((ids, clip_model(**inputs, decoder_input_ids=ids).logits[:, -1:].argmax(-1)), dim=1)
+    options = {"max_new_tokens": 5, "eos_token_id": None, "cache_implementation": cache_implementation}
+    assert torch.equal(clip_model.generate(**inputs, **options), ids)
+
+
+def test_labels_are_shifted_once_and_train_every_part(clip_model, target_ids):
+    clip_model.train()
+    inputs = make_inputs(clip_model.config, MIXED)
+    labels = torch.cat((target_ids[:, 1:], torch.full((3, 1), 2)), dim=1)
+    outputs = clip_model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+    outputs.loss.backward()
+    # What lies behind the layer that is read has no gradient, nor has a bias that shifts all scores alike.
+    unread = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm", "vision_tower.vision_model.encoder")
+    for name, parameter in clip_model.named_parameters():
+        if not any(part in name for part in unread) and "k_proj.bias" not in name:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@renamed_in_transformers
+def test_gradient_checkpointing_changes_no_gradient(clip_model, target_ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(clip_model).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**make_inputs(model.config, MIXED), labels=target_ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForMultimodalLM])
+def test_what_is_saved_loads_the_same(model, target_ids, auto_class, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path, trust_remote_code=False).eval()
+    assert type(loaded) is EncDecVLMForConditionalGeneration
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(logits_of(loaded, target_ids), logits_of(model, target_ids))
+    assert loaded.generation_config.max_length == 64 and loaded.generation_config.decoder_start_token_id == 1
+
+
+def test_the_body_saves_and_loads_by_itself(tiny_config, tmp_path):
+    body = randomised(EncDecVLMModel(make_config(tiny_config))).eval()
+    body.save_pretrained(tmp_path)
+    loaded = EncDecVLMModel.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in body.state_dict().items())
+
+
+REMOTE = """
+import sys
+sys.modules["encdec_slm"] = None
+import torch
+from transformers import AutoModelForImageTextToText
+inputs, expected = torch.load("case.pt", weights_only=True)
+model = AutoModelForImageTextToText.from_pretrained("model", trust_remote_code=True).eval()
+torch.testing.assert_close(model(**inputs).logits, expected)
+model.save_pretrained("again")
+"""
+
+
+def test_a_folder_carries_its_code(clip_model, target_ids, tmp_path):
+    inputs = {**make_inputs(clip_model.config, MIXED), "decoder_input_ids": target_ids}
+    with torch.no_grad():
+        torch.save((inputs, clip_model(**inputs).logits), tmp_path / "case.pt")
+    clip_model.save_pretrained(tmp_path / "model")
+    run = subprocess.run([sys.executable, "-c", REMOTE], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "again" / "modeling_encdec_vlm.py").is_file()
+
+
+@renamed_in_transformers
+def test_adapters_fit_every_linear_part(clip_model, target_ids):
+    targets = [".*(q_proj|v_proj)", ".*multi_modal_projector.linear_1"]
+    adapted = get_peft_model(clip_model, LoraConfig(target_modules="|".join(targets), task_type="SEQ_2_SEQ_LM"))
+    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    for part in ("vision_tower", "multi_modal_projector", "text_model.layers", "decoder.layers"):
+        assert any(part in name for name in names), part
+    adapted(**make_inputs(clip_model.config, MIXED), labels=target_ids).loss.backward()
+
+
+def test_a_frozen_tower_learns_nothing(clip_model, target_ids):
+    clip_model.model.encoder.vision_tower.requires_grad_(False)
+    clip_model.train()(**make_inputs(clip_model.config, MIXED), labels=target_ids).loss.backward()
+    assert all(parameter.grad is None for parameter in clip_model.model.encoder.vision_tower.parameters())
+    assert clip_model.model.encoder.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_embeddings_grow_with_the_vocabulary(clip_model, target_ids):
+    before = logits_of(clip_model, target_ids)
+    clip_model.resize_token_embeddings(101)
+    assert clip_model.config.text_config.vocab_size == 101
+    torch.testing.assert_close(logits_of(clip_model, target_ids)[..., :97], before)
+
+
+def test_half_precision_sees_too(clip_model, target_ids):
+    inputs = make_inputs(clip_model.config, MIXED)
+    assert clip_model.bfloat16()(**inputs, decoder_input_ids=target_ids).logits.isfinite().all()
+
+
+# What does not fit
+
+
+def test_images_and_their_tokens_must_be_as_many(clip_model, target_ids):
+    inputs = make_inputs(clip_model.config, MIXED)
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][0, 4] = 5
+    counts = int((inputs["input_ids"] == IMAGE).sum())
+    with pytest.raises(ValueError, match=rf"has {counts} image tokens \(id 96\), but the 3 images have {counts + 1}"):
+        clip_model(**inputs, decoder_input_ids=target_ids)
+
+
+def test_tiles_and_sizes_must_fit(clip_model, target_ids):
+    inputs = make_inputs(clip_model.config, MIXED)
+    with pytest.raises(ValueError, match=r"`pixel_values` has 13 tiles, but 3 images of `image_sizes` .* into 14"):
+        clip_model(**{**inputs, "pixel_values": inputs["pixel_values"][1:]}, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match="`pixel_values` is given with no `image_sizes`"):
+        clip_model(**{**inputs, "image_sizes": None}, decoder_input_ids=target_ids)
+    embeds = clip_model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="`pixel_values` is given with `inputs_embeds`"):
+        clip_model(**inputs, inputs_embeds=embeds, decoder_input_ids=target_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_grid_pinpoints": [[8, 12]]}, r"`image_grid_pinpoints` is \[\[8, 12\]\], but .* multiples .* \(8\)"),
+        ({"image_grid_pinpoints": []}, r"`image_grid_pinpoints` is \[\]"),
+        ({"image_token_id": 97}, r"`image_token_id` \(97\) must be at least 0 and less than `vocab_size`"),
+        ({"vision_feature_layer": 4}, r"`vision_feature_layer` is 4, but the tower has hidden states 0 to 3"),
+        ({"max_num_tiles": 0}, r"`max_num_tiles` is 0"),
+        ({"vision_config": {**CLIP, "patch_size": 3}}, r"`image_size` 8 and `patch_size` 3"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(tiny_config, fields, message):
+    with pytest.raises(Exception, match=message) as caught:
+        make_config(tiny_config, **{"vision_config": CLIP, **fields})
+    assert type(caught.value).__name__ == "StrictDataclassClassValidationError"
+
+
+def test_towers_without_a_class_token_keep_all_features(tiny_config):
+    assert make_config(tiny_config, SIGLIP).vision_feature_select_strategy == "full"
+    assert make_config(tiny_config).vision_feature_select_strategy == "default"
+    assert make_config(tiny_config, SiglipVisionConfig(**SIGLIP).to_dict()).patches_per_side == 2
