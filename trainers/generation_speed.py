@@ -22,13 +22,16 @@ class TokenClock:
         pass
 
 
-def token_seconds(model: PreTrainedModel, source_ids: torch.LongTensor, num_new_tokens: int) -> list[float]:
+def token_seconds(
+    model: PreTrainedModel, source_ids: torch.LongTensor, num_new_tokens: int, **inputs: torch.Tensor
+) -> list[float]:
     """Seconds from the call until each of the new tokens is known, by greedy search with a cache.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): In eval mode, encoder-decoder or decoder-only.
         source_ids (`torch.LongTensor` of shape `(1, source_length)`): What it reads.
         num_new_tokens (`int`): It writes as many, whether or not its text ends before.
+        inputs (`torch.Tensor`): What else it reads, such as `pixel_values`.
     """
     clock, start = TokenClock(), time.perf_counter()
     model.generate(
@@ -38,6 +41,7 @@ def token_seconds(model: PreTrainedModel, source_ids: torch.LongTensor, num_new_
         min_new_tokens=num_new_tokens,
         do_sample=False,
         streamer=clock,
+        **inputs,
     )
     return [moment - start for moment in clock.moments[1:]]
 

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times a vision-text preset against its decoder-only twin, LLaVA-NeXT with the same tower, tiles and parameters.
+
+    python examples/benchmark_vision.py --preset 800m-vlm --images 1 4 --dtype bfloat16
+
+Random weights, batch 1, greedy `generate`, both with a cache; images of 640 x 480 pixels, 2,340 tokens each. First
+token: seconds from tiles and ids to the first generated id; decode rate: the other tokens by the seconds that they
+take. Repetitions of both models and of memory bandwidth are interleaved; medians are reported, of peak memory the one
+run in a process of its own. Writes `benchmark_vision.json` and `benchmark_vision.png`: milliseconds per token over
+image tokens, beside what weights, keys and values cost at the measured bandwidth. Not measured: cutting images into
+tiles, batches, beams.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from transformers import AutoModelForImageTextToText
+
+from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
+from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
+from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
+from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
+from encdec_slm.trainers.run_reports import write_file
+
+
+OURS, TWIN = "encoder-decoder", "LLaVA-NeXT twin"
+HEIGHT, WIDTH = 480, 640
+NUM_TEXT_TOKENS = 29  # of the predecessor's prompt with a short question
+BANDWIDTH_VALUES = 2**27
+
+
+def main():
+    arguments = parse_arguments()
+    peaks = {name: in_new_process(peak_bytes, name, arguments) for name in (OURS, TWIN)}
+    report = {"arguments": {**vars(arguments), "output": str(arguments.output)}, "machine": machine()}
+    report |= measure(arguments) | {"peak_bytes": peaks}
+    print(f"\n{table(report)}\n\n{notes(report)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2) + "\n"
+    write_file(arguments.output / "benchmark_vision.json", lambda path: path.write_text(text, encoding="utf-8"))
+    figure = cost_figure(report)
+    write_file(arguments.output / "benchmark_vision.png", lambda path: figure.savefig(path, format="png", dpi=120))
+    print(f"Wrote benchmark_vision.json and benchmark_vision.png to {arguments.output}.")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = [name for name in list_presets() if name.endswith("-vlm")]
+    parser.add_argument("--preset", default="800m-vlm", choices=presets)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="images per source, one row each")
+    parser.add_argument("--new_tokens", type=int, default=32, help="generated per run, at least 2")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_vision"))
+    arguments = parser.parse_args()
+    if arguments.new_tokens < 2 or arguments.repetitions < 1 or min(arguments.images) < 0:
+        parser.error("a run needs at least 2 new tokens, 1 repetition and no negative number of images")
+    return arguments
+
+
+def build(name, arguments):
+    """One of the two models, with random weights, in eval mode."""
+    config = load_preset(arguments.preset)
+    torch.manual_seed(0)
+    with torch.device(arguments.device):
+        model = AutoModelForImageTextToText.from_config(
+            config if name == OURS else decoder_only_twin(config), dtype=getattr(torch, arguments.dtype)
+        ).eval()
+    # Random weights end a text by chance only: every run is to have all of its tokens, and no more.
+    model.generation_config.eos_token_id = model.generation_config.max_length = None
+    return model
+
+
+def inputs(name, num_images, arguments):
+    """Ids with as many image tokens as there are features, and random tiles in the form that the model takes."""
+    config = load_preset(arguments.preset)
+    tile, size = config.vision_config.image_size, (HEIGHT, WIDTH)
+    # LLaVA-NeXT shrinks no grid; an image of this size has as many tokens in both all the same.
+    max_num_tiles = config.max_num_tiles if name == OURS else sys.maxsize
+    geometry = (config.image_grid_pinpoints, tile, config.patches_per_side, max_num_tiles)
+    rows, columns = grid_shape(size, config.image_grid_pinpoints, tile)
+    num_tiles = 1 + rows * columns
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, 1000, (NUM_TEXT_TOKENS,), generator=generator)
+    images = torch.full((num_images * num_image_tokens(size, *geometry),), config.image_token_id)
+    given = {"source_ids": torch.cat((text, images))[None]}
+    if num_images:
+        tiles = torch.randn(num_images, num_tiles, 3, tile, tile, generator=generator)
+        tiles = tiles.to(getattr(torch, arguments.dtype))
+        given["pixel_values"] = tiles.flatten(0, 1) if name == OURS else tiles
+        given["image_sizes"] = torch.tensor([size] * num_images)
+    return {key: tensor.to(arguments.device) for key, tensor in given.items()}
+
+
+# Measuring
+
+
+def peak_bytes(name, arguments):
+    """Most memory that a new process held while one model generated for the largest number of images."""
+    model = build(name, arguments)
+    token_seconds(model, **inputs(name, max(arguments.images), arguments), num_new_tokens=2)
+    if arguments.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_new_process(function, *args):
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(arguments):
+    """Token times by model and number of images, and the machine's bandwidth in between."""
+    models = {name: build(name, arguments) for name in (OURS, TWIN)}
+    given = {name: {count: inputs(name, count, arguments) for count in arguments.images} for name in models}
+    runs = {name: {count: [] for count in arguments.images} for name in models}
+    buffer, bandwidths = torch.ones(BANDWIDTH_VALUES, device=arguments.device), []
+    for repetition in range(-1, arguments.repetitions):  # once more, to warm up
+        bandwidths.append(bandwidth(buffer))
+        for count in arguments.images if repetition >= 0 else arguments.images[:1]:
+            for name, model in models.items():
+                num_tokens = arguments.new_tokens if repetition >= 0 else 2
+                seconds = token_seconds(model, **given[name][count], num_new_tokens=num_tokens)
+                if repetition >= 0:
+                    runs[name][count].append(seconds)
+                    print(f"{name}, {count} images: first token {seconds[0]:.2f} s", flush=True)
+    counts = {count: given[OURS][count]["source_ids"].shape[1] for count in arguments.images}
+    return {
+        "source_tokens": counts,
+        "bandwidth": median(bandwidths),
+        "num_parameters": {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()},
+        "bytes_per_token": {
+            name: {count: bytes_per_token(model, length) for count, length in counts.items()}
+            for name, model in models.items()
+        },
+        "token_seconds": runs,
+    }
+
+
+def bandwidth(buffer):
+    """Bytes per second at which all threads read `buffer`, which is larger than every cache, to sum it."""
+    start = time.perf_counter()
+    buffer.sum().item()
+    return buffer.numel() * buffer.itemsize / (time.perf_counter() - start)
+
+
+def bytes_per_token(model, source_length):
+    """What one generated token reads: weights, and keys and values of the source."""
+    return model.dtype.itemsize * (
+        num_weights_per_token(model.config) + source_length * num_cached_values(model.config)
+    )
+
+
+def machine():
+    """Names and versions of what the numbers hold for."""
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+# Telling
+
+
+def first_token(report, name, count):
+    return median(run[0] for run in report["token_seconds"][name][count])
+
+
+def rate(report, name, count):
+    return median(decode_rate(run) for run in report["token_seconds"][name][count])
+
+
+def table(report):
+    """Both models at each number of images, as Markdown."""
+    header = ("model", "parameters", "images", "source tokens", "first token", "decode rate", "MB read per token")
+    lines = [header, ("---", *["---:"] * (len(header) - 1))]
+    for count, length in report["source_tokens"].items():
+        for name in (OURS, TWIN):
+            numbers = (f"{report['num_parameters'][name] / 1e6:,.1f}M", str(count), f"{length:,}")
+            times = (f"{first_token(report, name, count):.2f} s", f"{rate(report, name, count):.2f} tokens/s")
+            lines.append((name, *numbers, *times, f"{report['bytes_per_token'][name][count] / 1e6:,.0f}"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def notes(report):
+    """How the two compare, run by run, and what else was measured."""
+    lines = []
+    for count in report["source_tokens"]:
+        pairs = list(zip(*(report["token_seconds"][name][count] for name in (OURS, TWIN)), strict=True))
+        first = median(ours[0] / other[0] for ours, other in pairs)
+        decode = median(decode_rate(ours) / decode_rate(other) for ours, other in pairs)
+        lines.append(f"{count} images: first token {first:.2f} x the twin's, decode rate {decode:.2f} x.")
+    peaks = ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in report["peak_bytes"].items())
+    lines.append(f"Peak memory at {max(report['source_tokens'])} images, each in its own process: {peaks}.")
+    lines.append(
+        f"{report['arguments']['preset']}, {report['arguments']['dtype']}, {report['machine']['cpu']}, "
+        f"{report['machine']['torch_threads']} threads, memory bandwidth {report['bandwidth'] / 1e9:.1f} GB/s."
+    )
+    return "\n".join(lines)
+
+
+def cost_figure(report):
+    """Milliseconds per generated token over source tokens, and what reading costs at the measured bandwidth."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    lengths = list(report["source_tokens"].values())
+    for name in (OURS, TWIN):
+        costs = [1e3 / rate(report, name, count) for count in report["source_tokens"]]
+        (line,) = axes.plot(lengths, costs, marker="o", label=name)
+        read = [1e3 * value / report["bandwidth"] for value in report["bytes_per_token"][name].values()]
+        axes.plot(lengths, read, linestyle="--", color=line.get_color(), label=f"{name}: reading alone")
+    axes.set(xlabel="source tokens (images of 2,340 each)", ylabel="milliseconds per generated token")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
