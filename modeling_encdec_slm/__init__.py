@@ -6,18 +6,22 @@ if __name__ != "encdec_slm":
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
+    AutoProcessor,
 )
 
 from .configuration_encdec_slm import EncDecSLMConfig
 from .configuration_encdec_vlm import EncDecVLMConfig
+from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
 from .pipeline_encdec_slm import Text2TextGenerationPipeline, restore_text2text_pipelines
+from .processing_encdec_vlm import EncDecVLMProcessor
 
 
 AutoConfig.register(EncDecSLMConfig.model_type, EncDecSLMConfig)
@@ -29,6 +33,11 @@ AutoModel.register(EncDecVLMConfig, EncDecVLMModel)
 AutoModelForSeq2SeqLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
 AutoModelForImageTextToText.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
+# Under both names, so that nobody is told that it falls back to Pillow where torchvision is installed.
+AutoImageProcessor.register(
+    EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
+)
+AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
 
 __version__ = "0.1.0"
 
@@ -39,7 +48,9 @@ __all__ = [
     "EncDecSLMModel",
     "EncDecVLMConfig",
     "EncDecVLMForConditionalGeneration",
+    "EncDecVLMImageProcessor",
     "EncDecVLMModel",
+    "EncDecVLMProcessor",
     "Text2TextGenerationPipeline",
     "restore_text2text_pipelines",
 ]

@@ -18,8 +18,10 @@ from .checkpoint_folders import TOKENIZER_FILES, folder_written_whole, local_fol
 from .configuration_encdec_slm import EncDecSLMConfig
 from .conversion_vision import TEXT_FIELDS, convert_vision_tensors, read_vision_config, vision_reference_config
 from .hub_cards.cards import converted_card
+from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration
+from .processing_encdec_vlm import EncDecVLMProcessor
 from .reference_checkpoints import (
     check_weights_fit,
     is_vision_checkpoint,
@@ -150,6 +152,9 @@ def _write_vision_model(weights, stored, given, tokenizer, path, folder):
     text_config = _config_with_token_ids(model_config, used_tokenizer, path, lm_head_bias=True)
     config = vision_reference_config(text_config, weights, fields, image_token_id, vision_config)
     _write_model(convert_vision_state_dict(weights, config), EncDecVLMForConditionalGeneration, config, folder, path)
+    if used_tokenizer is not None:
+        processor = EncDecVLMProcessor(EncDecVLMImageProcessor.from_config(config), used_tokenizer)
+        processor.save_pretrained(folder)
     return config, used_tokenizer
 
 
@@ -176,7 +181,7 @@ def _with_image_token(tokenizer, model_config, folder):
                 f"The tokenizer has {len(tokenizer):,} tokens, as many as the model has embeddings, but images need "
                 f"one more ({IMAGE_TOKEN!r}). Give the tokenizer that the model was trained with."
             )
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
         tokenizer.save_pretrained(folder)
     return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast, pipeline
 
 from encdec_slm import EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
@@ -107,6 +111,29 @@ def test_the_loss_equals_the_reference(model, cases):
     inputs = inputs_of(cases, "landscape", model.config.image_token_id)
     given = {"decoder_input_ids": cases["landscape.decoder_input_ids"], "labels": cases["landscape.labels"]}
     torch.testing.assert_close(model(**inputs, **given).loss, cases["landscape.loss"], **CLOSE)
+
+
+def test_a_converted_folder_sees_and_writes_by_itself(checkpoint, cases, tmp_path):
+    folder, vision_config = checkpoint
+    words = {"<unk>": 0, "<s>": 1, "<|endoftext|>": 79}
+    words |= {f"w{index}": index for index in range(90) if index not in words.values()}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    options = {"model_config": {"vision_config": vision_config}, "tokenizer": tokenizer}
+    converted = convert_reference_checkpoint(folder, tmp_path / "converted", **options)
+    processor = AutoProcessor.from_pretrained(converted)
+    image = Image.fromarray(cases["image.landscape.uint8_hwc"].numpy())
+    inputs = processor(images=image, text="<image> w5", return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], cases["image.landscape.pixel_values"], rtol=0, atol=1e-6)
+    assert int((inputs["input_ids"] == 90).sum()) == 64
+    pipe = pipeline("image-text-to-text", model=str(converted), trust_remote_code=True)
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w7"}]}
+    for given in ({"text": [message]}, {"images": image, "text": "w7"}, {"images": [image], "text": ["<image> w7"]}):
+        (written,) = pipe(**given, max_new_tokens=3, return_full_text=False)
+        written = written[0] if isinstance(written, list) else written
+        assert isinstance(written["generated_text"], str)
+    assert "image-text-to-text" in (converted / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    EncoderDecoderCache,
     SiglipVisionConfig,
+    StaticCache,
 )
 
 from conftest import randomised
@@ -219,6 +221,22 @@ def test_generating_equals_the_written_out_loop(clip_model, cache_implementation
         ids = torch.cat((ids, clip_model(**inputs, decoder_input_ids=ids).logits[:, -1:].argmax(-1)), dim=1)
     options = {"max_new_tokens": 5, "eos_token_id": None, "cache_implementation": cache_implementation}
     assert torch.equal(clip_model.generate(**inputs, **options), ids)
+
+
+@torch.no_grad()
+def test_a_decoding_step_compiles_into_one_graph(clip_model, target_ids):
+    inputs = make_inputs(clip_model.config, MIXED)
+    expected = clip_model(**inputs, decoder_input_ids=target_ids).logits
+    encoder_outputs = clip_model.get_encoder()(**inputs)
+    config, mask = clip_model.config.text_config, inputs["attention_mask"]
+    lengths = (16, mask.shape[1])
+    cache = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=length) for length in lengths))
+    step = torch.compile(clip_model.forward, fullgraph=True, backend="eager")
+    for position in range(target_ids.shape[1]):
+        ids = target_ids[:, position : position + 1]
+        given = {"attention_mask": mask, "encoder_outputs": encoder_outputs, "past_key_values": cache}
+        logits = step(**given, decoder_input_ids=ids).logits
+        torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=1e-4, atol=1e-4)
 
 
 def test_labels_are_shifted_once_and_train_every_part(clip_model, target_ids):

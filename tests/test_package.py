@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 # What save_pretrained copies beside a checkpoint.
 SHIPPED = (
     *("configuration_encdec_slm", "modeling_encdec_slm", "pipeline_encdec_slm"),
-    *("configuration_encdec_vlm", "modeling_encdec_vlm"),
+    *("configuration_encdec_vlm", "modeling_encdec_vlm", "image_processing_encdec_vlm", "processing_encdec_vlm"),
 )
 
 
