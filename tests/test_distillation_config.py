@@ -13,7 +13,7 @@ from encdec_slm.trainers.distillation_config import Seq2SeqDistillationConfig
 OURS = ("kd_ratio", "kd_temperature", "lmbda", "seq_kd", "max_source_length", "predict_with_generate")
 
 
-# transformers 5.23 warns of TRL's `gradient_checkpointing` unless its new name is given, which 5.17 does not have.
+# transformers 5.23 warns of TRL's `gradient_checkpointing` unless its new name is given, which 5.18 does not have.
 FIELDS = Seq2SeqDistillationConfig.__dataclass_fields__
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 

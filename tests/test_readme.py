@@ -5,10 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
-from encdec_slm.configuration import decoder_only_twin
+from encdec_slm import (
+    EncDecSLMConfig,
+    EncDecSLMForConditionalGeneration,
+    EncDecVLMConfig,
+    EncDecVLMForConditionalGeneration,
+    EncDecVLMImageProcessor,
+    EncDecVLMProcessor,
+)
+from encdec_slm.configuration import decoder_only_twin, load_preset
 from encdec_slm.configuration.sizes import preset_table
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
 
@@ -27,7 +35,20 @@ def demo_folder(tmp_path, tiny_config):
     for model, path in ((student, folder), (AutoModelForCausalLM.from_config(teacher), f"{folder}_teacher")):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+    write_vision_folder(folder.parent / "vqa_synthetic", tmp_path / "picture.png")
     return folder
+
+
+def write_vision_folder(folder, picture):
+    """A folder as `make demo-vision` leaves it, with random weights, and a picture."""
+    tokenizer = train_tokenizer(["what digit is left of the 7?"], 300, 64)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    fields = load_preset("tiny-vlm").to_dict()
+    fields["text_config"]["vocab_size"] = len(tokenizer)
+    config = EncDecVLMConfig.from_dict({**fields, "image_token_id": len(tokenizer) - 1})
+    EncDecVLMForConditionalGeneration(config).save_pretrained(folder)
+    EncDecVLMProcessor(EncDecVLMImageProcessor.from_config(config), tokenizer).save_pretrained(folder)
+    Image.new("RGB", (60, 40)).save(picture)
 
 
 def test_every_snippet_runs(demo_folder):
