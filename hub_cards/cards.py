@@ -63,6 +63,7 @@ def distillation_card(
         train_steps (`int`): Optimizer steps so far.
         evaluation (`dict`, *optional*): The last entry of the Trainer's log with evaluation metrics.
     """
+    sees = hasattr(student, "vision_config")
     metrics = {
         key.removeprefix("eval_"): f"{value:.4f}"
         for key, value in (evaluation or {}).items()
@@ -71,13 +72,14 @@ def distillation_card(
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
-            pipeline_tag="text2text-generation",
+            pipeline_tag="image-text-to-text" if sees else "text2text-generation",
             model_name=name,
             base_model=_hub_name(student),
             datasets=dataset_name,
             tags=sorted({student.model_type, *tags}),
         ),
         template_path=str(DISTILLATION_TEMPLATE),
+        sees=sees,
         model_name=name,
         repository=args.hub_model_id or name,
         student=_link(student),

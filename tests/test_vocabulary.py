@@ -90,3 +90,39 @@ def test_a_table_with_fewer_rows_than_tokens_is_refused_with_both_numbers(studen
     message = str(error.value)
     assert message.startswith(f"The {role}'s table has 9 rows, but the tokenizer has ids up to 9. ")
     assert f"`{role}.resize_token_embeddings(10)`" in message
+
+
+@pytest.mark.parametrize(
+    ("student_words", "teacher_words"),
+    [
+        ([*WORDS, "<image>"], WORDS),
+        (WORDS, [*WORDS, "<image>"]),
+        ([*WORDS, "<image>"], [*WORDS, "<|image|>"]),
+        ([*WORDS, "<image>"], [*WORDS, None, "<|image|>"]),
+    ],
+)
+def test_image_tokens_behind_all_others_are_no_difference_and_not_common(student_words, teacher_words):
+    tokenizers = tokenizer_of(student_words), tokenizer_of(teacher_words)
+    rows = len(student_words), len(teacher_words)
+    assert num_common_tokens(*tokenizers, *rows, image_tokens=("<image>", "<|image|>")) == 10
+    with pytest.raises(ValueError, match="disagree about"):
+        num_common_tokens(*tokenizers, *rows)
+
+
+@pytest.mark.parametrize(
+    ("student_words", "shown"),
+    [
+        ([*WORDS, "g"], "10 is 'g' and nothing"),
+        ([*WORDS[:9], "<image>"], "9 is '<image>' and 'f'"),
+        ([*WORDS[:8], "<image>", "f"], "8 is '<image>' and nothing"),
+    ],
+)
+def test_image_tokens_excuse_no_other_difference(student_words, shown):
+    teacher_words = [*WORDS[:8], None, "f"] if student_words[-2:] == ["<image>", "f"] else WORDS
+    with pytest.raises(ValueError, match=f"disagree about 1 of .* token ids: {shown}"):
+        num_common_tokens(tokenizer_of(student_words), tokenizer_of(teacher_words), 16, 16, ("<image>",))
+
+
+def test_each_table_has_rows_for_its_own_image_token():
+    with pytest.raises(ValueError, match="The student's table has 10 rows, but the tokenizer has ids up to 10"):
+        num_common_tokens(tokenizer_of([*WORDS, "<image>"]), tokenizer_of(WORDS), 10, 10, ("<image>",))

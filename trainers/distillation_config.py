@@ -27,7 +27,8 @@ class Seq2SeqDistillationConfig(DistillationConfig):
             those of the data are then not read. Both write with `temperature`, `top_k`, `top_p`, `min_p`,
             `repetition_penalty` and `generation_kwargs`, up to `max_completion_length` tokens.
         max_source_length (`int`, *optional*): Longest source, in tokens of the student; what is cut is counted and
-            logged. `None` cuts nothing. Targets are bounded by `max_completion_length`, likewise.
+            logged. `None` cuts nothing, and of images nothing is cut. Targets are bounded by `max_completion_length`,
+            likewise.
         predict_with_generate (`bool`, *optional*, defaults to `False`): In evaluation, write a text for each row, by
             greedy search with `repetition_penalty` and `generation_kwargs`, for `compute_metrics`.
 

@@ -43,6 +43,16 @@ class RowEncoder:
     max_target_length: int
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    kept_columns = ()
+
+    def is_encoded(self, row: dict[str, Any]) -> bool:
+        """Whether a row comes from this class."""
+        return "source_ids" in row
+
+    def finished(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of a batch with all that [`collate`] takes: they have it already."""
+        return rows
+
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         """The columns `row`, `source_ids`, `teacher_source_ids`, `num_source_tokens` and, with targets, `target_ids`
         and `num_target_tokens`; lengths are those before anything was cut.
@@ -155,14 +165,15 @@ def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: s
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} has no rows, but at least one is needed. Check what it holds.")
-    if "source_ids" in first:
+    if encoder.is_encoded(first):
         return dataset
     if not any(source in first for source, _ in COLUMNS):
         raise ValueError(
             f"The {name} has the columns {', '.join(first)}, but `prompt` and `completion`, or `source` and `target`, "
             "are needed (`prompt` alone where the student or the teacher writes the targets). Rename them."
         )
-    options = {"batched": True, "with_indices": True, "remove_columns": list(first)}
+    dropped = [name for name in first if name not in encoder.kept_columns]
+    options = {"batched": True, "with_indices": True, "remove_columns": dropped}
     if isinstance(dataset, IterableDataset):
         return dataset.map(encoder, **options)
     encoded = dataset.map(encoder, desc=f"Tokenizing the {name}", **options)
@@ -192,6 +203,8 @@ def refuse_long_rows(dataset: Dataset, max_target_length: int | None, teacher_co
         max_target_length (`int`, *optional*): Of targets that will be written. `None` takes those of the rows.
         teacher_context (`int`): In tokens, for source and target together.
     """
+    if "teacher_source_ids" not in dataset.column_names:
+        return  # lengths of rows with images are known when a batch is made
     if max_target_length is None and "target_ids" not in dataset.column_names:
         return
     targets = [max_target_length] * len(dataset)

@@ -7,14 +7,19 @@ import logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import is_peft_available
 
 from .distillation_config import Seq2SeqDistillationConfig
+from .distillation_images import tokenizer_of
 from .vocabulary import num_common_tokens
 
 
@@ -88,9 +93,12 @@ def load_teacher(teacher, args) -> PreTrainedModel:
     if args.teacher_model_revision is not None:
         kwargs["revision"] = args.teacher_model_revision
     kwargs |= args.teacher_model_init_kwargs or {}
-    if _config_of(teacher, kwargs).is_encoder_decoder:
+    config = _config_of(teacher, kwargs)
+    if config.is_encoder_decoder:
         raise ValueError(_no_teacher(teacher))
-    model, info = AutoModelForCausalLM.from_pretrained(teacher, output_loading_info=True, **_placed(kwargs, args))
+    is_other = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForImageTextToText if is_other else AutoModelForCausalLM
+    model, info = auto_class.from_pretrained(teacher, output_loading_info=True, **_placed(kwargs, args))
     if info["missing_keys"]:  # a backbone without its head, say, which would get a random one
         raise ValueError(_no_teacher(teacher))
     return model
@@ -146,30 +154,34 @@ def _no_teacher(name):
     )
 
 
-def load_tokenizers(
-    tokenizer, teacher_tokenizer, student, teacher, args
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The tokenizers of student and teacher; those that are not given come from where the models come from.
+def load_processing_classes(
+    processing_class, teacher_processing_class, student, teacher, args
+) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase | ProcessorMixin]:
+    """Tokenizers of student and teacher, or processors of those that read images; from beside the models if not given.
 
     Raises:
-        TypeError: One is no tokenizer.
-        ValueError: The student's cannot be found, or has no end-of-text token.
+        TypeError: One is of another kind.
+        ValueError: The student's cannot be found, has no end-of-text token, or means another token by images.
     """
-    if tokenizer is None:
-        tokenizer = _saved_tokenizer(student, args)
-        if tokenizer is None:
+    has_images = _reads_images(student)
+    kind = ProcessorMixin if has_images else PreTrainedTokenizerBase
+    if processing_class is None:
+        processing_class = _saved_processing_class(student, args, has_images)
+        if processing_class is None:
             raise ValueError(
                 f"No tokenizer lies beside the student {student.config._name_or_path!r}. Pass one as "
                 "`processing_class`."
             )
-    if teacher_tokenizer is None:
-        teacher_tokenizer = _saved_tokenizer(teacher, args)
-    if teacher_tokenizer is None:
+    if teacher_processing_class is None:
+        teacher_processing_class = _saved_processing_class(teacher, args, has_images and _reads_images(teacher))
+    if teacher_processing_class is None:
         logger.warning("No tokenizer lies beside the teacher: it is taken to have the student's.")
-        teacher_tokenizer = tokenizer
-    for name, value in (("processing_class", tokenizer), ("teacher_processing_class", teacher_tokenizer)):
-        if not isinstance(value, PreTrainedTokenizerBase):
-            raise TypeError(f"`{name}` is a {type(value).__name__}, but a tokenizer is needed. Pass its tokenizer.")
+        teacher_processing_class = tokenizer_of(processing_class)
+    _check_kind("processing_class", processing_class, student, [kind])
+    # A teacher that could read images may be given text about them alone.
+    kinds = [PreTrainedTokenizerBase, *([ProcessorMixin] if has_images and _reads_images(teacher) else [])]
+    _check_kind("teacher_processing_class", teacher_processing_class, teacher, kinds)
+    tokenizer, teacher_tokenizer = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "The student's tokenizer has no end-of-text token, so the student could not be taught to stop. Set its "
@@ -182,24 +194,39 @@ def load_tokenizers(
             "student is taught. If both know the teacher's, make it the `eos_token` of the student's tokenizer."
         )
     if tokenizer.pad_token is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, teacher_tokenizer
+        processing_class = copy.deepcopy(processing_class)
+        tokenizer_of(processing_class).pad_token = tokenizer.eos_token
+    return processing_class, teacher_processing_class
 
 
-def _saved_tokenizer(model, args):
-    name = model.config._name_or_path
+def _reads_images(model):
+    return getattr(model.config, "image_token_id", None) is not None
+
+
+def _check_kind(name, value, model, kinds):
+    if not isinstance(value, tuple(kinds)):
+        needed = "tokenizer" if kinds[0] is PreTrainedTokenizerBase else "processor"
+        raise TypeError(f"`{name}` is a {type(value).__name__}, but a {needed} is needed. Pass its {needed}.")
+    if isinstance(value, ProcessorMixin) and value.image_token_id != model.config.image_token_id:
+        raise ValueError(
+            f"`{name}` puts images at the token id {value.image_token_id}, but {type(model).__name__} looks for them "
+            f"at `image_token_id` {model.config.image_token_id}. Use the processor that the model was made with."
+        )
+
+
+def _saved_processing_class(model, args, has_images):
+    name, auto_class = model.config._name_or_path, AutoProcessor if has_images else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code) if name else None
+        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code) if name else None
     except (OSError, ValueError):
         return None
 
 
-def common_tokens(tokenizer, teacher_tokenizer, student, teacher, args) -> int | None:
+def common_tokens(tokenizer, teacher_tokenizer, student, teacher, args, image_tokens=()) -> int | None:
     """How many ids both models score; `None` where they differ and nothing is to be compared (`kd_ratio` 0)."""
     sizes = (model.config.get_text_config().vocab_size for model in (student, teacher))
     try:
-        return num_common_tokens(tokenizer, teacher_tokenizer, *sizes)
+        return num_common_tokens(tokenizer, teacher_tokenizer, *sizes, image_tokens)
     except ValueError:
         if args.kd_ratio > 0:
             raise
@@ -213,7 +240,8 @@ def decoder_start_token_id(student) -> int:
     Raises:
         ValueError: Neither config says it.
     """
-    for config in (student.config, student.generation_config):
+    configs = (student.config, getattr(student.config, "text_config", None), student.generation_config)
+    for config in configs:
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token_id := getattr(config, name, None)) is not None:
                 return token_id

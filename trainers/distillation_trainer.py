@@ -19,16 +19,17 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..hub_cards.cards import distillation_card
 from .checkpoints import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_data import RowEncoder, collate, encode_rows, padded, refuse_long_rows, stacked, trimmed, unpadded
+from .distillation_data import collate, encode_rows, padded, refuse_long_rows, stacked, trimmed, unpadded
+from .distillation_images import image_lists, image_token_ids, image_tokens_of, row_encoder
 from .distillation_losses import ObjectiveSettings, distillation_objective
 from .distillation_models import (
     check_roles,
     checked_args,
     common_tokens,
     decoder_start_token_id,
+    load_processing_classes,
     load_student,
     load_teacher,
-    load_tokenizers,
 )
 from .output_heads import HeadReader
 from .trl_hooks import EncoderDecoderHooks
@@ -50,28 +51,31 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student. A string is loaded with
             `AutoModelForSeq2SeqLM`, `args.model_init_kwargs` and, unless these say otherwise, float32 weights.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): A causal language
-            model; it is never trained nor saved. A string (a model or a LoRA adapter) is loaded with
-            `AutoModelForCausalLM` and `args.teacher_model_init_kwargs`. `None` takes
+            model, or a decoder-only one that reads images (LLaVA and the like); it is never trained nor saved. A
+            string (a model or a LoRA adapter) is loaded with `args.teacher_model_init_kwargs`. `None` takes
             `args.teacher_model_name_or_path`.
         args ([`Seq2SeqDistillationConfig`], *optional*): The run.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): Rows of `prompt` and
             `completion`, or of `source` and `target`; text, or lists of messages. Messages are rendered by the chat
             template of the teacher for the teacher, and are plain text for the student. The target is needed where
-            targets come from the data and where `kd_ratio < 1`.
+            targets come from the data and where `kd_ratio < 1`. For a student with a processor, rows may have
+            `images` (a list) or `image`, and a `teacher_prompt`, which the teacher reads instead of the prompt: see
+            [`~encdec_slm.trainers.distillation_images.ImageRowEncoder`].
         eval_dataset (the same, or a `dict` of them, *optional*): Evaluated on the gold targets where there are any.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer. `None` loads
-            it from where the student comes from.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            The student's tokenizer, or the processor of one that reads images. `None` loads it from where the student
+            comes from.
         callbacks (`list[TrainerCallback]`, *optional*): Added to those of the Trainer.
         optimizers (`tuple`, *optional*): Optimizer and scheduler, instead of those that `args` describes.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): For a student given as a string.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapters to train instead of the student's weights.
-        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's tokenizer.
-            `None` loads it from where the teacher comes from, or takes the student's if there is none.
+        teacher_processing_class (the same, *optional*): Of the teacher, with its own image tokens and tiles. `None`
+            loads it from where the teacher comes from, or takes the student's tokenizer if there is none.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Scores token ids that the student wrote
             (`predictions`) beside gold ones (`label_ids`, -100 for padding); needs `args.predict_with_generate`.
 
     Raises:
-        TypeError: `args` or the tokenizer is of another kind.
+        TypeError: `args`, a tokenizer or a processor is of another kind.
         ValueError: The student is no encoder-decoder or the teacher no causal language model; their token ids mean
             different tokens; the teacher's context is too short; the data lacks what `args` asks for.
     """
@@ -97,17 +101,20 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         student = load_student(model, args, quantization_config)
         teacher = load_teacher(teacher_model, args)
         check_roles(student, teacher)
-        tokenizer, teacher_tokenizer = load_tokenizers(
+        processing_class, teacher_processing_class = load_processing_classes(
             processing_class, teacher_processing_class, student, teacher, args
         )
-        self.num_common_tokens = common_tokens(tokenizer, teacher_tokenizer, student, teacher, args)
-        self.teacher_tokenizer = teacher_tokenizer
-        self.encoder = RowEncoder(
-            tokenizer,
-            teacher_tokenizer,
+        self.encoder = row_encoder(
+            processing_class,
+            teacher_processing_class,
             args.max_source_length,
             args.max_completion_length,
             args.chat_template_kwargs or {},
+        )
+        self.teacher_tokenizer = self.encoder.teacher_tokenizer
+        self._image_tokens = image_tokens_of(processing_class, teacher_processing_class)
+        self.num_common_tokens = common_tokens(
+            self.encoder.tokenizer, self.teacher_tokenizer, student, teacher, args, self._image_tokens
         )
         self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
         # Texts of the student are for the divergence alone.
@@ -118,7 +125,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
@@ -165,16 +172,18 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
 
     def _set_generation_configs(self, student, teacher):
         """How the student and the teacher sample in training, and how they write in evaluation."""
-        tokenizer, teacher_tokenizer = self.processing_class, self.teacher_tokenizer
-        # Rows that only pad the student's table are no tokens, whatever untrained logits they have.
+        tokenizer, teacher_tokenizer = self.encoder.tokenizer, self.teacher_tokenizer
+        # Rows that only pad the student's table are no tokens, whatever untrained logits they have; an image's token
+        # that is written would be one without an image to whoever reads it.
         num_tokens = self.num_common_tokens or len(tokenizer)
         padding_rows = list(range(num_tokens, student.config.get_text_config().vocab_size))
+        image_ids = image_token_ids(tokenizer, self._image_tokens)
         student_ids = {
             "decoder_start_token_id": decoder_start_token_id(student),
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": self.eos_token_ids,
-            "suppress_tokens": padding_rows or None,
+            "suppress_tokens": sorted({*padding_rows, *image_ids}) or None,
         }
         ends = teacher.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -189,7 +198,8 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         asked = {"repetition_penalty": self.repetition_penalty, **(self.args.generation_kwargs or {})}
         self._greedy_config = GenerationConfig(**{**student_ids, **asked, **greedy})
         self._teacher_generation_config = copy.deepcopy(self.generation_config)
-        self._teacher_generation_config.update(**teacher_ids, suppress_tokens=None)
+        teacher_ids["suppress_tokens"] = image_token_ids(teacher_tokenizer, self._image_tokens) or None
+        self._teacher_generation_config.update(**teacher_ids)
         self._teacher_greedy_config = GenerationConfig(**teacher_ids, **greedy)
 
     # Batches
@@ -204,15 +214,18 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             ValueError: A source and its target are longer than the teacher's context.
         """
         mode = "train" if self.model.training else "eval"
+        rows = self.encoder.finished(rows)
         origin = self._origin(mode, has_targets="target_ids" in rows[0])
+        images = image_lists(rows)
         if origin == "student":
-            targets = self.student_texts([row["source_ids"] for row in rows])
+            sources = [row["source_ids"] for row in rows]
+            targets = self.student_texts(sources, images["student_images"]) if images else self.student_texts(sources)
         else:
             targets = self.teacher_texts(rows) if origin == "teacher" else [row["target_ids"] for row in rows]
             self.count_tokens(
                 mode, sum(len(row["source_ids"]) + len(ids) for row, ids in zip(rows, targets, strict=True))
             )
-        pad_token_id, multiple = self.processing_class.pad_token_id, self.pad_to_multiple_of
+        pad_token_id, multiple = self.encoder.tokenizer.pad_token_id, self.pad_to_multiple_of
         batch = collate(rows, targets, pad_token_id, multiple)
         if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
             gold = [row["target_ids"] for row in rows]
@@ -225,7 +238,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         for name, mask in (("target", batch["target_mask"]), ("gold", gold_mask)):
             num_tokens = mask.sum().to(self.accelerator.device)
             batch[f"num_{name}_tokens"] = self.accelerator.gather(num_tokens).sum()
-        return batch
+        return batch | images
 
     def _origin(self, mode, has_targets):
         """Who wrote this batch's targets; the same on all processes and in a resumed run."""
@@ -239,7 +252,8 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
     def teacher_texts(self, rows: list[dict], do_sample: bool = True) -> list[list[int]]:
         """What the teacher writes for encoded rows, in ids of the student, and ended as the student ends its texts."""
         config = self._teacher_generation_config if do_sample else self._teacher_greedy_config
-        texts = self.write(self.teacher_model, [row["teacher_source_ids"] for row in rows], config)
+        sources, images = [row["teacher_source_ids"] for row in rows], image_lists(rows).get("teacher_images")
+        texts = self.write(self.teacher_model, sources, config, images)
         targets = []
         for ids in texts:
             is_whole = ids[-1] in config.eos_token_id
@@ -247,7 +261,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             if self.num_common_tokens is None:
                 text = self.teacher_tokenizer.decode(ids, skip_special_tokens=True)
                 ids = self.encoder.target_ids(text)[: self.max_completion_length - 1]
-            targets.append([*ids, self.processing_class.eos_token_id] if is_whole or not ids else ids)
+            targets.append([*ids, self.encoder.tokenizer.eos_token_id] if is_whole or not ids else ids)
         return targets
 
     def _log_origin(self, origin, rows):
@@ -329,7 +343,8 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         is encoded once, and no weight is used twice.
         """
         source_ids, source_mask = trimmed(inputs["source_ids"], inputs["source_mask"])
-        encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask).last_hidden_state
+        images = self.image_inputs(inputs.get("student_images"))
+        encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask, **images).last_hidden_state
         kinds = [kind for kind in ("target", "gold") if f"{kind}_ids" in inputs]
         ids, mask = trimmed(
             *stacked(*((inputs[f"{kind}_ids"], inputs[f"{kind}_mask"]) for kind in kinds))
@@ -356,6 +371,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
                 input_ids=teacher_ids,
                 attention_mask=teacher_mask,
                 use_cache=False,
+                **self.image_inputs(inputs.get("teacher_images")),
             )
             # The token at index i of a row is predicted at i - 1; the target begins behind the source.
             hidden = hidden[rows, inputs["teacher_source_lengths"][rows] - 1 + positions]
@@ -431,8 +447,8 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
         sources = list(unpadded(inputs["source_ids"], inputs["source_mask"]))
-        written = self.write(self.model_wrapped, sources, self._greedy_config)
-        written, _ = padded(written, self.processing_class.pad_token_id, None)
+        written = self.write(self.model_wrapped, sources, self._greedy_config, inputs.get("student_images"))
+        written, _ = padded(written, self.encoder.tokenizer.pad_token_id, None)
         labels = None
         if inputs["num_gold_tokens"] > 0:
             gold = "gold" if "gold_ids" in inputs else "target"
@@ -450,9 +466,9 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             self.log_texts(*self._texts_side_by_side())
 
     def _texts_side_by_side(self):
-        rows, decode = self._logged_rows, self.processing_class.batch_decode
+        rows, decode = self._logged_rows, self.encoder.tokenizer.batch_decode
         sources = [row["source_ids"] for row in rows]
-        student = self.write(self.model_wrapped, sources, self._greedy_config)
+        student = self.write(self.model_wrapped, sources, self._greedy_config, image_lists(rows).get("student_images"))
         gold = [row.get("target_ids", []) for row in rows]
         teacher = self.teacher_texts(rows, do_sample=False)
         return [decode(ids, skip_special_tokens=True) for ids in (sources, student, teacher, gold)]

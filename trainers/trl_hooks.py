@@ -21,6 +21,7 @@ from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, print_prompt_completions_sample
 
 from .distillation_data import ENCODED_COLUMNS, padded
+from .distillation_images import ROW_COLUMNS, joined
 
 
 class EpochSampler(RepeatSampler):
@@ -46,7 +47,7 @@ class EncoderDecoderHooks(DistillationTrainer):
         return self.make_batch(inputs)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = list(ENCODED_COLUMNS)
+        self._signature_columns = [*ENCODED_COLUMNS, *ROW_COLUMNS]
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -84,26 +85,40 @@ class EncoderDecoderHooks(DistillationTrainer):
         return super().get_test_dataloader(test_dataset)
 
     def _tokenize_prompts(self, prompts):
+        if isinstance(prompts[0], tuple):
+            prompts, images = map(list, zip(*prompts, strict=True))
+            return prompts, images, {}
         return prompts, None, {}  # rows hold token ids already
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        return self.write(self.model_wrapped, prompt_ids, self.generation_config)
+        return self.write(self.model_wrapped, prompt_ids, self.generation_config, images)
 
-    def student_texts(self, source_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids that the student samples for each source, the lengths of which are logged."""
-        _, completion_ids, *_ = self._generate(source_ids)
+    def student_texts(self, source_ids: list[list[int]], images: list[dict] | None = None) -> list[list[int]]:
+        """Token ids that the student samples for each source, the lengths of which are logged.
+
+        `images` has for each source the inputs that its images are to the student.
+        """
+        prompts = source_ids if images is None else list(zip(source_ids, images, strict=True))
+        _, completion_ids, *_ = self._generate(prompts)
         return completion_ids
 
-    def write(self, model, prompt_ids: list[list[int]], generation_config: GenerationConfig) -> list[list[int]]:
+    def write(
+        self,
+        model,
+        prompt_ids: list[list[int]],
+        generation_config: GenerationConfig,
+        images: list[dict] | None = None,
+    ) -> list[list[int]]:
         """Token ids that a model writes after each prompt, up to the end-of-text token, which they include.
 
         The model is in eval mode while it writes, so that nothing is dropped out and keys and values are cached.
+        `images` has for each prompt the inputs that its images are to the model.
         """
         unwrapped = self.accelerator.unwrap_model(model)
         is_decoder_only = not unwrapped.config.is_encoder_decoder
         pad_token_id, multiple = generation_config.pad_token_id, self.pad_to_multiple_of
         ids, mask = padded(prompt_ids, pad_token_id, multiple, left=is_decoder_only)
-        inputs = Trainer._prepare_inputs(self, {"input_ids": ids, "attention_mask": mask})
+        inputs = Trainer._prepare_inputs(self, {"input_ids": ids, "attention_mask": mask, **joined(images or ())})
         was_training = unwrapped.training
         unwrapped.eval()
         try:
@@ -127,6 +142,10 @@ class EncoderDecoderHooks(DistillationTrainer):
         # An encoder-decoder begins with its start token, a decoder-only model with the prompt.
         begin = ids.shape[1] if is_decoder_only else 1
         return [_until_end(row, generation_config.eos_token_id) for row in written[:, begin:].tolist()]
+
+    def image_inputs(self, images: list[dict] | None) -> dict[str, torch.Tensor]:
+        """Inputs of all images of a batch, from those of each row, on the model's device; `None` has none."""
+        return self._prepare_input(joined(images or ()))
 
     def count_tokens(self, mode: str, num_tokens: int) -> None:
         """Adds tokens of a batch whose targets the student did not write to those seen; TRL counts the others."""

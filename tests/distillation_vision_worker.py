@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny student that reads images, tiny teachers, rows for them, and their loss written out plainly."""
+
+import copy
+import functools
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from distillation_worker import make_args, plain_divergence
+from PIL import Image as PILImage
+from torch.nn import functional as F
+from transformers import (
+    CLIPImageProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    ProcessorMixin,
+)
+
+from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration
+from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
+from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
+from encdec_slm.trainers import Seq2SeqDistillationTrainer
+from encdec_slm.trainers.seq2seq_data import train_tokenizer
+
+
+TILE, PATCH = 28, 14
+PINPOINTS = [[28, 28], [28, 56], [56, 28]]
+TOWER = {
+    **{"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "image_size": TILE, "patch_size": PATCH},
+}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+# (width, height) of the images of each row: of one tile and of two, none and several.
+IMAGES = [[(30, 30)], [(60, 25)], [], [(20, 50), (28, 28)]]
+PROMPTS = ["what is it", "how many are there", "say the word", "compare <image> with <image> now"]
+COMPLETIONS = ["a cat", "two of them", "word", "it is the same cat"]
+CAPTIONS = ["a cat sits. what is it", "two dogs. how many are there", None, "a cat and a cat. compare"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}\n{% endfor %}answer:"
+)
+
+
+@functools.cache
+def words():
+    return train_tokenizer([*PROMPTS, *COMPLETIONS], vocab_size=300, model_max_length=256)
+
+
+def make_tokenizer(image_token="<image>"):
+    """The words' tokenizer, with the token as an extra behind them."""
+    tokenizer = copy.deepcopy(words())
+    if image_token is not None:
+        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]})
+    return tokenizer
+
+
+def make_processor():
+    images = EncDecVLMImageProcessor(
+        size={"height": TILE, "width": TILE}, patch_size=PATCH, image_grid_pinpoints=PINPOINTS
+    )
+    return EncDecVLMProcessor(images, make_tokenizer())
+
+
+def make_teacher_processor(kind="llava", chat_template=None):
+    common = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    sizes = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+    if kind == "llava":
+        processor = LlavaProcessor(CLIPImageProcessor(**sizes), make_tokenizer(), **common)
+    else:
+        images = LlavaNextImageProcessor(**sizes, image_grid_pinpoints=PINPOINTS)
+        processor = LlavaNextProcessor(images, make_tokenizer(), **common)
+    processor.chat_template = chat_template
+    return processor
+
+
+def drawn(model, seed):
+    """`model` with every tensor drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_gain = "norm" in name and name.endswith("weight")
+            parameter.normal_(float(is_gain), 0.2, generator=generator)
+    return model.eval()
+
+
+def make_student(seed=0):
+    tokenizer = make_tokenizer()
+    layers = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "max_position_embeddings": 256}
+    config = EncDecVLMConfig(
+        text_config={**SIZES, **layers, "vocab_size": len(tokenizer)},
+        vision_config=dict(TOWER),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return drawn(EncDecVLMForConditionalGeneration(config), seed)
+
+
+def llama_config(num_tokens):
+    return LlamaConfig(
+        **SIZES, vocab_size=num_tokens, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+
+
+def make_teacher(kind="llava", seed=1):
+    tokenizer = make_tokenizer()
+    options = {
+        "text_config": llama_config(len(tokenizer)),
+        "vision_config": dict(TOWER),
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "vision_feature_layer": -2,
+    }
+    if kind == "llava":
+        return drawn(LlavaForConditionalGeneration(LlavaConfig(**options)), seed)
+    return drawn(LlavaNextForConditionalGeneration(LlavaNextConfig(**options, image_grid_pinpoints=PINPOINTS)), seed)
+
+
+def make_text_teacher(num_tokens=None, seed=2):
+    return drawn(LlamaForCausalLM(llama_config(num_tokens or len(words()))), seed)
+
+
+def noise(size, seed):
+    width, height = size
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return PILImage.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def make_rows(captions=False):
+    return [
+        {
+            "images": [noise(size, 10 * index + place) for place, size in enumerate(IMAGES[index])],
+            "prompt": PROMPTS[index],
+            "completion": COMPLETIONS[index],
+            **({"teacher_prompt": CAPTIONS[index]} if captions else {}),
+        }
+        for index in range(4)
+    ]
+
+
+FEATURES = {"images": List(Image()), "prompt": Value("string"), "completion": Value("string")}
+
+
+def as_dataset(rows):
+    features = {**FEATURES, "teacher_prompt": Value("string")}
+    return Dataset.from_list(rows, features=Features({name: features[name] for name in rows[0]}))
+
+
+def make_trainer(output_dir, rows=None, student=None, teacher=None, reader=None, dataset=None, **settings):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 1, "lmbda": 0.0, **settings}
+    return Seq2SeqDistillationTrainer(
+        make_student() if student is None else student,
+        make_teacher() if teacher is None else teacher,
+        make_args(output_dir, **settings),
+        train_dataset=as_dataset(make_rows() if rows is None else rows) if dataset is None else dataset,
+        processing_class=make_processor(),
+        teacher_processing_class=make_teacher_processor() if reader is None else reader,
+    )
+
+
+# The loss written out again
+
+
+def target_of(text):
+    return words()(text, add_special_tokens=False)["input_ids"] + [words().eos_token_id]
+
+
+def student_logits(student, row, target):
+    inputs = make_processor()(images=row["images"] or None, text=[row["prompt"]], return_tensors="pt")
+    return student(**inputs, decoder_input_ids=torch.tensor([[1, *target[:-1]]])).logits[0]
+
+
+def teacher_logits(teacher, reader, row, target, text=None):
+    """The target's rows of what a plain forward pass says, with the target behind what the teacher reads."""
+    if isinstance(reader, ProcessorMixin):
+        text = row["prompt"] if text is None else text
+        text = text if "<image>" in text else "<image>" * len(row["images"]) + text
+        inputs = dict(reader(images=row["images"] or None, text=[text], return_tensors="pt"))
+    else:
+        inputs = dict(reader(row.get("teacher_prompt") or row["prompt"], return_tensors="pt"))
+    source = inputs["input_ids"][:, :-1] if inputs["input_ids"][0, -1] == 2 else inputs["input_ids"]
+    ids = torch.cat((source, torch.tensor([target])), 1)
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+    with torch.no_grad():
+        logits = teacher(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
+    begin = source.shape[1] - 1
+    return logits[begin : begin + len(target)]
+
+
+def plain_loss(rows, student, teacher, reader, targets=None, common=None, text=None, kd_ratio=1.0, beta=1.0):
+    """Means over target tokens: of the divergence on the first `common` ids, and of the gold cross-entropy."""
+    divergences, entropies = [], []
+    for index, row in enumerate(rows):
+        target = target_of(row["completion"]) if targets is None else targets[index]
+        mine = student_logits(student, row, target)
+        theirs = teacher_logits(teacher, reader, row, target, text and text(row))
+        divergences.append(plain_divergence(mine[:, :common], theirs[:, :common], beta, 1.0))
+        gold = target_of(row["completion"])
+        entropies.append(F.cross_entropy(student_logits(student, row, gold), torch.tensor(gold), reduction="none"))
+    return kd_ratio * torch.cat(divergences).mean() + (1 - kd_ratio) * torch.cat(entropies).mean()
+
+
+def greedy(model, processor, row, begin):
+    text = row["prompt"] if "<image>" in row["prompt"] else "<image>" * len(row["images"]) + row["prompt"]
+    inputs = processor(images=row["images"] or None, text=[text], return_tensors="pt")
+    if begin is None:  # the teacher's text ends where the target begins
+        inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
+        begin = inputs["input_ids"].shape[1]
+    image = make_tokenizer().convert_tokens_to_ids("<image>")
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0}
+    written = model.generate(**inputs, **options, suppress_tokens=[image])[0, begin:].tolist()
+    return written[: written.index(2) + 1] if 2 in written else written
