@@ -129,9 +129,12 @@ def test_a_converted_folder_sees_and_writes_by_itself(checkpoint, cases, tmp_pat
     assert int((inputs["input_ids"] == 90).sum()) == 64
     pipe = pipeline("image-text-to-text", model=str(converted), trust_remote_code=True)
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w7"}]}
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    of_objects = pipeline("image-text-to-text", model=model, processor=processor)
     for given in ({"text": [message]}, {"images": image, "text": "w7"}, {"images": [image], "text": ["<image> w7"]}):
-        (written,) = pipe(**given, max_new_tokens=3, return_full_text=False)
-        written = written[0] if isinstance(written, list) else written
+        results = [one(**given, max_new_tokens=3, return_full_text=False) for one in (pipe, of_objects)]
+        assert results[0] == results[1]
+        written = results[0][0][0] if isinstance(results[0][0], list) else results[0][0]
         assert isinstance(written["generated_text"], str)
     assert "image-text-to-text" in (converted / "README.md").read_text(encoding="utf-8")
 
