@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow style quality benchmark clean
+.PHONY: demo demo-vision test test-slow style quality benchmark clean
 
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -18,6 +18,9 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/distill.py --config configuration/recipes/distill_docstrings.yaml
 	$(BIN)/python examples/generate.py outputs/distill_docstrings
+
+demo-vision: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/vqa.py --config configuration/recipes/vqa_synthetic.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
