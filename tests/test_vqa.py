@@ -85,6 +85,24 @@ def test_a_text_preset_and_a_folder_without_a_model_are_refused(tmp_path):
         train_vqa(args, training_args(tmp_path))
 
 
+def test_frozen_parts_stay_and_others_learn(finished, tmp_path):
+    folder, _ = finished
+    args = VqaArguments(
+        **SMALL, model_name_or_path=str(folder), frozen_parts=["vision_tower", "text_model", "decoder"]
+    )
+    train_vqa(args, training_args(tmp_path))
+    before, after = (
+        EncDecVLMForConditionalGeneration.from_pretrained(path).state_dict() for path in (folder, tmp_path)
+    )
+    changed = {name for name, tensor in before.items() if not tensor.equal(after[name])}
+    assert changed and all("multi_modal_projector" in name or "image_newline" in name for name in changed)
+
+
+def test_an_unknown_part_is_answered_with_those_that_exist(tmp_path):
+    with pytest.raises(ValueError, match="`frozen_parts` has 'tower', but the parts are vision_tower, multi_modal"):
+        train_vqa(VqaArguments(**SMALL, frozen_parts=["tower"]), training_args(tmp_path))
+
+
 def test_tasks_beside_a_data_set_are_refused():
     with pytest.raises(ValueError, match="rows come from one place"):
         VqaArguments(tasks=["digits"], dataset_name="somebody/rows")

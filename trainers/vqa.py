@@ -71,6 +71,8 @@ class VqaArguments:
         model_name_or_path (`str`, *optional*): A checkpoint of this family to begin with. `None` begins with new
             weights and a tokenizer trained on the training questions and answers.
         model_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
+        frozen_parts (`list[str]`, *optional*): Parts whose weights stay: `vision_tower`, `multi_modal_projector`,
+            `text_model` (the encoder with the embeddings) and `decoder`. `None` trains all.
         max_target_length (`int`, *optional*, defaults to 24): Of answers, in tokens; also bounds what is generated.
 
     Raises:
@@ -95,6 +97,7 @@ class VqaArguments:
     vocab_size: int = field(default=320, metadata={"help": "Upper bound for a newly trained tokenizer."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint of this family."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    frozen_parts: list[str] | None = field(default=None, metadata={"help": "Parts whose weights stay."})
     max_target_length: int = field(default=24, metadata={"help": "Longest answer, in tokens."})
 
     def __post_init__(self):
@@ -130,6 +133,7 @@ def train_vqa(args: VqaArguments, training_args: Seq2SeqTrainingArguments) -> di
     set_seed(training_args.seed)
     splits = load_vqa_splits(args, training_args.seed)
     processor, model = _load_checkpoint(args) if args.model_name_or_path else _new_model(args, splits["train"])
+    _freeze(model, args.frozen_parts or [])
     trainer = _make_trainer(args, training_args, model, processor, splits)
     logger.info(f"{model.num_parameters():,} parameters, {len(splits['train']):,} training rows.")
 
@@ -166,6 +170,16 @@ def train_vqa(args: VqaArguments, training_args: Seq2SeqTrainingArguments) -> di
     }
     _save(trainer, results, predictions, splits["test"].select(shown))
     return results
+
+
+def _freeze(model, names):
+    encoder = model.model.encoder
+    parts = {name: getattr(encoder, name) for name in ("vision_tower", "multi_modal_projector", "text_model")}
+    parts["decoder"] = model.model.decoder
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"`frozen_parts` has {name!r}, but the parts are {', '.join(parts)}. Name some of these.")
+        parts[name].requires_grad_(False)
 
 
 def _new_model(args, rows):
