@@ -515,7 +515,8 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
                 config.
 
         Raises:
-            ValueError: There is no source, no target, or both forms of one; an id lies outside of the vocabulary.
+            ValueError: There is no source, no target, both forms of one, or more of the one than of the other; an id
+                lies outside of the vocabulary.
             TypeError: `past_key_values` is a cache for decoder-only models.
         """
         if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
@@ -527,8 +528,15 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
             encoder_outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        target_embeds = self._embed_target(decoder_input_ids, decoder_inputs_embeds, past_key_values)
+        num_sources, num_targets = encoder_outputs.last_hidden_state.shape[0], target_embeds.shape[0]
+        if num_sources != num_targets:
+            raise ValueError(
+                f"There are {num_sources} sources and {num_targets} targets, but row by row each target belongs to a "
+                "source. Give equally many."
+            )
         decoder_outputs = self.decoder(
-            inputs_embeds=self._embed_target(decoder_input_ids, decoder_inputs_embeds, past_key_values),
+            inputs_embeds=target_embeds,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
             past_key_values=past_key_values,

@@ -92,11 +92,22 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
                 before the images were cut.
 
         Raises:
-            ValueError: `image_sizes` asks for another number of tiles than there are.
+            ValueError: Tiles are of another size, `image_sizes` are no sizes, or ask for another number of tiles than
+                there are.
         """
         config = self.config
         sizes = [tuple(size) for size in image_sizes.tolist()]
         tile_size = config.vision_config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (tile_size, tile_size):
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but must have (num_tiles, num_channels, "
+                f"{tile_size}, {tile_size}). Take it from the image processor of this checkpoint."
+            )
+        if any(len(size) != 2 or min(size) < 1 for size in sizes):
+            raise ValueError(
+                f"`image_sizes` is {sizes}, but must have the height and the width of each image, in pixels. Take it "
+                "from the image processor."
+            )
         grids = [grid_shape(size, config.image_grid_pinpoints, tile_size) for size in sizes]
         num_tiles = [1 + rows * columns for rows, columns in grids]
         if sum(num_tiles) != pixel_values.shape[0]:

@@ -355,6 +355,12 @@ def test_tiles_and_sizes_must_fit(clip_model, target_ids):
     inputs = make_inputs(clip_model.config, MIXED)
     with pytest.raises(ValueError, match=r"`pixel_values` has 13 tiles, but 3 images of `image_sizes` .* into 14"):
         clip_model(**{**inputs, "pixel_values": inputs["pixel_values"][1:]}, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match=r"`pixel_values` has shape \(14, 3, 8, 4\), but must have .* 8, 8\)"):
+        clip_model(**{**inputs, "pixel_values": inputs["pixel_values"][..., :4]}, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match=r"`image_sizes` is .* but must have the height and the width"):
+        clip_model(**{**inputs, "image_sizes": inputs["image_sizes"] * 0}, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match="There are 3 sources and 2 targets"):
+        clip_model(**inputs, decoder_input_ids=target_ids[:2])
     with pytest.raises(ValueError, match="`pixel_values` is given with no `image_sizes`"):
         clip_model(**{**inputs, "image_sizes": None}, decoder_input_ids=target_ids)
     embeds = clip_model.get_input_embeddings()(inputs.pop("input_ids"))
