@@ -99,6 +99,11 @@ class EncDecVLMProcessor(ProcessorMixin):
         """What the model's `forward` takes of the output."""
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's; `Seq2SeqTrainer` pads what is generated with that of its `processing_class`."""
+        return self.tokenizer.pad_token_id
+
     def __call__(self, images: Any = None, text: str | list[str] | None = None, videos=None, audio=None, **kwargs):
         """What the model reads of texts and their images.
 

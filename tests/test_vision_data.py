@@ -44,7 +44,6 @@ def config(tokenizer):
         vision_config={**sizes, **tower},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[TILE, TILE]],
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 

@@ -225,8 +225,6 @@ def _fitted(preset, tokenizer):
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.bos_token_id}
     fields["text_config"] |= {**ids, "vocab_size": len(tokenizer)}
-    # Seq2SeqTrainer pads what was generated with this one, and does not look into `text_config`.
-    fields["pad_token_id"] = tokenizer.pad_token_id
     fields["image_token_id"] = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return EncDecVLMConfig.from_dict(fields)
 
