@@ -212,7 +212,7 @@ def _load(images: Any, positions: Iterator[int], input_data_format: str | None) 
         return [_load(image, positions, input_data_format) for image in images]
     name = f"Image {next(positions)}"
     if isinstance(images, (str, os.PathLike)):
-        name += f" ({os.fspath(images)[:80]!r})"
+        name += f" ({os.fspath(images)[-80:]!r})"  # its end tells more than its beginning
     try:
         return _load_one(images, input_data_format)
     except _WrongKind as error:
