@@ -21,7 +21,7 @@ from .hub_cards.cards import converted_card
 from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration
-from .processing_encdec_vlm import EncDecVLMProcessor
+from .processing_encdec_vlm import IMAGE_TOKEN, EncDecVLMProcessor
 from .reference_checkpoints import (
     check_weights_fit,
     is_vision_checkpoint,
@@ -56,7 +56,6 @@ QUESTION_ANSWERING_PROMPT = (
 )
 # The predecessor's pad token is `<unk>`, and so is its place in the vocabulary that of padding.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
-IMAGE_TOKEN = "<image>"
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 PROBES = ("hello world", "", " ", "  lead", "trail ", "a  b", "\ttab\nline", "é ü 漢字 🙂", "###Answer\n")
 PROBES_AROUND_A_TOKEN = ("x{0}y", "{0}  text", " {0} a", "{0}\ntext{0}")

@@ -10,6 +10,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .image_processing_encdec_vlm import EncDecVLMImageProcessor, flatten_images
 
 
+IMAGE_TOKEN = "<image>"
 # The predecessor's prompt: the question, then its context, of OCR tokens (where the question brings some) and images.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- set ns = namespace(turns='', ocr='', images='') -%}
@@ -81,10 +82,10 @@ class EncDecVLMProcessor(ProcessorMixin):
         image_processor: EncDecVLMImageProcessor | None = None,
         tokenizer=None,
         chat_template: str | None = None,
-        image_token: str = "<image>",
+        image_token: str = IMAGE_TOKEN,
     ):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
-        chat_template = chat_template or DEFAULT_CHAT_TEMPLATE.replace("<image>", self.image_token)
+        chat_template = chat_template or DEFAULT_CHAT_TEMPLATE.replace(IMAGE_TOKEN, self.image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token_id = tokenizer.added_tokens_encoder.get(self.image_token)
         if self.image_token_id is None or len(self.image_token) < 2:

@@ -21,7 +21,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .run_reports import held_out_texts, preset_config, show_losses, versions, write_file, write_run_files
+from .run_reports import (
+    checkpoint_to_resume,
+    held_out_texts,
+    preset_config,
+    show_losses,
+    validation_losses,
+    versions,
+    write_file,
+    write_run_files,
+)
 from .seq2seq_data import DataArguments, first_texts, load_splits, log_cut_rows, tokenize_splits, train_tokenizer
 
 
@@ -98,7 +107,7 @@ def finetune(
 
     before, _ = _measure(trainer, tokenized["test"], splits["test"], "before training")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(training_args))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     train_seconds = time.perf_counter() - started
     if isinstance(tokenized["train"], IterableDataset):
         log_cut_rows("train", counts["train"], *bounds)
@@ -110,11 +119,7 @@ def finetune(
         "vocab_size": len(tokenizer),
         "before": before,
         "after": after,
-        "validation": [
-            {"step": entry["step"], "loss": round(entry["eval_loss"], 4)}
-            for entry in trainer.state.log_history
-            if "eval_loss" in entry
-        ],
+        "validation": validation_losses(trainer.state.log_history),
         "train_steps": trainer.state.global_step,
         "train_seconds": round(train_seconds, 1),
         "rows": {split: dict(count) for split, count in counts.items()},
@@ -183,11 +188,6 @@ def _with_adapters(model, model_args):
     targets = model_args.lora_target_modules or list(LORA_TARGET_MODULES)
     model_args = replace(model_args, lora_target_modules=targets, lora_task_type="SEQ_2_SEQ_LM")
     return get_peft_model(model, get_peft_config(model_args))
-
-
-def _checkpoint_to_resume(training_args) -> str | bool | None:
-    asked = training_args.resume_from_checkpoint
-    return True if str(asked).lower() == "true" else asked
 
 
 def _measure(trainer, tokenized, texts, when):

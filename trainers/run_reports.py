@@ -16,7 +16,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
 
 from ..configuration import load_preset
 from ..configuration_encdec_slm import EncDecSLMConfig
@@ -89,6 +89,19 @@ def show_losses(trainer: Trainer) -> None:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBesideProgress)
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
+    """What `Trainer.train` takes: `True` for the last checkpoint where `resume_from_checkpoint` is `"true"`."""
+    asked = training_args.resume_from_checkpoint
+    return True if str(asked).lower() == "true" else asked
+
+
+def validation_losses(log_history: list[dict]) -> list[dict[str, float]]:
+    """The losses on validation rows on the way, in nats per token, each with its `step`."""
+    return [
+        {"step": entry["step"], "loss": round(entry["eval_loss"], 4)} for entry in log_history if "eval_loss" in entry
+    ]
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
@@ -87,7 +88,7 @@ def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | Itera
     if args.train_file is not None:
         splits = _load_files(args)
     elif args.dataset_name is not None:
-        splits = _load_named(args)
+        splits = load_named_splits(args, args.dataset_streaming)
     else:
         splits = build_docstring_task()
     columns = ("source", "target") if args.dataset_name is None else (args.source_column, args.target_column)
@@ -136,14 +137,24 @@ def _jsonl_rows(path, columns) -> Iterator[dict[str, str]]:
                     "the keys, or name yours by `source_column` and `target_column`."
                 )
             for column in columns:
-                _check_is_text(row[column], column, f"{path}, line {number},")
+                check_is_text(row[column], column, f"{path}, line {number},")
             yield {"source": row[columns[0]], "target": row[columns[1]]}
 
 
-def _load_named(args):
+def load_named_splits(args, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """Those of the splits `train`, `validation` and `test` that a dataset of the Hub or a local folder has.
+
+    Args:
+        args: With `dataset_name`, `dataset_config`, `dataset_revision`, and its names for the splits as
+            `dataset_train_split`, `dataset_validation_split` and `dataset_test_split`.
+        streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+
+    Raises:
+        ValueError: It cannot be found, or has no training split of that name.
+    """
     try:
         loaded = load_dataset(
-            args.dataset_name, args.dataset_config, revision=args.dataset_revision, streaming=args.dataset_streaming
+            args.dataset_name, args.dataset_config, revision=args.dataset_revision, streaming=streaming
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
@@ -198,7 +209,12 @@ def _bounded(dataset, max_rows, seed):
     return dataset if len(dataset) <= max_rows else dataset.shuffle(seed=seed).select(range(max_rows))
 
 
-def _check_is_text(value, column, where):
+def check_is_text(value: Any, column: str, where: str) -> None:
+    """Refuses what is no string.
+
+    Raises:
+        TypeError: `value` is none.
+    """
     if not isinstance(value, str):
         raise TypeError(
             f"{where} has a `{column}` of type {type(value).__name__} ({value!r:.80}), but text is needed. Convert it "
@@ -297,17 +313,28 @@ def tokenize_splits(
 def _check_are_texts(batch, indices, split):
     for column in ("source", "target"):
         for index, text in zip(indices, batch[column], strict=True):
-            _check_is_text(text, column, f"Row {index} (from 0) of the {split} split")
+            check_is_text(text, column, f"Row {index} (from 0) of the {split} split")
 
 
 def _labels(tokenizer, texts, max_length, decoder_start_token_id):
     """Ids of each target, which end in the end-of-text token, and how many targets were cut."""
     labels, num_cut = _truncated(tokenizer, texts, max_length)
+    return [target_ids(ids, tokenizer.eos_token_id, max_length, decoder_start_token_id) for ids in labels], num_cut
+
+
+def target_ids(ids: list[int], eos_token_id: int, max_length: int, decoder_start_token_id: int | None) -> list[int]:
+    """The tokens that a decoder is to write, from those of a tokenizer.
+
+    Args:
+        ids (`list[int]`): At most `max_length` of them.
+        eos_token_id (`int`): What the result ends in.
+        max_length (`int`): Of the result.
+        decoder_start_token_id (`int`, *optional*): Of the model, which is given it and has not to write it.
+    """
     # Llama's tokenizers put the token in front that starts every target.
-    labels = [ids[1:] if ids[:1] == [decoder_start_token_id] else ids for ids in labels]
-    eos = tokenizer.eos_token_id
+    ids = ids[1:] if ids[:1] == [decoder_start_token_id] else ids
     # Not every tokenizer ends a text by itself, and a model that is never taught to stop never does.
-    return [ids if ids[-1:] == [eos] else [*ids[: max_length - 1], eos] for ids in labels], num_cut
+    return ids if ids[-1:] == [eos_token_id] else [*ids[: max_length - 1], eos_token_id]
 
 
 def _truncated(tokenizer, texts, max_length):

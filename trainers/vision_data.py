@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import ProcessorMixin
 
-from .docstring_task import SPLITS
-from .seq2seq_data import HELD_OUT_SHARE
+from .seq2seq_data import HELD_OUT_SHARE, check_is_text, load_named_splits, target_ids
 from .visual_tasks import TASKS, build_visual_tasks
 
 
@@ -108,16 +106,11 @@ class VisionTextCollator:
 
     def _labels(self, answers):
         """Ids of each answer, of which the last is the end-of-text token, padded on the right with -100."""
-        tokenizer = self.processor.tokenizer
-        encoded = tokenizer(answers, truncation=True, max_length=self.max_target_length)["input_ids"]
-        labels = [self._ended(ids, tokenizer.eos_token_id) for ids in encoded]
+        tokenizer, length = self.processor.tokenizer, self.max_target_length
+        encoded = tokenizer(answers, truncation=True, max_length=length)["input_ids"]
+        labels = [target_ids(ids, tokenizer.eos_token_id, length, self.decoder_start_token_id) for ids in encoded]
         length = max(map(len, labels))
         return torch.tensor([ids + [-100] * (length - len(ids)) for ids in labels])
-
-    def _ended(self, ids, eos_token_id):
-        # Llama's tokenizers put the token in front that starts every target, and not every one ends a text by itself.
-        ids = ids[1:] if ids[:1] == [self.decoder_start_token_id] else ids
-        return ids if ids[-1:] == [eos_token_id] else [*ids[: self.max_target_length - 1], eos_token_id]
 
 
 def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
@@ -136,7 +129,12 @@ def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
         num_held_out = max(1, args.max_eval_samples // len(args.tasks or TASKS))
         num_train = args.num_train_rows[0] if len(args.num_train_rows) == 1 else args.num_train_rows
         return build_visual_tasks(num_train, num_held_out, seed, args.tasks)
-    splits = {split: _with_columns(rows, args, split) for split, rows in _load_named(args).items()}
+    found = load_named_splits(args)
+    splits = {
+        split: _with_columns(rows, args, split)
+        for split, rows in found.items()
+        if split == "train" or _has_answers(rows, args.answer_column)
+    }
     for split in ("validation", "test"):
         if split not in splits:
             num_held_out = max(1, round(HELD_OUT_SHARE * len(splits["train"])))
@@ -146,24 +144,6 @@ def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
         if len(splits[split]) > args.max_eval_samples:
             splits[split] = splits[split].shuffle(seed=seed).select(range(args.max_eval_samples))
     return DatasetDict(splits)
-
-
-def _load_named(args):
-    try:
-        loaded = load_dataset(args.dataset_name, args.dataset_config, revision=args.dataset_revision)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"`dataset_name` {args.dataset_name!r} could not be loaded ({str(error).splitlines()[0]}). Give the name "
-            "of a dataset on the Hub or a local folder of data files."
-        ) from error
-    wanted = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)
-    if wanted[0] not in loaded:
-        raise ValueError(
-            f"{args.dataset_name} has the splits {', '.join(loaded)}, but `dataset_train_split` is {wanted[0]!r}. Set "
-            "it to one of them."
-        )
-    found = {split: loaded[name] for split, name in zip(SPLITS, wanted, strict=True) if name in loaded}
-    return {split: rows for split, rows in found.items() if split == "train" or _has_answers(rows, args.answer_column)}
 
 
 def _has_answers(rows, column):
@@ -218,16 +198,3 @@ def with_other_images(rows: Dataset) -> Dataset:
         for index, other in zip(of_task, of_task[half:] + of_task[:half], strict=True):
             others[index] = other
     return concatenate_datasets([rows.select_columns("image").select(others), rows.remove_columns("image")], axis=1)
-
-
-def check_is_text(value: Any, column: str, where: str) -> None:
-    """Refuses what is no string.
-
-    Raises:
-        TypeError: `value` is none.
-    """
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{where} has a `{column}` of type {type(value).__name__} ({value!r:.80}), but text is needed. Convert it "
-            "to a string or leave the row out."
-        )

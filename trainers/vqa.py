@@ -18,8 +18,15 @@ from ..configuration import load_preset
 from ..configuration_encdec_vlm import EncDecVLMConfig
 from ..image_processing_encdec_vlm import EncDecVLMImageProcessor
 from ..modeling_encdec_vlm import EncDecVLMForConditionalGeneration
-from ..processing_encdec_vlm import EncDecVLMProcessor
-from .run_reports import show_losses, versions, write_file, write_run_files
+from ..processing_encdec_vlm import IMAGE_TOKEN, EncDecVLMProcessor
+from .run_reports import (
+    checkpoint_to_resume,
+    show_losses,
+    validation_losses,
+    versions,
+    write_file,
+    write_run_files,
+)
 from .seq2seq_data import TOKENIZER_ROWS, train_tokenizer
 from .vision_data import VisionTextCollator, load_vqa_splits, with_other_images
 from .vqa_reports import contact_sheet, shown_places, task_table
@@ -27,7 +34,6 @@ from .vqa_reports import contact_sheet, shown_places, task_table
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
 # Images and text in the order they have in a message, as in training: images first, then the question.
 CHAT_TEMPLATE = """\
 {%- for message in messages if message['role'] == 'user' -%}
@@ -139,8 +145,7 @@ def train_vqa(args: VqaArguments, training_args: Seq2SeqTrainingArguments) -> di
 
     before = _measure(trainer, splits["test"], "before training")
     started = time.perf_counter()
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
     train_seconds = time.perf_counter() - started
     after = _measure(trainer, splits["test"], "after training")
     other_images = _measure(trainer, with_other_images(splits["test"]), "about images of other rows")
@@ -156,11 +161,7 @@ def train_vqa(args: VqaArguments, training_args: Seq2SeqTrainingArguments) -> di
         "vocab_size": len(processor.tokenizer),
         "tasks": task_table(splits["test"], before[1], after[1], other_images[1]),
         "loss": {"before": before[0], "after": after[0]},
-        "validation": [
-            {"step": entry["step"], "loss": round(entry["eval_loss"], 4)}
-            for entry in trainer.state.log_history
-            if "eval_loss" in entry
-        ],
+        "validation": validation_losses(trainer.state.log_history),
         "train_steps": trainer.state.global_step,
         "train_seconds": round(train_seconds, 1),
         "rows": {split: len(rows) for split, rows in splits.items()},
@@ -191,7 +192,7 @@ def _new_model(args, rows):
             "name, such as 'tiny-vlm'."
         )
     tokenizer = train_tokenizer(_texts(rows), args.vocab_size, MAX_QUESTION_TOKENS)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     config = _fitted(preset, tokenizer)
     processor = new_processor(config, tokenizer, **_pixel_statistics(rows))
     return processor, EncDecVLMForConditionalGeneration(config)
@@ -239,15 +240,7 @@ def new_processor(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Has `<image>` as an added token.
         **kwargs: `image_mean` and `image_std`, three numbers each; CLIP's where they are left out.
     """
-    tile = config.vision_config.image_size
-    image_processor = EncDecVLMImageProcessor(
-        size={"height": tile, "width": tile},
-        patch_size=config.vision_config.patch_size,
-        image_grid_pinpoints=config.image_grid_pinpoints,
-        max_num_tiles=config.max_num_tiles,
-        image_newline=config.image_newline,
-        **kwargs,
-    )
+    image_processor = EncDecVLMImageProcessor.from_config(config, **kwargs)
     return EncDecVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
