@@ -12,26 +12,20 @@ so that a busy moment of the machine hits all of them; medians and quartiles are
 import argparse
 import json
 import os
-import platform
-import resource
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import encdec_slm
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
 from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
+from encdec_slm.trainers.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
 
 
 @dataclass
@@ -121,38 +115,9 @@ def random_source(arguments, length):
 
 def measure_memory(build, arguments):
     """Peak bytes of one contender that generates once, and of the process before it was built; run it in a new one."""
-    before = peak_bytes(arguments)
+    before = peak_bytes(arguments.device)
     build(arguments).token_seconds(random_source(arguments, arguments.source_length), arguments.new_tokens)
-    return {"peak_bytes": peak_bytes(arguments), "bytes_before_the_model": before}
-
-
-def peak_bytes(arguments):
-    """Most memory that this process has held: allocated on the GPU, or resident."""
-    if arguments.device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def in_new_process(function, *args):
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def memory_bandwidth(buffer):
-    """Bytes per second at which all threads read `buffer`, which is larger than every cache, to sum it."""
-    return buffer.numel() * buffer.itemsize / seconds_of(buffer.sum)
-
-
-def matmul_rate(matrix):
-    """Floating point operations per second of a square matrix product."""
-    return 2 * matrix.shape[0] ** 3 / seconds_of(lambda: matrix @ matrix)
-
-
-def seconds_of(function):
-    start = time.perf_counter()
-    if function().is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {"peak_bytes": peak_bytes(arguments.device), "bytes_before_the_model": before}
 
 
 def measure_times(contenders, arguments):
@@ -234,26 +199,6 @@ def run(arguments):
         "contenders": rows,
         "first_by_second_contender": {length: ratios(ours[length], other[length]) for length in ours},
     }
-
-
-def machine(device):
-    """Names and versions of what the numbers hold for."""
-    models = [line for line in _cpu_description() if line.startswith("model name")]
-    return {
-        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device != "cpu" else None,
-        "load_average_before": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in (torch, transformers, encdec_slm)},
-    }
-
-
-def _cpu_description():
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 COLUMNS = (

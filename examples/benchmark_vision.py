@@ -13,18 +13,11 @@ tiles, batches, beams.
 
 import argparse
 import json
-import os
-import platform
-import resource
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
@@ -32,6 +25,7 @@ from encdec_slm.configuration import decoder_only_twin, list_presets, load_prese
 from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
 from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
+from encdec_slm.trainers.machine import in_new_process, machine, memory_bandwidth, peak_bytes
 from encdec_slm.trainers.run_reports import write_file
 
 
@@ -43,8 +37,8 @@ BANDWIDTH_VALUES = 2**27
 
 def main():
     arguments = parse_arguments()
-    peaks = {name: in_new_process(peak_bytes, name, arguments) for name in (OURS, TWIN)}
-    report = {"arguments": {**vars(arguments), "output": str(arguments.output)}, "machine": machine()}
+    peaks = {name: in_new_process(measure_memory, name, arguments) for name in (OURS, TWIN)}
+    report = {"arguments": {**vars(arguments), "output": str(arguments.output)}, "machine": machine(arguments.device)}
     report |= measure(arguments) | {"peak_bytes": peaks}
     print(f"\n{table(report)}\n\n{notes(report)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -108,18 +102,11 @@ def inputs(name, num_images, arguments):
 # Measuring
 
 
-def peak_bytes(name, arguments):
-    """Most memory that a new process held while one model generated for the largest number of images."""
+def measure_memory(name, arguments):
+    """Peak bytes of a new process in which one model generates for the largest number of images."""
     model = build(name, arguments)
     token_seconds(model, **inputs(name, max(arguments.images), arguments), num_new_tokens=2)
-    if arguments.device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def in_new_process(function, *args):
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+    return peak_bytes(arguments.device)
 
 
 def measure(arguments):
@@ -129,7 +116,7 @@ def measure(arguments):
     runs = {name: {count: [] for count in arguments.images} for name in models}
     buffer, bandwidths = torch.ones(BANDWIDTH_VALUES, device=arguments.device), []
     for repetition in range(-1, arguments.repetitions):  # once more, to warm up
-        bandwidths.append(bandwidth(buffer))
+        bandwidths.append(memory_bandwidth(buffer))
         for count in arguments.images if repetition >= 0 else arguments.images[:1]:
             for name, model in models.items():
                 num_tokens = arguments.new_tokens if repetition >= 0 else 2
@@ -150,32 +137,11 @@ def measure(arguments):
     }
 
 
-def bandwidth(buffer):
-    """Bytes per second at which all threads read `buffer`, which is larger than every cache, to sum it."""
-    start = time.perf_counter()
-    buffer.sum().item()
-    return buffer.numel() * buffer.itemsize / (time.perf_counter() - start)
-
-
 def bytes_per_token(model, source_length):
     """What one generated token reads: weights, and keys and values of the source."""
     return model.dtype.itemsize * (
         num_weights_per_token(model.config) + source_length * num_cached_values(model.config)
     )
-
-
-def machine():
-    """Names and versions of what the numbers hold for."""
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 # Telling

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from .checkpoint_folders import TOKENIZER_FILES, local_folder
+from .checkpoint_folders import TOKENIZER_FILES, listed, local_folder
 from .configuration.sizes import SPLITS
 from .configuration_encdec_slm import EncDecSLMConfig
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
@@ -51,8 +51,6 @@ TELLING_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_confi
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # A mapped file counts as memory where it was read, so it is mapped anew for every block of so many bytes.
 BLOCK_BYTES = 16 * 2**20
-# Names in a long list of them.
-NUM_LISTED = 8
 
 
 def from_decoder_only(
@@ -110,8 +108,8 @@ def from_decoder_only(
     model.config.name_or_path = source.name
     model.generation_config.update(**token_ids)
     logger.info(
-        f"{source.name}: the encoder begins as layers {_listed(kept[0], 100)}, the decoder as layers "
-        f"{_listed(kept[1], 100)}, of {depth} (from 0)."
+        f"{source.name}: the encoder begins as layers {listed(kept[0], 100)}, the decoder as layers "
+        f"{listed(kept[1], 100)}, of {depth} (from 0)."
     )
     return model
 
@@ -223,7 +221,7 @@ class _FolderSource:
         if odd := {name: dtype for name, dtype in dtypes.items() if dtype not in FLOAT_DTYPES}:
             raise ValueError(
                 f"{self.name!r} has tensors that are no plain floating point numbers: "
-                f"{_listed(f'{name} ({dtype})' for name, dtype in odd.items())}. Give an unquantized checkpoint."
+                f"{listed(f'{name} ({dtype})' for name, dtype in odd.items())}. Give an unquantized checkpoint."
             )
         self.dtype = FLOAT_DTYPES[dtypes["model.embed_tokens.weight"]]
 
@@ -233,7 +231,7 @@ class _FolderSource:
             with self._opened(single) as opened:
                 return dict.fromkeys(opened.keys(), single)
         if not index.is_file():
-            others = _listed(sorted(path.name for path in self.folder.iterdir())) or "no files"
+            others = listed(sorted(path.name for path in self.folder.iterdir())) or "no files"
             raise ValueError(
                 f"{self.name!r} has neither model.safetensors nor model.safetensors.index.json, but {others}. Weights "
                 "in another form can be loaded with `AutoModelForCausalLM` and given as a model."
@@ -325,17 +323,11 @@ def _check_shapes(found: Mapping[str, torch.Size], needed: Mapping[str, torch.Si
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in problems.items() if keys)
+        differences = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(
-            f"The weights of {name!r} are not those that its config describes. {listed}. Give a whole language model, "
-            "as `AutoModelForCausalLM` loads it, without adapters."
+            f"The weights of {name!r} are not those that its config describes. {differences}. Give a whole language "
+            "model, as `AutoModelForCausalLM` loads it, without adapters."
         )
-
-
-def _listed(items, num_listed=NUM_LISTED):
-    items = [str(item) for item in items]
-    rest = f" and {len(items) - num_listed} more" if len(items) > num_listed else ""
-    return ", ".join(items[:num_listed]) + rest
 
 
 # Tokens
@@ -386,7 +378,7 @@ def _check_same_tokens(tokenizer, own, name):
     if differing:
         raise ValueError(
             f"The tokenizer is not that of {name}, whose embeddings are copied: {len(differing)} ids mean other "
-            f"tokens ({_listed(differing, 3)}). Leave `tokenizer` out, or give the source's own with tokens added at "
+            f"tokens ({listed(differing, 3)}). Leave `tokenizer` out, or give the source's own with tokens added at "
             "its end."
         )
 
@@ -454,7 +446,7 @@ def _copy_weights(source, model, kept):
                 parameters[target][first : first + len(rows)].copy_(rows)
         missing -= set(targets)
     if missing:
-        raise RuntimeError(f"Nothing was copied to {_listed(sorted(missing))}: this is a fault of the adaptation.")
+        raise RuntimeError(f"Nothing was copied to {listed(sorted(missing))}: this is a fault of the adaptation.")
 
 
 def _targets(name: str, kept: tuple[list[int], list[int]]) -> list[str]:

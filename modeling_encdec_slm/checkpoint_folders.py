@@ -4,8 +4,9 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -81,3 +82,10 @@ def _move_files(folder, output_dir):
                 path.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output_dir / path.name)
+
+
+def listed(items: Iterable[Any], num_listed: int = 10) -> str:
+    """The first of some items for a message, and how many more there are."""
+    items = [text if len(text) <= 160 else f"{text[:160]}..." for text in map(str, items)]
+    rest = f" and {len(items) - num_listed:,} more" if len(items) > num_listed else ""
+    return ", ".join(items[:num_listed]) + rest

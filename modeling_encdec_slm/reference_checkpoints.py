@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .checkpoint_folders import listed
+
 
 # The predecessor's `MuConfig` with its defaults, which are the sizes of the model that it shipped.
 MODEL_CONFIG = {
@@ -116,17 +118,11 @@ def reference_checkpoint_file(path: Path) -> Path:
     files = sorted({file for name in names for file in path.glob(name) if file.is_file()})
     if len(files) == 1:
         return files[0]
-    found = f"{len(files)} checkpoints ({_listed(file.name for file in files)})" if files else "no checkpoint"
+    found = f"{len(files)} checkpoints ({listed(file.name for file in files)})" if files else "no checkpoint"
     raise ValueError(
         f"The folder {str(path)!r} holds {found}, but exactly one `model.pt`, `model_*.pt` or `pytorch_model.bin` is "
         "converted. Give the path of the file itself."
     )
-
-
-def _listed(items: Iterable[str], limit=10):
-    items = [item if len(item) <= 160 else f"{item[:160]}..." for item in items]
-    rest = f" and {len(items) - limit:,} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest
 
 
 def _load(path):
@@ -168,7 +164,7 @@ def _is_state_dict(loaded):
 
 def _kind(loaded):
     if isinstance(loaded, Mapping) and loaded:
-        return f"a mapping with {_listed(f'{key!r}: {type(value).__name__}' for key, value in loaded.items())}"
+        return f"a mapping with {listed(f'{key!r}: {type(value).__name__}' for key, value in loaded.items())}"
     return f"an empty {type(loaded).__name__}" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
 
 
@@ -186,7 +182,7 @@ def _check_tensors(weights, path):
     if flaws:
         raise ValueError(
             f"{str(path)!r} holds tensors that are no weights: "
-            f"{_listed(f'{key!r} {flaw}' for key, flaw in flaws.items())}. Plain floating-point tensors with their "
+            f"{listed(f'{key!r} {flaw}' for key, flaw in flaws.items())}. Plain floating-point tensors with their "
             "data and without NaN are needed. Give a checkpoint as the predecessor's trainer wrote it."
         )
 
@@ -208,7 +204,7 @@ def _stated_model_config(stored, given):
     given = _checked_model_config(given, "The argument `model_config`")
     differing = [name for name in stored if name in given and stored[name] != given[name]]
     if differing:
-        contradictions = _listed(f"{name} is {given[name]} and there {stored[name]}" for name in differing)
+        contradictions = listed(f"{name} is {given[name]} and there {stored[name]}" for name in differing)
         raise ValueError(
             f"The argument `model_config` contradicts the one in the checkpoint: {contradictions}. It is for "
             "checkpoints that carry none: leave it out."
@@ -224,7 +220,7 @@ def _checked_model_config(model_config, origin):
     wrong = [f"{name!r}: {value!r}" for name, value in model_config.items() if not _is_allowed(name, value)]
     if wrong:
         raise ValueError(
-            f"{origin} has {_listed(wrong)}, but must have fields of the predecessor's `MuConfig` "
+            f"{origin} has {listed(wrong)}, but must have fields of the predecessor's `MuConfig` "
             f"({', '.join(MODEL_CONFIG)}): sizes of at least 1, `rope_factor` and `dropout` of at least 0, "
             "`is_interleaved` True or False. Correct or remove these."
         )
@@ -320,7 +316,7 @@ def _listed_differences(weights, expected):
         if key in weights and tuple(weights[key].shape) != shape
     ]
     kinds = {"missing": missing, "left over": extra, "of another shape": misshaped}
-    return [f"{len(keys):,} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+    return [f"{len(keys):,} {kind}: {listed(keys)}" for kind, keys in kinds.items() if keys]
 
 
 def _differences(weights, complete, stated):
