@@ -139,7 +139,7 @@ def bundle_written_whole(
     tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool = False,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A temporary folder to write an export to, and the manifest, a `dict` to add to; `output_dir` gets all or nothing.
+    """A temporary folder for an export, and its manifest, a `dict` to add to; `output_dir` gets all of it or nothing.
 
     The tokenizer's files are written too. The manifest lists every file with its size in bytes.
 
