@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from encdec_slm.benchmarks.generation_speed import decode_rate, token_seconds
+from encdec_slm.benchmarks.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
-from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
-from encdec_slm.trainers.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
 
 
 @dataclass

@@ -21,11 +21,11 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
+from encdec_slm.benchmarks.generation_speed import decode_rate, token_seconds
+from encdec_slm.benchmarks.machine import in_new_process, machine, memory_bandwidth, peak_bytes
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
-from encdec_slm.trainers.generation_speed import decode_rate, token_seconds
-from encdec_slm.trainers.machine import in_new_process, machine, memory_bandwidth, peak_bytes
 from encdec_slm.trainers.run_reports import write_file
 
 

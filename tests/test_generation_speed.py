@@ -3,8 +3,8 @@ import pytest
 import torch
 from distillation_worker import make_teacher
 
-from encdec_slm.trainers import generation_speed
-from encdec_slm.trainers.generation_speed import compare_speed, decode_rate, token_seconds
+from encdec_slm.benchmarks import generation_speed
+from encdec_slm.benchmarks.generation_speed import compare_speed, decode_rate, token_seconds
 
 
 def test_every_new_token_has_its_moment_whether_or_not_a_text_ends(tiny_model):

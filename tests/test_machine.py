@@ -3,7 +3,7 @@ import os
 
 import torch
 
-from encdec_slm.trainers.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
+from encdec_slm.benchmarks.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
 
 
 def test_a_new_process_is_another_one_and_counts_its_own_memory():
@@ -15,7 +15,7 @@ def test_a_new_process_is_another_one_and_counts_its_own_memory():
 
 def test_rates_are_work_by_time(monkeypatch):
     moments = iter([1.0, 3.0, 5.0, 5.5])
-    monkeypatch.setattr("encdec_slm.trainers.machine.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("encdec_slm.benchmarks.machine.time.perf_counter", lambda: next(moments))
     assert memory_bandwidth(torch.ones(1000)) == 4000 / 2
     assert matmul_rate(torch.ones(10, 10)) == 2 * 10**3 / 0.5
 

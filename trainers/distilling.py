@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from ..benchmarks.generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .checkpoints import last_complete_checkpoint
 from .decoder_only_training import train_decoder_only, train_seconds_of
@@ -25,7 +26,6 @@ from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import as_prompts, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
-from .generation_speed import compare_speed
 from .run_reports import (
     held_out_texts,
     preset_config,
