@@ -2,7 +2,6 @@
 """Images for the vision-text family: whatever a user has becomes RGB, is cut into tiles, and is counted in tokens."""
 
 import base64
-import binascii
 import io
 import itertools
 import os
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import BatchFeature, LlavaNextImageProcessorPil
 from transformers.image_utils import ChannelDimension, load_image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorKwargs
@@ -23,6 +22,16 @@ from .configuration_encdec_vlm import DEFAULT_PINPOINTS, EncDecVLMConfig, grid_s
 MAX_IMAGE_PIXELS = 89_478_485
 # What the model's config says too, and token counts rest on.
 GEOMETRY = ("size", "image_grid_pinpoints", "patch_size", "max_num_tiles", "image_newline")
+# What turns an image upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class EncDecVLMImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
@@ -154,10 +163,11 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
             height and width of each image as it stands upright, in pixels.
         """
         for name in GEOMETRY:
-            if kwargs.get(name) is not None and kwargs[name] != getattr(self, name):
+            own = getattr(self, name)
+            if kwargs.get(name) is not None and kwargs[name] != own:
                 raise ValueError(
-                    f"`{name}` was given as {kwargs[name]}, but here it is {getattr(self, name)}, as in the model: "
-                    "images of one call cannot have another. Build another image processor (and model)."
+                    f"`{name}` was given as {kwargs[name]}, but here it is {dict(own) if name == 'size' else own}, as "
+                    "in the model: images of one call cannot have another. Build another image processor (and model)."
                 )
         return super().preprocess(images, *args, **kwargs)
 
@@ -221,9 +231,11 @@ def _load(images: Any, positions: Iterator[int], input_data_format: str | None) 
         raise ValueError(f"{name} {error}") from error
     # Pillow's plugins raise anything from OSError to struct.error over a damaged file.
     except Exception as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is of no known format" if is_unknown else str(error).rstrip(". ") or type(error).__name__
         raise ValueError(
-            f"{name} cannot be read: {error or type(error).__name__}. Give a whole file of a format that Pillow "
-            "reads, a PIL image, or an array."
+            f"{name} cannot be read: {reason}. Give a whole file of a format that Pillow reads, a PIL image, or an "
+            "array."
         ) from error
 
 
@@ -254,27 +266,43 @@ def _file_of(source: Any) -> Any:
         return source
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     try:
-        return io.BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
-    except (binascii.Error, ValueError):
-        raise _Unusable("is no file that exists, nor an image in base64. Correct the path.") from None
+        decoded = base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError:
+        decoded = b""
+    if not decoded:
+        raise _Unusable("is no file that exists, nor an image in base64. Correct the path.")
+    return io.BytesIO(decoded)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """`image` upright, in RGB of 8 bits, over white; itself where it is so already."""
     _check_size(*image.size)
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
+        # Its metadata still say that it lies on its side; whoever loads it again would turn it again.
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bits(_unit_range(np.asarray(image))))
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
+    if _is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    # Its metadata may be damaged where the image is not, and Pillow raises whatever it stumbles over there.
+    except Exception:
+        return None
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    has_alpha = image.mode.endswith("A") or (image.mode == "P" and image.palette.mode.endswith("A"))
+    return has_alpha or "transparency" in image.info
 
 
 def _check_size(width: int, height: int):
@@ -352,7 +380,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 def _shift(dtype: np.dtype, largest: int) -> int:
     """Bits to drop. The type tells 16 bits; wider types hold 8, 16, 31 or 32, whichever the largest value needs."""
-    if dtype == np.uint16:
+    if dtype.kind == "u" and dtype.itemsize == 2:  # in either byte order
         return 8
     return next(bits - 8 for bits in (8, 16, 31, 32) if largest < 2**bits)
 

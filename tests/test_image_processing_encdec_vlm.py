@@ -207,6 +207,7 @@ GREYS = {
     "16-bit PNG": (deep(np.full((4, 6), 77 * 257, dtype=np.uint16)), 77),
     "16-bit TIFF": (deep(np.full((4, 6), 77 * 256, dtype=np.uint16), "TIFF"), 77),
     "16-bit big-endian": (Image.frombytes("I;16B", (6, 4), bytes([77, 0] * 24)), 77),
+    "dark 16-bit big-endian": (Image.frombytes("I;16B", (6, 4), bytes([0, 200] * 24)), 0),
     "dark 16-bit": (deep(np.full((4, 6), 200, dtype=np.uint16)), 0),
     "16 of 32 bits": (Image.fromarray(np.full((4, 6), 77 * 256, dtype=np.int32)), 77),
     "8 of 32 bits": (Image.new("I", (6, 4), 77), 77),
@@ -217,6 +218,8 @@ GREYS = {
     "floats between two levels": (np.full((4, 6), 76.7 / 255), 77),
     "booleans": (np.ones((4, 6), dtype=bool), 255),
     "transparent grey": (Image.new("LA", (6, 4), (77, 0)), 255),
+    "transparent palette": (Image.new("RGBA", (6, 4), (9, 9, 9, 0)).quantize(4), 255),
+    "LAB grey": (Image.new("LAB", (6, 4), (84, 128, 128)), 77),
     "premultiplied grey": (Image.new("LA", (6, 4), (77, 255)).convert("La"), 77),
     "half transparent black": (Image.new("RGBA", (6, 4), (0, 0, 0, 128)), 127),
     "half transparent array": (np.full((4, 6, 4), [0, 0, 0, 128], dtype=np.uint8), 127),
@@ -284,6 +287,14 @@ def test_exif_orientation_is_applied_once(processor, picture, orientation, file_
         np.testing.assert_array_equal(output.pixel_values, expected.pixel_values)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01", b"Exif\0\0nothing", b"\xff" * 9])
+def test_damaged_metadata_are_no_reason_to_refuse_an_image(processor, picture, exif):
+    expected = processor(as_file(picture, "JPEG"))
+    for image in (as_file(picture, "JPEG", exif=exif), Image.open(io.BytesIO(as_file(picture, "JPEG", exif=exif)))):
+        np.testing.assert_array_equal(processor(image).pixel_values, expected.pixel_values)
+
+
 def test_the_callers_image_is_left_as_it_is(processor):
     image = Image.new("LA", (6, 4), (77, 9))
     before = image.copy()
@@ -302,8 +313,8 @@ REFUSED = {
         as_file(Image.new("L", (9, 9)))[:20] + b"\x00\x00\x00\xff" + b"\x00" * 99,
         "cannot be read: ",
     ),
-    "text": (b"an essay on pictures", "cannot be read: cannot identify image file"),
-    "no bytes": (b"", "cannot be read: cannot identify image file"),
+    "text": (b"an essay on pictures", "cannot be read: it is of no known format. Give"),
+    "no bytes": (b"", "cannot be read: it is of no known format. Give"),
     "a bomb": (png(30000, 30000), "30000 x 30000|900000000 pixels.* At most 89,478,485 pixels"),
     "a lesser bomb": (png(12000, 12000), "At most 89,478,485 pixels are decoded"),
     "an image of no height": (Image.new("RGB", (5, 0)), "is 5 x 0 pixels, but needs at least one"),
@@ -317,7 +328,8 @@ REFUSED = {
     "five colours": (np.zeros((5, 6, 5), dtype=np.uint8), r"has shape \(5, 6, 5\), where no axis has 1, 3 or 4"),
     "one axis": (np.zeros(4), r"has shape \(4,\), but needs \(height, width\)"),
     "a missing file": ("no/such/file.png", "is no file that exists, nor an image in base64. Correct the path"),
-    "base64 of text": ("aGVsbG8=", "cannot be read: cannot identify"),
+    "a path without a name": ("", "is no file that exists, nor an image in base64. Correct the path"),
+    "base64 of text": ("aGVsbG8=", "cannot be read: it is of no known format"),
     "a folder": (str(GOLDEN), "cannot be read: "),
 }
 
