@@ -728,14 +728,44 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
             generation_config.max_length = None
         return super()._prepare_generated_length(generation_config, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 '`cache_implementation="quantized"` was given, but transformers quantizes the caches of decoder-only '
                 'models only. Leave it out, or use "static" or "offloaded"; the cache is small already, since only '
                 f"{self.config.get_text_config().decoder_num_hidden_layers} decoder layers keep one."
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        if "static" in (generation_config.cache_implementation or ""):
+            _pad_source_to_bucket(model_kwargs)
+            max_cache_length = _bucket_length(max_cache_length)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+def _bucket_length(length):
+    """The next power of two, at least 64: few enough that a step compiled for each stays below torch's limit of 8."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+def _pad_source_to_bucket(model_kwargs):
+    """Gives the decoder an encoded source of a bucket's length: static caches have one shape for all lengths in it."""
+    encoder_outputs = model_kwargs["encoder_outputs"]
+    if not isinstance(encoder_outputs, BaseModelOutput):
+        encoder_outputs = BaseModelOutput(*encoder_outputs)
+    hidden_states = encoder_outputs.last_hidden_state  # (B, S, D)
+    batch_size, length = hidden_states.shape[:2]
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        mask = hidden_states.new_ones((batch_size, length), dtype=torch.long)
+    missing = _bucket_length(length) - length
+    # Made even when nothing is missing, and a copy, since the caller's encoding stays as it is.
+    model_kwargs["attention_mask"] = F.pad(mask, (0, missing))
+    model_kwargs["encoder_outputs"] = BaseModelOutput(
+        **{**encoder_outputs, "last_hidden_state": F.pad(hidden_states, (0, 0, 0, missing))}
+    )
 
 
 def _check_token_ids(token_ids, vocab_size, name):

@@ -313,12 +313,11 @@ class EncDecVLMForConditionalGeneration(EncDecVLMPreTrainedModel, EncDecSLMForCo
             **kwargs,
         )
 
-    def _prepare_encoder_decoder_kwargs_for_generation(self, *args, **kwargs):
-        model_kwargs = super()._prepare_encoder_decoder_kwargs_for_generation(*args, **kwargs)
-        # Encoded by now; every step, and every beam, would carry them along.
-        for name in ("pixel_values", "image_sizes"):
-            model_kwargs.pop(name, None)
-        return model_kwargs
+    def _expand_inputs_for_generation(self, expand_size=1, **model_kwargs):
+        if expand_size > 1:
+            # Encoded by now: no beam needs a copy. An assistant, which takes one row, still encodes them by itself.
+            model_kwargs = {**model_kwargs, "pixel_values": None, "image_sizes": None}
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **model_kwargs)
 
 
 __all__ = ["EncDecVLMEncoder", "EncDecVLMForConditionalGeneration", "EncDecVLMModel", "EncDecVLMPreTrainedModel"]

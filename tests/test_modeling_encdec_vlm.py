@@ -213,6 +213,13 @@ def test_images_are_encoded_once_per_generation(clip_model, settings):
     assert calls == {"tower": 1, "encoder": 1, "steps": 6}
 
 
+def test_no_beam_carries_images_along(clip_model):
+    given = []
+    clip_model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs), with_kwargs=True)
+    clip_model.generate(**make_inputs(clip_model.config, MIXED), max_new_tokens=3, num_beams=2)
+    assert given and all(kwargs.get("pixel_values") is None for kwargs in given)
+
+
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
 def test_generating_equals_the_written_out_loop(clip_model, cache_implementation):
     inputs = make_inputs(clip_model.config, MIXED)
