@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -728,9 +729,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
             generation_config.max_length = None
         return super()._prepare_generated_length(generation_config, *args, **kwargs)
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 '`cache_implementation="quantized"` was given, but transformers quantizes the caches of decoder-only '
@@ -740,9 +739,29 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         if "static" in (generation_config.cache_implementation or ""):
             _pad_source_to_bucket(model_kwargs)
             max_cache_length = _bucket_length(max_cache_length)
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+
+    def _get_candidate_generator(self, *, inputs_tensor, model_kwargs, **kwargs):
+        generator = super()._get_candidate_generator(inputs_tensor=inputs_tensor, model_kwargs=model_kwargs, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator) and not inputs_tensor.is_floating_point():
+            mask = model_kwargs.get("attention_mask")
+            source_ids = inputs_tensor if mask is None else inputs_tensor[mask.bool()][None]
+            generator = EncDecSLMSourceLookup(generator, source_ids.to(kwargs["input_ids"].device))
+        return generator
+
+
+class EncDecSLMSourceLookup(CandidateGenerator):
+    """Prompt lookup in the source and the text so far; transformers' own looks into the latter alone."""
+
+    def __init__(self, lookup, source_ids):
+        self.lookup, self.source_ids = lookup, source_ids
+        lookup.max_length += source_ids.shape[1]
+        # They would count source tokens as written ones; the model's own choice obeys them, whatever is proposed.
+        lookup.logits_processor = None
+
+    def get_candidates(self, input_ids):
+        candidates, _ = self.lookup.get_candidates(torch.cat((self.source_ids, input_ids), dim=1))
+        return candidates[:, self.source_ids.shape[1] :], None
 
 
 def _bucket_length(length):

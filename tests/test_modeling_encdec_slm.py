@@ -349,10 +349,32 @@ def test_sampling_returns_several_sequences_per_row(model, source):
     assert len({tuple(row.tolist()) for row in ids[:4]}) > 1
 
 
-def test_prompt_lookup_generates_what_greedy_does(tiny_model, source):
+@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 1}, {"do_sample": True, "top_k": 1}], ids=str)
+def test_prompt_lookup_generates_what_greedy_does(tiny_model, source, settings):
+    embed = tiny_model.get_input_embeddings()
+    for row in range(3):
+        inputs = {name: value[row : row + 1] for name, value in source.items()}
+        expected = tiny_model.generate(**inputs, max_length=20, **settings)
+        for num_tokens in (1, 3, 10):
+            lookup = {"max_length": 20, "prompt_lookup_num_tokens": num_tokens, **settings}
+            assert torch.equal(tiny_model.generate(**inputs, **lookup), expected)
+            embedded = {"inputs_embeds": embed(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
+            assert torch.equal(tiny_model.generate(**embedded, **lookup), expected)
+
+
+def test_prompt_lookup_finds_its_candidates_in_the_source(tiny_model, source):
     row = source["input_ids"][:1]
-    expected = tiny_model.generate(row, max_length=20)
-    assert torch.equal(tiny_model.generate(row, max_length=20, prompt_lookup_num_tokens=3), expected)
+    # Without repetitions, so that nothing is found in the text itself.
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "no_repeat_ngram_size": 1}
+    expected = tiny_model.generate(row, **settings)
+    encoder_outputs = tiny_model.get_encoder()(row)
+    steps = []
+    tiny_model.get_decoder().register_forward_hook(lambda *_: steps.append(1))
+    for found_in, num_steps in ((expected, 4), (torch.full_like(expected, 2), 20)):
+        steps.clear()
+        actual = tiny_model.generate(found_in, encoder_outputs=encoder_outputs, prompt_lookup_num_tokens=4, **settings)
+        assert torch.equal(actual, expected)
+        assert len(steps) == num_steps
 
 
 def test_an_assistant_of_the_family_changes_nothing_in_greedy_text(tiny_config, tiny_model, source):
