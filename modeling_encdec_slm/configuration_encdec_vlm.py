@@ -31,13 +31,15 @@ class EncDecVLMConfig(PreTrainedConfig):
 
     Args:
         text_config ([`EncDecSLMConfig`] or `dict`, *optional*): The text model. `None` means its defaults.
-        vision_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*): A vision tower of transformers with
-            square patches (`image_size`, `patch_size`, `hidden_size`). `None` means CLIP ViT-L/14-336.
+        vision_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*): A vision tower that transformers'
+            `AutoModel` knows, with square tiles and patches: CLIP, SigLIP, DINOv2, ViT and their like. `None` means
+            CLIP ViT-L/14-336.
         image_token_id (`int`, *optional*, defaults to 32011): Stands once for each image feature in `input_ids`.
         vision_feature_layer (`int`, *optional*, defaults to -2): Which hidden state of the tower is read, counted as
             in `hidden_states`: 0 are its embeddings, -1 its last layer.
-        vision_feature_select_strategy (`str`, *optional*): `"default"` leaves out the first feature, CLIP's class
-            token; `"full"` keeps all, for towers without one. `None` means what the tower needs.
+        vision_feature_select_strategy (`str`, *optional*): `"default"` leaves out what stands in front of the
+            patches: CLIP's class token, or registers; `"full"` keeps all, for towers without any. `None` means what
+            the tower needs.
         image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions `(height, width)` in pixels, multiples of
             the tower's `image_size`. `None` means those of the predecessor, in tiles: 1 x 1, 2 x 2, 2 x 3 and 3 x 2.
         max_num_tiles (`int`, *optional*, defaults to 3): Features of a grid are resized where they are more than
@@ -48,6 +50,7 @@ class EncDecVLMConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*): As in `text_config`; `None` means what that says.
 
     Raises:
+        ValueError: `text_config` or `vision_config` is of a type that does not fit.
         StrictDataclassClassValidationError: Two fields contradict each other.
     """
 
@@ -74,24 +77,34 @@ class EncDecVLMConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.vision_feature_select_strategy is None:
-            self.vision_feature_select_strategy = "default" if "clip" in self.vision_config.model_type else "full"
+            self.vision_feature_select_strategy = "full" if "siglip" in self.vision_config.model_type else "default"
         if self.image_grid_pinpoints is None:
-            tile = self.vision_config.image_size
+            tile = self.tile_size
             self.image_grid_pinpoints = [[tile * side // 336 for side in pinpoint] for pinpoint in DEFAULT_PINPOINTS]
         super().__post_init__(**kwargs)
 
     @property
+    def tile_size(self) -> int:
+        """Side of a tile, in pixels."""
+        return _side(self.vision_config, "image_size")
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, in pixels."""
+        return _side(self.vision_config, "patch_size")
+
+    @property
     def patches_per_side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        """Patches along one side of a tile: the whole ones, which are all that towers read."""
+        return self.tile_size // self.patch_size
 
     def validate_architecture(self):
         """The rules that hold between fields; `@strict` calls it whenever a config is built."""
-        tile, patch = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(tile, int) or not isinstance(patch, int) or tile % patch:
+        tile, num_channels = self.tile_size, getattr(self.vision_config, "num_channels", 3)
+        if self.patches_per_side < 1 or num_channels != 3:
             raise ValueError(
-                f"`vision_config` has `image_size` {tile} and `patch_size` {patch}, but a tile must be a square that "
-                "whole patches fill. Set both to integers, the first a multiple of the second."
+                f"`vision_config` has `image_size` {tile}, `patch_size` {self.patch_size} and "
+                f"`num_channels` {num_channels}, but must have at least one patch in a tile, and three colours."
             )
         pinpoints = self.image_grid_pinpoints
         if not pinpoints or any(
@@ -119,18 +132,44 @@ class EncDecVLMConfig(PreTrainedConfig):
 
 
 def _text_config(config: Any) -> PreTrainedConfig:
-    if isinstance(config, dict):
-        return EncDecSLMConfig(**{key: value for key, value in copy.deepcopy(config).items() if key != "model_type"})
-    return EncDecSLMConfig() if config is None else config
+    if config is None:
+        return EncDecSLMConfig()
+    fields = copy.deepcopy(config) if isinstance(config, dict) else {"model_type": config.model_type}
+    kind = fields.pop("model_type", EncDecSLMConfig.model_type)
+    if kind != EncDecSLMConfig.model_type:
+        raise ValueError(
+            f"`text_config` is of the type {kind!r}, but must be of {EncDecSLMConfig.model_type!r}. Make one of a "
+            "decoder-only model with `from_decoder_only`."
+        )
+    return EncDecSLMConfig(**fields) if isinstance(config, dict) else config
 
 
 def _vision_config(config: Any) -> PreTrainedConfig:
     if config is None:
         return CLIPVisionConfig(**DEFAULT_VISION_CONFIG)
-    if isinstance(config, dict):
-        config = copy.deepcopy(config)
-        return CONFIG_MAPPING[config.get("model_type", "clip_vision_model")](**config)
-    return config
+    if not isinstance(config, dict):
+        return config
+    kind = config.get("model_type", CLIPVisionConfig.model_type)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`vision_config` is of the type {kind!r}, which transformers does not know. Name one that it does, such "
+            "as 'clip_vision_model' or 'siglip_vision_model'."
+        )
+    return CONFIG_MAPPING[kind](**copy.deepcopy(config))
+
+
+def _side(config: PreTrainedConfig, name: str) -> int:
+    """A tower's field for the side of a square, in pixels, which some towers have as a pair."""
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]
+    if not isinstance(value, int) or value < 1 or not hasattr(config, "hidden_size"):
+        raise ValueError(
+            f"`vision_config` is of the type {config.model_type!r} with `{name}` {value}, but the tower must read "
+            "square tiles in square patches, as CLIP and SigLIP do. Of a model with text and vision, give the "
+            "`vision_config`."
+        )
+    return value
 
 
 def grid_shape(image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:

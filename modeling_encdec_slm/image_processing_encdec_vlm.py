@@ -108,17 +108,16 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
             config ([`EncDecVLMConfig`]): Of the model.
             kwargs: What else differs from the defaults, such as `image_mean`.
         """
-        tile = config.vision_config.image_size
+        tile = config.tile_size
         geometry = {name: getattr(config, name) for name in ("image_grid_pinpoints", "max_num_tiles", "image_newline")}
-        patch_size = config.vision_config.patch_size
-        return cls(size={"height": tile, "width": tile}, patch_size=patch_size, **geometry, **kwargs)
+        return cls(size={"height": tile, "width": tile}, patch_size=config.patch_size, **geometry, **kwargs)
 
     def _validate_geometry(self):
         tile = self.size.height
-        if not tile or tile != self.size.width or self.patch_size < 1 or tile % self.patch_size:
+        if not tile or tile != self.size.width or not 1 <= self.patch_size <= tile:
             raise ValueError(
                 f"`size` is {dict(self.size)} and `patch_size` {self.patch_size}, but a tile must be a square "
-                '{"height": n, "width": n} that whole patches fill. Set both as in the vision tower.'
+                '{"height": n, "width": n} with at least one patch. Set both as in the vision tower.'
             )
         pinpoints = self.image_grid_pinpoints
         if not pinpoints or any(len(pair) != 2 or min(pair) < 1 or any(s % tile for s in pair) for pair in pinpoints):

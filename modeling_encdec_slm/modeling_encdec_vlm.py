@@ -97,7 +97,7 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
         """
         config = self.config
         sizes = [tuple(size) for size in image_sizes.tolist()]
-        tile_size = config.vision_config.image_size
+        tile_size = config.tile_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (tile_size, tile_size):
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}, but must have (num_tiles, num_channels, "
@@ -123,7 +123,17 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
         pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype)
         outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
         features = outputs.hidden_states[self.config.vision_feature_layer]
-        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features  # (N, P, .)
+        num_patches = self.config.patches_per_side**2
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, -num_patches:]  # class tokens and registers stand in front
+        if features.ndim != 3 or features.shape[1] != num_patches:
+            raise ValueError(
+                f"The vision tower ({self.config.vision_config.model_type}) gives features of shape "
+                f"{tuple(features.shape)}, but {num_patches} are needed for each of {len(pixel_values)} tiles. Use a "
+                'tower with one for each patch; with `vision_feature_select_strategy="default"` others may stand in '
+                "front."
+            )
+        return features  # (N, P, width of the tower)
 
     def _joined(self, tiles, size, grid):
         """One image's tiles as one row of features: without padding, not too many, each row of them ended."""

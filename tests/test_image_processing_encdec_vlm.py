@@ -376,7 +376,7 @@ def test_the_limit_counts_pixels_that_a_file_claims(processor, monkeypatch):
     [
         ({"size": {"height": 28, "width": 14}}, "`size` is {'height': 28, 'width': 14}"),
         ({"size": {"shortest_edge": 28}}, "`size` is {'shortest_edge': 28}"),
-        ({"size": 28}, "`patch_size` 8, but a tile must be a square"),
+        ({"size": 28, "patch_size": 29}, "`patch_size` 29, but a tile must be a square"),
         ({"size": 32, "image_grid_pinpoints": [[32, 48]]}, r"\[\[32, 48\]\], but must .* multiples .* \(32\)"),
         ({"size": 32, "image_grid_pinpoints": []}, "must have at least one"),
     ],

@@ -58,7 +58,7 @@ def clip_model(tiny_config):
 def make_inputs(config, rows, seed=0, padding_side="right"):
     """Rows of text with images: each row a list of image sizes, whose tokens stand between others."""
     generator = torch.Generator().manual_seed(seed)
-    tile = config.vision_config.image_size
+    tile = config.tile_size
     geometry = (config.image_grid_pinpoints, tile, config.patches_per_side, config.max_num_tiles)
     ids, tiles = [], []
     for sizes in rows:
@@ -383,7 +383,8 @@ def test_tiles_and_sizes_must_fit(clip_model, target_ids):
         ({"image_token_id": 97}, r"`image_token_id` \(97\) must be at least 0 and less than `vocab_size`"),
         ({"vision_feature_layer": 4}, r"`vision_feature_layer` is 4, but the tower has hidden states 0 to 3"),
         ({"max_num_tiles": 0}, r"`max_num_tiles` is 0"),
-        ({"vision_config": {**CLIP, "patch_size": 3}}, r"`image_size` 8 and `patch_size` 3"),
+        ({"vision_config": {**CLIP, "patch_size": 9}}, r"`image_size` 8, `patch_size` 9 and .* at least one patch"),
+        ({"vision_config": {**CLIP, "num_channels": 1}}, r"`num_channels` 1, but must have .* three colours"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(tiny_config, fields, message):
@@ -392,7 +393,56 @@ def test_fields_that_contradict_each_other_are_refused(tiny_config, fields, mess
     assert type(caught.value).__name__ == "StrictDataclassClassValidationError"
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vision_config": {"model_type": "no_tower"}}, "'no_tower', which transformers does not know"),
+        ({"vision_config": {"model_type": "resnet"}}, "'resnet' with `image_size` None, but the tower must read"),
+        ({"vision_config": {"model_type": "clip"}}, "'clip' .* Of a model with text and vision, give the"),
+        ({"vision_config": {**CLIP, "image_size": [8, 16]}}, r"`image_size` \[8, 16\], but"),
+        ({"vision_config": {"model_type": "siglip2_vision_model"}}, "'siglip2_vision_model' with `image_size` None"),
+    ],
+)
+def test_configs_of_other_models_are_refused(tiny_config, fields, message):
+    with pytest.raises(Exception, match=f"`vision_config` is of the type .*{message}"):
+        make_config(tiny_config, **fields)
+    with pytest.raises(ValueError, match=f"`vision_config` is of the type .*{message}"):
+        make_config(tiny_config, **fields, image_grid_pinpoints=None)
+    with pytest.raises(ValueError, match="`text_config` is of the type 'llama', but must be of 'encdec_slm'"):
+        EncDecVLMConfig(text_config={"model_type": "llama"})
+
+
 def test_towers_without_a_class_token_keep_all_features(tiny_config):
     assert make_config(tiny_config, SIGLIP).vision_feature_select_strategy == "full"
     assert make_config(tiny_config).vision_feature_select_strategy == "default"
     assert make_config(tiny_config, SiglipVisionConfig(**SIGLIP).to_dict()).patches_per_side == 2
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"model_type": "dinov2"},
+        {"model_type": "dinov2_with_registers"},
+        {"model_type": "vit"},
+        {"model_type": "deit"},
+        {"model_type": "internvl_vision", "image_size": [8, 8], "patch_size": [4, 4]},
+        # As SigLIP's most used size, of 384 and 14: pixels are left over.
+        {"model_type": "siglip_vision_model", "image_size": 11},
+    ],
+    ids=lambda tower: tower["model_type"],
+)
+def test_other_towers_see_as_clip_does(tiny_config, target_ids, tower, tmp_path):
+    tile = 11 if tower.get("image_size") == 11 else 8
+    fields = {"vision_config": {**CLIP, **tower}, "image_grid_pinpoints": [[tile, tile], [2 * tile, 2 * tile]]}
+    model = build(make_config(tiny_config, **fields))
+    logits = logits_of(model, target_ids)
+    assert not torch.allclose(logits, logits_of(model, target_ids, seed=1))
+    model.save_pretrained(tmp_path)
+    loaded = EncDecVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(loaded, target_ids), logits)
+
+
+def test_a_tower_that_has_no_feature_for_each_patch_is_refused(tiny_config, target_ids):
+    model = build(make_config(tiny_config, vision_feature_select_strategy="full"))
+    with pytest.raises(ValueError, match=r"gives features of shape \(14, 5, 16\), but 4 are needed for each of 14"):
+        logits_of(model, target_ids)
