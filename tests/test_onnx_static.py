@@ -198,7 +198,7 @@ def test_lengths_that_the_model_does_not_have_are_refused(lengths):
 
 def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ValueError, match=r"`rope_type` 'dynamic', which changes with the length"):
+    with pytest.raises(ValueError, match=r"`rope_type` 'dynamic', whose frequencies change with the length"):
         exported(tmp_path / "bundle", tiny_text_model(rope_parameters=rope), source=[4])
 
 

@@ -11,10 +11,12 @@ Axes in shape comments: S source, T cached target, D width, H query heads, K key
 V vocabulary. The batch is always one row: NPUs gain nothing from more, and every row gets the smallest bucket.
 """
 
+import contextlib
 import copy
 import hashlib
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +134,8 @@ def _check_model(model):
         )
     if (kind := model.config.rope_parameters["rope_type"]) in ("dynamic", "longrope"):
         raise ValueError(
-            f"The model has `rope_type` {kind!r}, whose frequencies change with the length of the input, but those of a "
-            'graph are fixed. Export a model of another type, such as "default", "linear", "llama3" or "yarn".'
+            f"The model has `rope_type` {kind!r}, whose frequencies change with the length of the input, but those of "
+            'a graph are fixed. Export a model of another type, such as "default", "linear", "llama3" or "yarn".'
         )
 
 
@@ -306,14 +308,9 @@ def _traced(graph, weights):
     ir = required("onnx_ir")
     shapes = {name: _sized(shape, TRACED_SOURCE, TRACED_TARGET) for name, shape in graph.input_shapes.items()}
     inputs = tuple(torch.ones(shape, dtype=_input_dtype(name)) for name, shape in shapes.items())
-    program = _onnx_program(graph.eval(), inputs, list(shapes), list(graph.output_shapes))
-    for name, value in program.model.graph.initializers.items():
-        tensor = value.const_value
-        if name not in TABLES and tensor.nbytes >= MIN_SHARED_BYTES:
-            value.const_value = ir.ExternalTensor(
-                *(WEIGHTS, weights.offset(tensor.numpy()), tensor.nbytes, tensor.dtype),
-                **{"shape": tensor.shape, "name": name, "base_dir": weights.path.parent},
-            )
+    with quiet_export():
+        program = _onnx_program(graph.eval(), inputs, list(shapes), list(graph.output_shapes))
+    weights.share(program.model, kept=TABLES)
     return _without_notes(ir.to_proto(program.model))
 
 
@@ -346,28 +343,59 @@ def _onnx_program(graph, inputs, input_names, output_names):
         # As the weights lie in a checkpoint: a transposed copy of the embedding table would double it.
         return op.Gemm(states, weight, bias, transB=1)
 
-    with warnings.catch_warnings():
-        # torch's own use of its tree specs.
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        return torch.onnx.export(
-            graph,
-            inputs,
-            input_names=input_names,
-            output_names=output_names,
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.linear.default: linear},
-            verbose=False,
-        )
+    return torch.onnx.export(
+        graph,
+        inputs,
+        input_names=input_names,
+        output_names=output_names,
+        dynamo=True,
+        opset_version=OPSET,
+        custom_translation_table={torch.ops.aten.linear.default: linear},
+        verbose=False,
+    )
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Hides what `torch.onnx.export` tells of itself, and of operators of torchvision, which no model here has."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
 
 
 class SharedWeights:
-    """One file in which each weight lies once, whichever graphs read it."""
+    """One file in which each weight lies once, whichever graphs read it.
 
-    def __init__(self, path):
+    Args:
+        path (`Path`): The file, which is made. Graphs that use it must lie beside it.
+    """
+
+    def __init__(self, path: Path):
         self.path = path
         self.offsets = {}
         path.touch()
+
+    def share(self, model: Any, kept: Sequence[str] = ()) -> None:
+        """Lets the large weights of a graph lie in this file.
+
+        Args:
+            model (`onnx_ir.Model`): Is changed.
+            kept (`Sequence[str]`, *optional*): Names of weights that stay in the graph.
+        """
+        ir = required("onnx_ir")
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if name not in kept and tensor.nbytes >= MIN_SHARED_BYTES:
+                value.const_value = ir.ExternalTensor(
+                    *(self.path.name, self.offset(tensor.numpy()), tensor.nbytes, tensor.dtype),
+                    **{"shape": tensor.shape, "name": name, "base_dir": self.path.parent},
+                )
 
     def offset(self, array: np.ndarray) -> int:
         """Where the bytes of `array` lie in the file, to which they are added if they are new."""
