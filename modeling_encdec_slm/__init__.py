@@ -4,6 +4,8 @@
 if __name__ != "encdec_slm":
     raise ImportError("Import this package as `encdec_slm`: a second name would make a second set of classes.")
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,6 +19,7 @@ from transformers import (
 
 from .configuration_encdec_slm import EncDecSLMConfig
 from .configuration_encdec_vlm import EncDecVLMConfig
+from .export.ctranslate2_converter import register_loaders as _register_ctranslate2_loaders
 from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
@@ -38,6 +41,9 @@ AutoImageProcessor.register(
     EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
 )
 AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
+# CTranslate2 is optional, and a broken one is no reason to refuse everything else.
+with contextlib.suppress(ImportError):
+    _register_ctranslate2_loaders()
 
 __version__ = "0.1.0"
 

@@ -62,7 +62,7 @@ def exportable(
         folder = local_folder(model_or_path, CHECKPOINT_FILES)
         model = _loaded(folder, str(model_or_path))
     else:
-        _check_model(model_or_path)
+        check_exportable(model_or_path)
         model = copy.deepcopy(model_or_path).to("cpu", torch.float32).eval()
         folder = Path(model.config.name_or_path) if model.config.name_or_path else None
     if tokenizer is None and folder is not None and folder.is_dir() and any(folder.glob("tokenizer*")):
@@ -82,7 +82,7 @@ def _loaded(folder, name):
         ) from error
     _check_config(config, name)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
-    _check_model(model)
+    check_exportable(model)
     return model.eval()
 
 
@@ -96,7 +96,13 @@ def _check_config(config, name):
         raise ValueError(f"{name!r} is quantized ({method}). {_quantize_later()}")
 
 
-def _check_model(model):
+def check_exportable(model: PreTrainedModel) -> None:
+    """Refuses what no export can read.
+
+    Raises:
+        ValueError: It has adapters, quantized weights, weights without data or no output head, or is of another family.
+        TypeError: It is no model of transformers.
+    """
     kind = type(model).__name__
     # Both a PeftModel and a model with adapters of `add_adapter` have this.
     if getattr(model, "peft_config", None):
