@@ -23,10 +23,8 @@ DEFAULT_CHAT_TEMPLATE = """\
         {%- for block in message['content'] -%}
             {%- if block['type'] == 'image' -%}
                 {%- set part.images = part.images + '<image>' -%}
-            {%- elif block['type'] == 'text' -%}
-                {%- set part.text = part.text + block['text'] -%}
             {%- else -%}
-                {{- raise_exception('A block is of type ' ~ block['type'] ~ ', but must be text or image.') -}}
+                {%- set part.text = part.text + block['text'] -%}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -245,7 +243,7 @@ class EncDecVLMProcessor(ProcessorMixin):
         return full[:start], full[start + len(bare) :]
 
     def _truncated(self, ids: list[int], num_images: int, num_special: int, max_length: int | None) -> list[int]:
-        room = (self.tokenizer.model_max_length if max_length is None else max_length) - num_special
+        room = max(0, (self.tokenizer.model_max_length if max_length is None else max_length) - num_special)
         if len(ids) <= room:
             return ids
         if num_images:
@@ -253,7 +251,7 @@ class EncDecVLMProcessor(ProcessorMixin):
                 f"A text with {num_images} images has {len(ids) + num_special} tokens, but truncation to "
                 f"{room + num_special} would cut images apart. Raise `max_length`, or give fewer or smaller images."
             )
-        return ids[:room] if self.tokenizer.truncation_side == "right" else ids[-room:]
+        return ids[:room] if self.tokenizer.truncation_side == "right" else ids[len(ids) - room :]
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs):
         """The prompt of a conversation, or with `tokenize=True` what the model reads of it.
@@ -267,16 +265,26 @@ class EncDecVLMProcessor(ProcessorMixin):
                 nothing, since the decoder starts every answer.
 
         Raises:
-            ValueError: There is no message, or the last is to be continued.
+            ValueError: There is no message, the last is to be continued, or the template does not know of what they
+                hold.
+            TypeError: Messages or their contents are of other kinds.
         """
-        if not conversation or (isinstance(conversation[0], (list, tuple)) and not all(conversation)):
-            raise ValueError("A conversation without messages was given, but needs at least one. Leave it out.")
+        _check_conversation(conversation)
         if kwargs.get("continue_final_message"):
             raise ValueError(
                 "`continue_final_message` was given (or the last message is the assistant's), but the encoder reads "
                 "no answers to continue. End with the user's message; begin the answer as `decoder_input_ids`."
             )
-        return super().apply_chat_template(self._typed_as_text(conversation), chat_template, **kwargs)
+        try:
+            return super().apply_chat_template(self._typed_as_text(conversation), chat_template, **kwargs)
+        except Exception as error:
+            # Known by name, since a file that ships with checkpoints imports nothing beyond transformers' own needs.
+            if not type(error).__module__.startswith("jinja2"):
+                raise
+            raise ValueError(
+                f"The chat template cannot render these messages: {str(error).rstrip('.')}. Correct them, or give "
+                "another `chat_template`."
+            ) from error
 
     def _typed_as_text(self, messages: Any) -> Any:
         """`messages` in which image tokens are marked as typed; what else they hold stays as it is."""
@@ -299,6 +307,33 @@ class EncDecVLMProcessor(ProcessorMixin):
             num_image_tokens=[self.image_processor.num_image_tokens(*size) for size in image_sizes],
             num_image_patches=[self.image_processor.get_number_of_image_patches(*size) for size in image_sizes],
         )
+
+
+def _check_conversation(conversation: Any):
+    """Raises an error where a conversation, or one of a batch of them, is not as templates read it."""
+    is_batch = isinstance(conversation, (list, tuple)) and any(isinstance(one, (list, tuple)) for one in conversation)
+    for messages in conversation if is_batch else [conversation]:
+        if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
+            raise TypeError(
+                f"A conversation is {messages!r:.80}, but must be a list of messages "
+                "{'role': ..., 'content': ...}, or all of them must be such lists. Convert it."
+            )
+        if not messages:
+            raise ValueError("A conversation without messages was given, but needs at least one. Leave it out.")
+        for message in messages:
+            _check_content(message.get("content"))
+
+
+def _check_content(content: Any):
+    if content is None or isinstance(content, str):
+        return
+    for block in content if isinstance(content, (list, tuple)) else [content]:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(block.get("text"), str)):
+            raise TypeError(
+                f"The content of a message has {block!r:.80}, but must be text, or a list of blocks "
+                "{'type': 'text', 'text': ...} and {'type': 'image', 'image': ...}. Convert it."
+            )
 
 
 EncDecVLMProcessor.register_for_auto_class()

@@ -272,6 +272,9 @@ def test_truncation_cuts_texts_but_never_images(processor, square):
     text = "a text of many words, more than fit"
     expected = processor.tokenizer(text, truncation=True, max_length=9)["input_ids"]
     assert processor(text=text, truncation=True, max_length=9)["input_ids"] == [expected]
+    for max_length in (0, 1):
+        ids = processor(text=text, truncation=True, max_length=max_length)["input_ids"]
+        assert ids == [[processor.tokenizer.eos_token_id]]
     with pytest.raises(ValueError, match=r"A text with 1 images has 38 tokens, but truncation to 37"):
         processor(text="<image>!", images=square, truncation=True, max_length=37)
     assert len(processor(text="<image>!", images=square, truncation=True, max_length=38)["input_ids"][0]) == 38
@@ -307,12 +310,33 @@ def test_inputs_of_other_kinds_are_refused(processor, arguments, error, message)
         ([[]], {}, "A conversation without messages"),
         (ask("a"), {"continue_final_message": True}, "End with the user's message"),
         ([{"role": "judge", "content": "a"}], {}, "A role is judge, but must be"),
-        ([{"role": "user", "content": [{"type": "video"}]}], {}, "A block is of type video, but must be"),
+        ([{"content": "a"}], {}, "cannot render these messages: A role is , but must be"),
+        (ask("a"), {"chat_template": "{{ nothing.at.all }}"}, "cannot render these messages: 'nothing' is undefined"),
     ],
 )
-def test_conversations_of_other_kinds_are_refused(processor, messages, options, error):
-    with pytest.raises(Exception, match=error):
+def test_conversations_that_the_template_cannot_render_are_refused(processor, messages, options, error):
+    with pytest.raises(ValueError, match=error):
         processor.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "a",
+        {"role": "user", "content": "a"},
+        [ask("a"), {"role": "user", "content": "b"}],
+        [{"role": "user", "content": 7}],
+        [{"role": "user", "content": ["a"]}],
+        [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": None}]}],
+    ],
+    ids=str,
+)
+def test_conversations_of_other_kinds_are_refused(processor, messages):
+    with pytest.raises(
+        TypeError, match=r"^(A conversation is|The content of a message has) .* but must be .* Convert it"
+    ):
+        processor.apply_chat_template(messages)
 
 
 def test_a_tokenizer_without_the_token_is_refused():
