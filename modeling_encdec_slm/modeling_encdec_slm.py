@@ -329,11 +329,19 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             TypeError: This is a part of a model, which no Auto class could load.
+            ValueError: torchao's `quantize_` has replaced weights.
         """
         if self._auto_class is None:
             raise TypeError(
                 f"{type(self).__name__} is a part of a model and cannot be loaded by itself. Save the whole model; "
                 "`EncDecSLMEncoderModel.from_pretrained` reads the encoder from it."
+            )
+        in_place = getattr(self, "hf_quantizer", None) is None
+        if in_place and any(type(parameter).__module__.startswith("torchao.") for parameter in self.parameters()):
+            raise ValueError(
+                "`quantize_` has replaced weights by torchao's tensors, but only a model that was quantized on "
+                "loading can be saved. Save it before, then load that folder with "
+                "`quantization_config=TorchAoConfig(...)` and save the result."
             )
         # The folder answers to every Auto class and to the pipeline, whatever this model itself was loaded from.
         for name, entries in self._folder_entries.items():
