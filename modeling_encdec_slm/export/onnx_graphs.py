@@ -19,18 +19,8 @@ ATTENTION = "encdec_slm_onnx"
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention in plain matrix products, `(B, T, H, d)`: query heads that share a key become rows of one query.
-
-    Keys and values are read as they lie in the cache, not repeated for each query head.
-    """
-    batch_size, num_heads, length, head_dim = query.shape
-    num_key_value_heads, source_length = key.shape[1:3]
-    rows = num_heads // num_key_value_heads * length
-    grouped = (query * scaling).reshape(batch_size, num_key_value_heads, rows, head_dim)
-    scores = torch.matmul(grouped, key.transpose(-1, -2))  # (B, K, H / K * T, S)
-    scores = scores.reshape(batch_size, num_heads, length, source_length) + attention_mask
-    probabilities = F.softmax(scores, dim=-1).reshape(batch_size, num_key_value_heads, rows, source_length)
-    output = torch.matmul(probabilities, value).reshape(batch_size, num_heads, length, head_dim)
+    """Attention as one operator of torch, `(B, T, H, d)`, which the export writes out in its own way."""
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 
 
@@ -59,8 +49,7 @@ def source_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 def encoder_states(encoder: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """`last_hidden_state` of an `EncDecSLMEncoder`, `(B, S, D)`."""
     mask = source_mask(attention_mask)
-    positions = torch.arange(inputs_embeds.shape[1])[None]
-    position_embeddings = encoder.rotary_emb(inputs_embeds, positions)
+    position_embeddings = encoder.rotary_emb(inputs_embeds, torch.arange(inputs_embeds.shape[1])[None])
     hidden_states = inputs_embeds
     for layer in encoder.layers:
         hidden_states = layer(hidden_states, mask, position_embeddings=position_embeddings)
