@@ -35,7 +35,8 @@ class Text2TextGenerationPipeline(Pipeline):
             then holds for every call.
 
     Raises:
-        ValueError: The model has no encoder or cannot generate, or there is no tokenizer.
+        ValueError: The model has no encoder or cannot generate, or there is no tokenizer, or an exported model (one
+            with a `check_tokenizer`) was exported with another one.
     """
 
     # What the base class does for pipelines that generate differs between releases of transformers 5: not used.
@@ -54,6 +55,9 @@ class Text2TextGenerationPipeline(Pipeline):
         super().__init__(model, tokenizer, task=task, **kwargs)
         if self.tokenizer is None:
             raise ValueError("`tokenizer` is None, but the model reads token ids. Pass the tokenizer of the model.")
+        if hasattr(self.model, "check_tokenizer"):
+            # An exported model knows the one that it was exported with.
+            self.model.check_tokenizer(self.tokenizer)
         # The default must not run past the end of a table of positions.
         longest = min(_declared_lengths(model.config, "decoder").values(), default=NO_LENGTH_DECLARED)
         self._default_new_tokens = min(DEFAULT_NEW_TOKENS, longest - 1)
@@ -186,13 +190,19 @@ class Text2TextGenerationPipeline(Pipeline):
         return {"output_ids": sequences.reshape(rows, -1, sequences.shape[-1]), "lengths": lengths.view(rows, -1)}
 
     def _check_token_ids(self, input_ids):
-        num_embeddings = self.model.get_input_embeddings().weight.shape[0]
+        num_embeddings = self._num_embeddings()
         highest = input_ids.max().item()
         if highest >= num_embeddings:
             raise ValueError(
                 f"The tokenizer made token id {highest}, but the model has ids 0 to {num_embeddings - 1}. Use the "
                 "tokenizer of this checkpoint, or `model.resize_token_embeddings` after adding tokens to it."
             )
+
+    def _num_embeddings(self):
+        if not hasattr(self.model, "get_input_embeddings"):
+            # An exported model has no modules.
+            return self.model.config.get_text_config().vocab_size
+        return self.model.get_input_embeddings().weight.shape[0]
 
     def _beneath(self, generate_kwargs):
         """The caller's generation arguments on top of what the config recommends and what nobody else sets."""

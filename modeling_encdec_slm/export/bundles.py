@@ -6,6 +6,8 @@ import copy
 import hashlib
 import importlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,14 +28,18 @@ MERGE_FIRST = (
 )
 
 
+REPORTER = "openvino_telemetry"
+
+
 def required(name: str) -> ModuleType:
-    """A module of the `export` extra.
+    """A module of the `export` extra, loaded so that it reports to nobody that it is used.
 
     Raises:
         ImportError: It is not installed.
     """
     try:
-        return importlib.import_module(name)
+        with _without_reports():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = name.partition(".")[0]
         if error.name != package:
@@ -41,6 +47,20 @@ def required(name: str) -> ModuleType:
         raise ImportError(
             f"The package `{package}` is needed, but is not installed. Run `pip install encdec-slm[export]`."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_reports():
+    """onnxruntime reports its use unless this is set when it is loaded; OpenVINO and NNCF, where a package is found."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    is_loaded = REPORTER in sys.modules
+    if not is_loaded:
+        sys.modules[REPORTER] = None
+    try:
+        yield
+    finally:
+        if not is_loaded:
+            del sys.modules[REPORTER]
 
 
 def exportable(
@@ -100,7 +120,8 @@ def check_exportable(model: PreTrainedModel) -> None:
     """Refuses what no export can read.
 
     Raises:
-        ValueError: It has adapters, quantized weights, weights without data or no output head, or is of another family.
+        ValueError: It has adapters, quantized weights, weights without data or no output head, or is of another
+            family.
         TypeError: It is no model of transformers.
     """
     kind = type(model).__name__
