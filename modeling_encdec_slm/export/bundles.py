@@ -51,7 +51,7 @@ def required(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _without_reports():
-    """onnxruntime reports its use unless this is set when it is loaded; OpenVINO and NNCF, where a package is found."""
+    """onnxruntime tells its maker of its use unless this is set when it is loaded; OpenVINO and NNCF by a package."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     is_loaded = REPORTER in sys.modules
     if not is_loaded:
@@ -100,8 +100,14 @@ def _loaded(folder, name):
             f"{name!r} has no config.json that can be read ({type(error).__name__}). Give a folder that "
             "`save_pretrained` wrote, or the name of a model on the Hub."
         ) from error
-    _check_config(config, name)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    _check_config(config if isinstance(config, dict) else {}, name)
+    options = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
+    model, loading = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{name!r} has no weights for {listed(sorted(loading['missing_keys']))}, which would be random. Give a "
+            "folder that holds a whole `...ForConditionalGeneration`."
+        )
     check_exportable(model)
     return model.eval()
 
@@ -179,8 +185,7 @@ def bundle_written_whole(
     Raises:
         ValueError: `output_dir` is a file, or is not empty and `overwrite` is `False`.
     """
-    stale = Path(output_dir, MANIFEST)
-    before = json.loads(stale.read_text(encoding="utf-8"))["files"] if overwrite and stale.is_file() else {}
+    before = _files_of_an_export(output_dir) if overwrite else []
     manifest = {"format": form, "tokenizer_sha256": None if tokenizer is None else tokenizer_hash(tokenizer)}
     with folder_written_whole(output_dir, overwrite) as folder:
         yield folder, manifest
@@ -188,8 +193,17 @@ def bundle_written_whole(
             tokenizer.save_pretrained(folder)
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for name in before.keys() - manifest["files"].keys():
-        Path(output_dir, name).unlink(missing_ok=True)
+    for name in before:
+        if name not in manifest["files"]:
+            Path(output_dir, name).unlink(missing_ok=True)
+
+
+def _files_of_an_export(folder):
+    """Names of what an export left in a folder, as far as its manifest can be read."""
+    try:
+        return list(json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_manifest(folder: str | Path, *forms: str) -> dict[str, Any]:
@@ -205,7 +219,7 @@ def read_manifest(folder: str | Path, *forms: str) -> dict[str, Any]:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        form, files = manifest["format"], manifest["files"]
+        form, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(folder)!r} has no {MANIFEST} that can be read ({type(error).__name__}), as every export has. Give "
