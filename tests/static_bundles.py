@@ -6,32 +6,18 @@ import functools
 import tempfile
 from pathlib import Path
 
-import torch
+from onnx_bundles import tiny_text_model, word_tokenizer
 
-from conftest import randomised
-from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
-from encdec_slm.export.bundles import bundle_written_whole
-from encdec_slm.export.onnx_static import export_static
+from encdec_slm.export.onnx_export import export_onnx
 
 
 SOURCE_LENGTHS = [4, 9, 12]
 TARGET_LENGTH = 10
 
 
-def tiny_text_model(**changes):
-    """Fresh weights of a fixed seed; every width differs from every length of the bundles."""
-    sizes = {
-        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "head_dim": 14},
-        **{"num_attention_heads": 6, "num_key_value_heads": 2, "qk_norm": True, "encoder_no_rope_layers": None},
-        **{"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "max_position_embeddings": 64},
-    }
-    return randomised(EncDecSLMForConditionalGeneration(EncDecSLMConfig(**{**sizes, **changes}))).eval()
-
-
-def exported(folder, model, source=SOURCE_LENGTHS, target=TARGET_LENGTH):
-    with bundle_written_whole(folder, "onnx-static", None) as (temporary, manifest):
-        export_static(model, temporary, manifest, {"source": source, "target": target})
-    return Path(folder)
+def export_static_bundle(folder, model, source=SOURCE_LENGTHS, target=TARGET_LENGTH):
+    lengths = {"source": source, "target": target}
+    return export_onnx(model, folder, static_lengths=lengths, tokenizer=word_tokenizer())
 
 
 @functools.cache
@@ -39,14 +25,5 @@ def tiny_static_bundle():
     """The model and its bundle; neither is to be changed."""
     temporary = tempfile.TemporaryDirectory()
     atexit.register(temporary.cleanup)
-    model = tiny_text_model()
-    return model, exported(Path(temporary.name, "static"), model)
-
-
-def source_of(*lengths, width=None, side="right", seed=3):
-    """Ids and mask, each of shape `(rows, width)`, with so many real tokens in each row."""
-    width = width or max(lengths)
-    ids = torch.randint(3, 97, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    mask = mask.flip(1) if side == "left" else mask
-    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+    model = tiny_text_model(qk_norm=True, encoder_no_rope_layers=[0, 1])
+    return model, export_static_bundle(Path(temporary.name, "static"), model)

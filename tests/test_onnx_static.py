@@ -4,16 +4,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from static_bundles import SOURCE_LENGTHS, TARGET_LENGTH, exported, source_of, tiny_static_bundle, tiny_text_model
+from onnx_bundles import padded_source, target_ids, tiny_text_model
+from static_bundles import SOURCE_LENGTHS, TARGET_LENGTH, export_static_bundle, tiny_static_bundle
+
+from encdec_slm.export.bundles import read_manifest, required
+from encdec_slm.export.onnx_static import FORM, parse_static_lengths
+from encdec_slm.export.onnx_static_runtime import StaticEngine
+from encdec_slm.export.operators import ACCEPTED, not_accepted
 
 
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-
-from encdec_slm.export.bundles import read_manifest  # noqa: E402
-from encdec_slm.export.onnx_static import FORM, parse_static_lengths  # noqa: E402
-from encdec_slm.export.onnx_static_runtime import StaticEngine  # noqa: E402
-from encdec_slm.export.operators import ACCEPTED, not_accepted  # noqa: E402
+onnx, onnxruntime = required("onnx"), required("onnxruntime")
 
 
 def opened(path):
@@ -25,12 +25,6 @@ def engine_of(folder):
     return StaticEngine(folder, read_manifest(folder, FORM), opened)
 
 
-def target_of(rows, length=TARGET_LENGTH):
-    ids = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(4))
-    ids[:, 0] = 1
-    return ids
-
-
 def static_logits(engine, source, target, num_first=1):
     """Logits of a target that is given in two calls, the first of so many tokens."""
     encoding, cache = engine.encode(**source), engine.new_cache(len(target))
@@ -39,7 +33,7 @@ def static_logits(engine, source, target, num_first=1):
 
 
 def assert_equals_eager(engine, model, source, **kwargs):
-    target = target_of(len(source["input_ids"]))
+    target = target_ids(len(source["input_ids"]), TARGET_LENGTH)
     with torch.no_grad():
         expected = model(**source, decoder_input_ids=target).logits
         states = model.model.encoder(**source).last_hidden_state
@@ -66,11 +60,11 @@ def engine(bundle):
 @pytest.mark.parametrize("lengths", [(1,), (3,), (4,), (5,), (9,), (12,), (1, 4), (9, 2, 5), (12, 1), (3, 10)])
 def test_logits_equal_eager_at_every_bucket_whatever_the_padding(engine, model, lengths):
     for side in ("right", "left"):
-        assert_equals_eager(engine, model, source_of(*lengths, side=side), num_first=2)
+        assert_equals_eager(engine, model, padded_source(*lengths, side=side), num_first=2)
 
 
 def test_a_mask_with_holes_hides_what_it_hides_in_eager(engine, model):
-    source = source_of(9)
+    source = padded_source(9)
     source["attention_mask"][:, [2, 5, 6]] = 0
     assert_equals_eager(engine, model, source)
 
@@ -79,8 +73,8 @@ def test_each_bucket_runs_the_smallest_graphs_that_hold_the_source(bundle):
     names = []
     engine = StaticEngine(bundle, read_manifest(bundle, FORM), lambda path: names.append(path.name) or opened(path))
     for length in (1, 4, 5, 9, 10, 12):
-        source = source_of(length)
-        engine.decode(target_of(1, 1), engine.encode(**source), None, engine.new_cache(1))
+        source = padded_source(length)
+        engine.decode(target_ids(1, 1), engine.encode(**source), None, engine.new_cache(1))
     expected = [
         f"{stem}_{length}.onnx" for length in SOURCE_LENGTHS for stem in ("encoder_model", "decoder_with_past_model")
     ]
@@ -89,12 +83,12 @@ def test_each_bucket_runs_the_smallest_graphs_that_hold_the_source(bundle):
 
 def test_a_source_longer_than_the_largest_bucket_says_what_to_do(engine):
     with pytest.raises(ValueError, match=r"has 13 tokens, but the largest .* has 12\. Shorten it .*max_length=12"):
-        engine.encode(**source_of(13))
+        engine.encode(**padded_source(13))
 
 
 def test_more_tokens_than_the_cache_holds_say_what_to_do(engine):
     with pytest.raises(ValueError, match=r"^11 new tokens .* room for 10\. .*max_new_tokens=10`.*\"target\": 11}"):
-        static_logits(engine, source_of(4), target_of(1, 11))
+        static_logits(engine, padded_source(4), target_ids(1, 11))
     with pytest.raises(ValueError, match=r"^11 new tokens"):
         engine.new_cache(1, max_length=12)
     assert engine.new_cache(1, max_length=11).get_seq_length() == 0
@@ -161,14 +155,16 @@ VARIANTS = {
 )
 def test_each_kind_of_checkpoint_of_the_family_exports(variant, tmp_path):
     model = tiny_text_model(**VARIANTS[variant])
-    engine = engine_of(exported(tmp_path / "bundle", model, source=[1, 7], target=TARGET_LENGTH))
+    engine = engine_of(export_static_bundle(tmp_path / "bundle", model, source=[1, 7], target=TARGET_LENGTH))
     for lengths in ((1,), (7, 2)):
-        assert_equals_eager(engine, model, source_of(*lengths, side="left"))
+        assert_equals_eager(engine, model, padded_source(*lengths, side="left"))
 
 
 def test_an_operator_that_an_npu_does_not_run_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"qnn does not accept Mish.*coreml does not accept Mish.*`hidden_act`"):
-        exported(tmp_path / "bundle", tiny_text_model(hidden_act="mish", encoder_num_hidden_layers=1), source=[4])
+        export_static_bundle(
+            tmp_path / "bundle", tiny_text_model(hidden_act="mish", encoder_num_hidden_layers=1), source=[4]
+        )
     assert not any(tmp_path.iterdir())
 
 
@@ -199,7 +195,7 @@ def test_lengths_that_the_model_does_not_have_are_refused(lengths):
 def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match=r"`rope_type` 'dynamic', whose frequencies change with the length"):
-        exported(tmp_path / "bundle", tiny_text_model(rope_parameters=rope), source=[4])
+        export_static_bundle(tmp_path / "bundle", tiny_text_model(rope_parameters=rope), source=[4])
 
 
 def test_the_manifest_is_json_that_names_its_lists(bundle):

@@ -7,6 +7,7 @@ import importlib
 # Loaded when they are used: whoever wants one runtime does not wait for the others.
 _MODULES = {
     "CT2EncDecSLM": "ctranslate2_model",
+    "OpenVINOEncDecSLM": "openvino_model",
     "OrtEncDecSLM": "onnx_model",
     "export_ctranslate2": "ctranslate2_converter",
     "export_onnx": "onnx_export",
