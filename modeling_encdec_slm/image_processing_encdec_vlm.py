@@ -145,7 +145,7 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
         """RGB images of 8 bits, upright, in the lists that they were given in."""
-        return _load(image_url_or_urls, itertools.count(), input_data_format)
+        return load_images(image_url_or_urls, input_data_format)
 
     def preprocess(self, images: Any, *args, **kwargs) -> BatchFeature:
         """Tiles and sizes of images.
@@ -214,6 +214,16 @@ def flatten_images(images: Any) -> Iterator[Image.Image]:
             yield from flatten_images(image)
     else:
         yield images
+
+
+def load_images(images: Any, input_data_format: str | None = None) -> Any:
+    """RGB images of 8 bits, upright, in the lists that they were given in.
+
+    Args: as in [`EncDecVLMImageProcessor.preprocess`].
+
+    Raises: as in [`EncDecVLMImageProcessor`].
+    """
+    return _load(images, itertools.count(), input_data_format)
 
 
 def _load(images: Any, positions: Iterator[int], input_data_format: str | None) -> Any:

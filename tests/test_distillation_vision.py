@@ -31,6 +31,7 @@ from distillation_vision_worker import (
     words,
 )
 from distillation_worker import OTHER_ORDER, capture, make_args, metrics_of, weights_of
+from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     LlavaConfig,
@@ -305,6 +306,18 @@ def test_images_and_their_places_must_agree_in_number(change, message, tmp_path)
     row = {**make_rows()[0], "prompt": "<image> what", **change}
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, [row])
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_damaged_image_is_refused_by_its_row(as_stream, tmp_path):
+    rows = make_rows()
+    PILImage.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    rows[3]["images"][1] = {"bytes": (tmp_path / "whole.png").read_bytes()[:999], "path": None}
+    dataset = as_dataset(rows)
+    dataset = dataset.to_iterable_dataset() if as_stream else dataset
+    trainer = make_trainer(tmp_path, dataset=dataset, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="Row 3: Image 1 cannot be read: image file is truncated"):
+        trainer.train()
 
 
 def test_a_text_teacher_without_a_caption_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from encdec_slm.trainers.vision_data import (
     VisionTextCollator,
     load_vqa_splits,
     most_frequent_answer,
+    row_images,
     with_other_images,
 )
 from encdec_slm.trainers.vqa import VqaArguments, new_processor
@@ -198,7 +199,7 @@ def test_a_named_data_set_gives_rows_and_holds_out_what_it_lacks(named):
     for row in splits["train"]:
         number = int(row["question"].removeprefix("which ").removesuffix("?"))
         assert row["answer"] == str(number) and row["task"] == "zoo"
-        assert row["image"].getpixel((0, 0)) == (number, 255 - number, number)
+        assert row_images(row)[0].getpixel((0, 0)) == (number, 255 - number, number)
 
 
 def test_a_missing_column_split_or_data_set_is_answered_with_what_to_set(named, tmp_path):
@@ -208,6 +209,42 @@ def test_a_missing_column_split_or_data_set_is_answered_with_what_to_set(named, 
         load_vqa_splits(VqaArguments(**named, dataset_train_split="big"))
     with pytest.raises(ValueError, match="could not be loaded"):
         load_vqa_splits(VqaArguments(dataset_name=str(tmp_path / "nowhere")))
+    rows = Dataset.from_dict({"image": ["a.png"] * 2, "question": ["what?"] * 2, "answer": ["this"] * 2})
+    (tmp_path / "few").mkdir()
+    rows.to_json(tmp_path / "few" / "train.jsonl")
+    with pytest.raises(ValueError, match="There is no test split, and 1 training rows cannot be divided"):
+        load_vqa_splits(VqaArguments(dataset_name=str(tmp_path / "few")))
+
+
+@pytest.mark.parametrize(
+    "cell", [image(9), {"bytes": None, "path": "{file}"}, {"bytes": b"{file}", "path": None}, None]
+)
+def test_cells_of_a_data_set_are_read_in_any_form(cell, tmp_path):
+    file = tmp_path / "picture.png"
+    image(9).save(file)
+    forms = {"{file}": str(file), b"{file}": file.read_bytes()}
+    if isinstance(cell, dict):
+        cell = {name: forms.get(value, value) for name, value in cell.items()}
+    for given in (cell, [cell, cell]) if cell is not None else (None, []):
+        for read in row_images({"image": given, "question": "what?"}):
+            assert np.array_equal(read, image(9))
+
+
+def test_a_damaged_image_is_refused_by_its_question(processor, tmp_path):
+    noise = Image.effect_noise((64, 64), 90)
+    noise.save(tmp_path / "whole.png")
+    damaged = {"bytes": (tmp_path / "whole.png").read_bytes()[:999], "path": None}
+    rows = [{"image": image(9), "question": "what?", "answer": "this"}]
+    rows += [{"image": [image(9), damaged], "question": "which one?", "answer": "that"}]
+    features = Features({"image": List(ImageFeature()), "question": Value("string"), "answer": Value("string")})
+    rows[0]["image"] = [rows[0]["image"]]
+    (tmp_path / "zoo").mkdir()
+    Dataset.from_list(rows * 4, features=features).to_parquet(str(tmp_path / "zoo" / "train.parquet"))
+    train = load_vqa_splits(VqaArguments(dataset_name=str(tmp_path / "zoo")))["train"]
+    with pytest.raises(
+        ValueError, match=r"The row with the `question` 'which one\?': Image 1 cannot be read: .*trunc"
+    ):
+        VisionTextCollator(processor)([*train])
 
 
 def test_other_images_are_those_of_other_rows_of_the_same_task():

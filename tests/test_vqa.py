@@ -123,8 +123,8 @@ def test_rows_to_show_are_of_all_tasks_and_far_apart():
 
 def test_a_sheet_shows_each_question_and_whether_it_was_answered():
     asked = {"question": "what is it, if anything, that costs $5 or $6?", "answer": "a dog"}
-    rows = [{"image": Image.new("RGB", (9, 9)), **asked, "prediction": said} for said in ("a dog", "a cat")]
-    figure = contact_sheet([*rows, {**rows[0], "image": None}])
+    rows = [{"image": [Image.new("RGB", (9, 9))], **asked, "prediction": said} for said in ("a dog", "a cat")]
+    figure = contact_sheet([*rows, {**rows[0], "image": []}])
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes if axes.texts]
     assert [lines[2] for lines in texts] == [
         "model: 'a dog' (right)",

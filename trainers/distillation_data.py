@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset, List
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -150,6 +150,16 @@ def as_prompts(dataset: Dataset | IterableDataset, is_chat: bool) -> Dataset | I
     return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})
 
 
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """`dataset` whose images stay files until somebody reads them, who can say which of them is damaged."""
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
 def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: str) -> Dataset | IterableDataset:
     """A data set of token ids; one that has them already comes back as it is.
 
@@ -162,6 +172,7 @@ def encode_rows(dataset: Dataset | IterableDataset, encoder: RowEncoder, name: s
     Raises:
         ValueError: There are no rows, or no such columns.
     """
+    dataset = undecoded(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} has no rows, but at least one is needed. Check what it holds.")

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import load_image
 
+from ..image_processing_encdec_vlm import load_images
 from .distillation_data import COLUMNS, RowEncoder
 
 
@@ -123,7 +122,11 @@ class ImageRowEncoder(RowEncoder):
         return [self._finished(row) for row in rows]
 
     def _finished(self, row):
-        index, images = row["row"], images_of(row)
+        index = row["row"]
+        try:
+            images = load_images(images_of(row))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Row {index}: {error}") from error
         source_column = next(name for name, _ in COLUMNS if row.get(name) is not None)
         where = f"`{source_column}` of {index=}"
         source, is_chat = self._source(row[source_column], len(images), where)
@@ -222,16 +225,18 @@ def image_lists(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, torc
 
 def images_of(row: dict[str, Any]) -> list[Any]:
     """The images of a row with the column `images` or `image`; none where it is empty or missing."""
-    images = row.get("images") if "images" in row else row.get("image")
-    if images is None:
-        return []
-    return [_decoded(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+    return image_list(row.get("images") if "images" in row else row.get("image"))
 
 
-def _decoded(image):
-    if isinstance(image, str):
-        return load_image(image)
-    return Image().decode_example(image) if isinstance(image, dict) else image
+def image_list(value: Any) -> list[Any]:
+    """The images of a row's cell, as [`~encdec_slm.image_processing_encdec_vlm.load_images`] takes them.
+
+    Args:
+        value: One image, several in a list, or `None`; an undecoded one of a data set is a `dict` of `bytes` and
+            `path`.
+    """
+    cells = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return [(cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell for cell in cells]
 
 
 def _image_counts(batch, num_rows):

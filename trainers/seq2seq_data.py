@@ -93,9 +93,9 @@ def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | Itera
         splits = build_docstring_task()
     columns = ("source", "target") if args.dataset_name is None else (args.source_column, args.target_column)
     splits = {split: _with_columns(dataset, split, *columns) for split, dataset in splits.items()}
-    splits = _hold_out_missing(splits, seed)
+    splits = hold_out_missing(splits, seed)
     for split in ("validation", "test"):
-        splits[split] = _bounded(splits[split], args.max_eval_samples, seed)
+        splits[split] = bounded(splits[split], args.max_eval_samples, seed)
     if isinstance(splits["train"], IterableDataset):
         splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_ROWS)
     return splits
@@ -159,7 +159,7 @@ def load_named_splits(args, streaming: bool = False) -> dict[str, Dataset | Iter
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"`dataset_name` {args.dataset_name!r} could not be loaded ({str(error).splitlines()[0]}). Give the name "
-            "of a dataset on the Hub or a local folder of data files, or a JSONL file as `train_file`."
+            "of a dataset on the Hub or a local folder of data files."
         ) from error
     wanted = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)
     if wanted[0] not in loaded:
@@ -185,7 +185,16 @@ def _with_columns(dataset, split, source_column, target_column):
     return dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
 
 
-def _hold_out_missing(splits, seed):
+def hold_out_missing(splits: dict[str, Dataset | IterableDataset], seed: int) -> dict[str, Dataset | IterableDataset]:
+    """The splits `train`, `validation` and `test`, of which those that are missing are taken off the training rows.
+
+    Args:
+        splits (`dict` of datasets): With `train` at least.
+        seed (`int`): Decides which rows are held out.
+
+    Raises:
+        ValueError: Training rows are streamed, or fewer than 2.
+    """
     splits = dict(splits)
     for split in ("validation", "test"):
         if split in splits:
@@ -193,8 +202,8 @@ def _hold_out_missing(splits, seed):
         num_rows = None if isinstance(splits["train"], IterableDataset) else len(splits["train"])
         if num_rows is None or num_rows < 2:
             raise ValueError(
-                f"There is no {split} split, and {'streamed' if num_rows is None else 'too few'} training rows cannot "
-                f"be divided. Set `{split}_file` or `dataset_{split}_split`."
+                f"There is no {split} split, and {'streamed' if num_rows is None else num_rows} training rows cannot "
+                "be divided. Name data that has such a split, or more rows."
             )
         num_held_out = max(1, round(HELD_OUT_SHARE * num_rows))
         parts = splits["train"].train_test_split(test_size=num_held_out, seed=seed)
@@ -203,7 +212,8 @@ def _hold_out_missing(splits, seed):
     return splits
 
 
-def _bounded(dataset, max_rows, seed):
+def bounded(dataset: Dataset | IterableDataset, max_rows: int, seed: int) -> Dataset:
+    """At most `max_rows` rows: of a stream the first ones, else those that `seed` draws."""
     if isinstance(dataset, IterableDataset):
         return Dataset.from_list(list(dataset.take(max_rows)))
     return dataset if len(dataset) <= max_rows else dataset.shuffle(seed=seed).select(range(max_rows))

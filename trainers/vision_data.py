@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of images, questions and answers, and the collator that makes batches of them for the vision-text models."""
 
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import ProcessorMixin
 
-from .seq2seq_data import HELD_OUT_SHARE, check_is_text, load_named_splits, target_ids
+from ..image_processing_encdec_vlm import load_images
+from .distillation_data import undecoded
+from .distillation_images import image_list
+from .seq2seq_data import bounded, check_is_text, hold_out_missing, load_named_splits, target_ids
 from .visual_tasks import TASKS, build_visual_tasks
-
-
-logger = logging.getLogger(__name__)
 
 
 class VisionTextCollator:
@@ -70,11 +69,11 @@ class VisionTextCollator:
         """A batch: `input_ids`, `attention_mask`, `labels` (-100 = not supervised), and what the images need.
 
         Raises:
-            ValueError: Rows lack a question, or some of them an answer.
+            ValueError: Rows lack a question, or some of them an answer, or an image cannot be used.
             TypeError: A question or an answer is no text.
         """
         self._check(rows)
-        images = [self._images(row) for row in rows]
+        images = [row_images(row, self.image_column, self.question_column) for row in rows]
         texts = [row[self.question_column] for row in rows]
         # A list per row tells the processor whose images they are; rows without any have an empty one.
         batch = dict(self.processor(images if any(images) else None, texts, padding=True, return_tensors="pt"))
@@ -100,10 +99,6 @@ class VisionTextCollator:
             for column in columns:
                 check_is_text(row[column], column, f"Row {number} of the batch")
 
-    def _images(self, row):
-        images = row.get(self.image_column)
-        return [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
-
     def _labels(self, answers):
         """Ids of each answer, of which the last is the end-of-text token, padded on the right with -100."""
         tokenizer, length = self.processor.tokenizer, self.max_target_length
@@ -113,8 +108,28 @@ class VisionTextCollator:
         return torch.tensor([ids + [-100] * (length - len(ids)) for ids in labels])
 
 
+def row_images(row: Mapping[str, Any], image_column: str = "image", question_column: str = "question") -> list[Any]:
+    """RGB images of a row, decoded.
+
+    Args:
+        row (`Mapping[str, Any]`): With a question, and one image, several in a list, or none.
+        image_column (`str`, *optional*, defaults to `"image"`): As in [`VisionTextCollator`].
+        question_column (`str`, *optional*, defaults to `"question"`): Likewise.
+
+    Raises:
+        ValueError: An image is damaged, empty or too large.
+        TypeError: It is none.
+    """
+    try:
+        return load_images(image_list(row.get(image_column)))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"The row with the `{question_column}` {row[question_column]!r:.80}: {error}") from error
+
+
 def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
     """The splits `train`, `validation` and `test` with columns `image`, `question`, `answer` and `task`.
+
+    Images of a named dataset are undecoded: see [`row_images`].
 
     Args:
         args ([`~encdec_slm.trainers.vqa.VqaArguments`]): Names the data. Held-out splits that a dataset lacks are
@@ -122,7 +137,7 @@ def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
         seed (`int`, *optional*, defaults to 0): Decides what is drawn, or which rows are held out.
 
     Raises:
-        ValueError: The data cannot be found or lacks a column.
+        ValueError: The data cannot be found, lacks a column or has too few rows.
         TypeError: A question or an answer is no text.
     """
     if args.dataset_name is None:
@@ -135,14 +150,9 @@ def load_vqa_splits(args, seed: int = 0) -> DatasetDict:
         for split, rows in found.items()
         if split == "train" or _has_answers(rows, args.answer_column)
     }
+    splits = hold_out_missing(splits, seed)
     for split in ("validation", "test"):
-        if split not in splits:
-            num_held_out = max(1, round(HELD_OUT_SHARE * len(splits["train"])))
-            parts = splits["train"].train_test_split(test_size=num_held_out, seed=seed)
-            splits["train"], splits[split] = parts["train"], parts["test"]
-            logger.info(f"There is no {split} split with answers: {num_held_out} training rows are held out for it.")
-        if len(splits[split]) > args.max_eval_samples:
-            splits[split] = splits[split].shuffle(seed=seed).select(range(args.max_eval_samples))
+        splits[split] = bounded(splits[split], args.max_eval_samples, seed)
     return DatasetDict(splits)
 
 
@@ -164,7 +174,7 @@ def _with_columns(rows, args, split):
     for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         check_is_text(question, args.question_column, f"Row {index} (from 0) of the {split} split")
         check_is_text(answer, args.answer_column, f"Row {index} (from 0) of the {split} split")
-    rows = rows.select_columns([args.image_column])
+    rows = undecoded(rows.select_columns([args.image_column]))
     if args.image_column != "image":
         rows = rows.rename_column(args.image_column, "image")
     task = Path(args.dataset_name).name

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from ..configuration import load_preset
@@ -28,7 +27,7 @@ from .run_reports import (
     write_run_files,
 )
 from .seq2seq_data import TOKENIZER_ROWS, train_tokenizer
-from .vision_data import VisionTextCollator, load_vqa_splits, with_other_images
+from .vision_data import VisionTextCollator, load_vqa_splits, row_images, with_other_images
 from .vqa_reports import contact_sheet, shown_places, task_table
 
 
@@ -200,9 +199,8 @@ def _new_model(args, rows):
 
 def _pixel_statistics(rows):
     """Mean and deviation of each colour in training images: by those of photographs, white paper is far from 0."""
-    images = rows.select_columns("image").take(STATISTICS_ROWS)["image"]
-    images = [image for of_row in images for image in (of_row if isinstance(of_row, list) else [of_row])]
-    pixels = [_some_pixels(image) for image in images if isinstance(image, Image.Image)]
+    rows = rows.select_columns(["image", "question"]).take(STATISTICS_ROWS)
+    pixels = [_some_pixels(image) for row in rows for image in row_images(row)]
     if not pixels:
         return {}
     mean = np.mean([image.mean(0) for image in pixels], axis=0)
@@ -213,7 +211,7 @@ def _pixel_statistics(rows):
 def _some_pixels(image):
     """Colours from 0 to 1 of an even choice of pixels: photographs have millions."""
     step = max(1, min(image.size) // 64)
-    return np.asarray(image.convert("RGB"))[::step, ::step].reshape(-1, 3) / 255
+    return np.asarray(image)[::step, ::step].reshape(-1, 3) / 255
 
 
 def _texts(rows: Dataset) -> Iterable[str]:
@@ -290,6 +288,7 @@ def _save(trainer, results, predictions, shown):
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    figure = contact_sheet([{**row, **said} for row, said in zip(shown, results["samples"], strict=True)])
+    rows = [{"image": row_images(row), **said} for row, said in zip(shown, results["samples"], strict=True)]
+    figure = contact_sheet(rows)
     write_file(folder / "contact_sheet.png", lambda path: figure.savefig(path, format="png"))
     write_run_files(folder, trainer.state.log_history, results, predictions)

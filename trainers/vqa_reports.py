@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset
 from matplotlib.figure import Figure
-from PIL import Image
 
 
 COLUMNS_OF_SHEET = 5
@@ -54,8 +53,8 @@ def contact_sheet(rows: Sequence[dict[str, Any]]) -> Figure:
     """Images with their questions, answers and predictions, five in a line.
 
     Args:
-        rows (`Sequence[dict]`): With `image` (PIL, a list of them, of which the first is shown, or `None`),
-            `question`, `answer` and `prediction`; at least one.
+        rows (`Sequence[dict]`): With `image` (a list of PIL images, of which the first is shown), `question`,
+            `answer` and `prediction`; at least one.
     """
     num_lines = -(-len(rows) // COLUMNS_OF_SHEET)
     figure = Figure(figsize=(3 * COLUMNS_OF_SHEET, 4.2 * num_lines), dpi=100)
@@ -69,9 +68,8 @@ def contact_sheet(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _show(axes, row):
-    image = row["image"][0] if isinstance(row["image"], list) and row["image"] else row["image"]
-    if isinstance(image, Image.Image):
-        axes.imshow(image.convert("RGB"), interpolation="nearest")
+    if row["image"]:
+        axes.imshow(row["image"][0], interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.axis("on")  # a frame: the paper of most images is white
     is_right = row["prediction"].strip() == row["answer"].strip()
