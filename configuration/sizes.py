@@ -137,6 +137,7 @@ def num_weights_per_token(config: PreTrainedConfig) -> int:
     model = _empty_model(config)
     unread = {"encoder.", "cross_attn.k_proj.", "cross_attn.v_proj.", "embed_tokens."}
     unread |= {"vision_tower.", "multi_modal_projector.", "image_newline"}
+    unread |= {"shared.", "EncDecAttention.k.", "EncDecAttention.v."}  # as T5 calls them
     read = [
         parameter
         # A tied table is listed under both of its names, of which only the head's is read as a whole.
@@ -152,8 +153,9 @@ def num_cached_values(config: PreTrainedConfig) -> int:
     For an encoder-decoder: those of a source token to the cross-attention's cache, and, equally many, those of a
     generated token to the self-attention's. For a decoder-only model: those of any token.
     """
-    config = config.get_text_config()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    config = config.get_text_config(decoder=True)
+    num_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return 2 * config.num_hidden_layers * num_heads * config.head_dim
 
 
 def _empty_model(config):
