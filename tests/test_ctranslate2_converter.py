@@ -41,7 +41,7 @@ SWITCHES = {
     "one head per key": {"num_key_value_heads": 4},
     "one key for all heads": {"num_key_value_heads": 1},
     "query and key norms of one head": {"qk_norm": True, "num_attention_heads": 1, "num_key_value_heads": 1},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.3, "rope_theta": 1000.0}},
     "llama3": {"rope_parameters": LLAMA3},
     "smollm3": {"encoder_no_rope_layers": [0, 1], "decoder_no_rope_layers": [1, 0], "rms_norm_eps": 1e-3},
     "no rotation": {"encoder_no_rope_layers": [0, 0], "decoder_no_rope_layers": [0, 0]},

@@ -38,11 +38,13 @@ def beam_search(
 
 def _search_on(decode, rows, found, settings):
     """Replaces what was found for each source by what transformers finds."""
-    # The step at which the last of the first `num_beams` targets ended, for each source.
+    limit = settings["max_new_tokens"]
+    # Sources by the step at which the last of their first `num_beams` targets ended. At the limit all is over.
     due = defaultdict(list)
     for index, best in enumerate(found):
         due[max(len(ids) for ids, _ in best)].append(index)
-    for step in range(1, settings["max_new_tokens"]):
+    due.pop(limit, None)
+    for step in range(1, limit):
         if not (indices := due.pop(step, [])):
             continue
         # At most `num_beams` end at every step, so that none of this many is missing.
@@ -51,8 +53,8 @@ def _search_on(decode, rows, found, settings):
             found[index] = _best(_ended(hypotheses, settings), settings)
             if _may_improve(hypotheses, found[index], settings):
                 due[step + 1].append(index)
-    if indices := due.pop(settings["max_new_tokens"], []):
-        decoded = decode([rows[index] for index in indices], settings["max_new_tokens"], settings["max_new_tokens"])
+    if indices := due.pop(limit, []):
+        decoded = decode([rows[index] for index in indices], limit, limit)
         for index, hypotheses in zip(indices, decoded, strict=True):
             found[index] = _best(hypotheses, settings)
 

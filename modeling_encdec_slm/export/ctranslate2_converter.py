@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_encdec_slm import CUSTOM_PIPELINES
 from .bundles import bundle_written_whole, check_exportable, exportable, required
@@ -47,8 +47,8 @@ def export_ctranslate2(
         output_dir (`str` or `Path`): Where the export is to lie.
         quantization (`str`, *optional*, defaults to `"int8"`): How weights are stored: `"int8"`, `"int8_float32"`,
             `"int8_float16"`, `"int8_bfloat16"`, `"int16"`, `"float32"`, `"float16"` or `"bfloat16"`; the second part
-            is what is computed in beside the int8 products, and `"int8"` leaves that to the model's own type. A folder
-            of any of them loads everywhere: where a processor lacks a type, as most CPUs lack float16 and bfloat16,
+            is what is computed in beside the int8 products, float32 where there is none. A folder of any of them loads
+            everywhere: where a processor lacks a type, as most CPUs lack float16 and bfloat16,
             CTranslate2 converts the weights to the nearest one that it has while it loads them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` means the one beside the weights.
             Without any, the export speaks ids only.
@@ -205,16 +205,19 @@ def _self_attention(layer, rotary_emb):
     attention_spec = required("ctranslate2.specs.attention_spec")
     module, config = layer.self_attn, layer.self_attn.config
     options = _attention_options(config)
-    is_plain = module.use_rope and config.rope_parameters["rope_type"] == "default"
-    if not is_plain:
-        # CTranslate2 divides the frequencies by a factor each. Its second list is for long texts: not needed here.
+    rope_type = config.rope_parameters["rope_type"] if module.use_rope else None
+    if rope_type == "linear":
+        options["rotary_scaling_type"] = attention_spec.RotaryScalingType.Linear
+        options["rotary_scaling_factor"] = config.rope_parameters["factor"]
+    elif rope_type != "default":
+        # CTranslate2 then divides each frequency by a number, of one list for short texts and another for long ones.
         options["rotary_scaling_type"] = attention_spec.RotaryScalingType.Su
         lengths = ("original_max_position_embeddings", "max_position_embeddings")
         options |= dict.fromkeys(lengths, config.max_position_embeddings)
     spec = attention_spec.MultiHeadAttentionSpec(self_attention=True, rms_norm=True, **options)
-    if not is_plain:
-        factors = _frequency_divisors(rotary_emb, module.use_rope)
-        spec.rotary_scaling_long_factor = spec.rotary_scaling_short_factor = factors
+    if hasattr(spec, "rotary_scaling_long_factor"):
+        divisors = _frequency_divisors(rotary_emb, module.use_rope)
+        spec.rotary_scaling_long_factor = spec.rotary_scaling_short_factor = divisors
     _set_linear(spec.linear[0], module.q_proj, module.k_proj, module.v_proj)
     _set_attention(spec, module, layer.input_layernorm)
     return spec
@@ -256,12 +259,7 @@ def _set_vocabulary(spec, model, tokenizer):
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
     ids = model.generation_config
-    start_id = ids.decoder_start_token_id if ids.decoder_start_token_id is not None else ids.bos_token_id
-    if start_id is None:
-        raise ValueError(
-            "`decoder_start_token_id` and `bos_token_id` of the generation config are None, but every target begins "
-            "with a token. Set one of them."
-        )
+    start_id = start_token_id(ids)
     eos_ids = listed_ids(ids.eos_token_id)
     unknown_id = next((i for i in (getattr(tokenizer, "unk_token_id", None), ids.pad_token_id) if i is not None), 0)
     spec.config.decoder_start_token = spec.config.bos_token = tokens[start_id]
@@ -270,6 +268,21 @@ def _set_vocabulary(spec, model, tokenizer):
     # What a tokenizer adds to a source it has added already.
     spec.config.add_source_bos = spec.config.add_source_eos = False
     spec.config.layer_norm_epsilon = model.config.rms_norm_eps
+
+
+def start_token_id(generation_config: GenerationConfig) -> int:
+    """The id that every target begins with.
+
+    Raises:
+        ValueError: The generation config names none.
+    """
+    for token_id in (generation_config.decoder_start_token_id, generation_config.bos_token_id):
+        if token_id is not None:
+            return token_id
+    raise ValueError(
+        "`decoder_start_token_id` and `bos_token_id` of the generation config are None, but every target begins with "
+        "a token. Set one of them."
+    )
 
 
 def listed_ids(token_id: int | list[int] | None) -> list[int]:

@@ -21,7 +21,7 @@ from ..checkpoint_folders import local_folder
 from ..configuration_encdec_slm import EncDecSLMConfig
 from .bundles import check_tokenizer, read_manifest, required
 from .ctranslate2_beams import beam_search
-from .ctranslate2_converter import FORMAT, NO_TOKEN, VOCABULARY_FILE, WEIGHTS_FILE, listed_ids
+from .ctranslate2_converter import FORMAT, NO_TOKEN, VOCABULARY_FILE, WEIGHTS_FILE, listed_ids, start_token_id
 
 
 # Larger than any vocabulary.
@@ -144,7 +144,6 @@ class CT2EncDecSLM:
         """
         check_tokenizer(self._manifest, tokenizer)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.LongTensor,
@@ -156,9 +155,9 @@ class CT2EncDecSLM:
         """Targets as [`~transformers.GenerationMixin.generate`] of the exported model gives them.
 
         In float32 they are the same: greedy ones, and beams for either `early_stopping`. `early_stopping=True` takes
-        one pass, as CTranslate2 stops by itself; `False`, the default of transformers, looks further by its rule,
-        which takes a pass or two more. Sampling draws from CTranslate2's own random numbers:
-        `ctranslate2.set_random_seed` before the model is loaded.
+        one pass, as CTranslate2 stops by itself; `False`, the default of transformers, searches on by its rule, which
+        takes a pass or two more where targets end before the limit. Sampling draws from CTranslate2's own random
+        numbers: `ctranslate2.set_random_seed` before the model is loaded.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, source_length)`): Sources, padded on either side.
@@ -225,7 +224,7 @@ class CT2EncDecSLM:
         return settings
 
     def _check_honoured(self, settings, defaults):
-        neutral = {**defaults, "decoder_start_token_id": self.generation_config.decoder_start_token_id}
+        neutral = {**defaults, "decoder_start_token_id": start_token_id(self.generation_config)}
         refused = [
             f"`{name}` ({value!r:.60})"
             for name, value in settings.items()
@@ -282,12 +281,12 @@ class CT2EncDecSLM:
 
     def _stream(self, row, streamer, settings):
         """The target of one source, each token given to `streamer` in this thread as soon as it is there."""
-        start_id = self.generation_config.decoder_start_token_id
-        streamer.put(torch.tensor([[start_id]]))
+        streamer.put(torch.tensor([[start_token_id(self.generation_config)]]))
         target = []
-        for token_id in self._streamed_ids(row, settings):
-            target.append(token_id)
-            streamer.put(torch.tensor([token_id]))
+        with contextlib.closing(self._streamed_ids(row, settings)) as token_ids:
+            for token_id in token_ids:
+                target.append(token_id)
+                streamer.put(torch.tensor([token_id]))
         streamer.end()
         return target
 
@@ -314,7 +313,7 @@ class CT2EncDecSLM:
             result.result()
 
     def _padded(self, targets, settings):
-        start_id = self.generation_config.decoder_start_token_id
+        start_id = start_token_id(self.generation_config)
         pad_id = settings["pad_token_id"]
         if settings["num_beams"] > 1 and not pad_id:
             # The beam search of transformers takes padding 0 for none at all.
