@@ -24,6 +24,7 @@ ONLY_VALUES = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
     "mm_resampler_type": None,
+    "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
     "use_vision_cross_attn": False,
     "cross_image_pos_embed": False,
@@ -60,6 +61,11 @@ def read_vision_config(path: Path) -> dict[str, Any]:
     ratio = fields.get("image_aspect_ratio", "anyres_max_3")
     if not isinstance(ratio, str) or not re.fullmatch(r"anyres_max_[1-9][0-9]*", ratio):
         others.append(f"image_aspect_ratio {ratio!r}")
+    pinpoints, layer = fields.get("image_grid_pinpoints", []), fields.get("mm_vision_select_layer", -2)
+    if not isinstance(pinpoints, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pinpoints):
+        others.append(f"image_grid_pinpoints {pinpoints!r}")
+    if not isinstance(layer, int):
+        others.append(f"mm_vision_select_layer {layer!r}")
     if others:
         raise ValueError(
             f"{str(file)!r} asks for {', '.join(others)}, which the predecessor's released model has not and this "
@@ -94,9 +100,6 @@ def vision_reference_config(
         vision_config=_tower_config(weights, vision_config or {}),
         image_token_id=image_token_id,
         vision_feature_layer=fields.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}.get(
-            fields.get("mm_vision_select_feature", "patch")
-        ),
         # Theirs are (width, height).
         image_grid_pinpoints=None if pinpoints is None else [[height, width] for width, height in pinpoints],
         max_num_tiles=int(fields.get("image_aspect_ratio", "anyres_max_3").rpartition("_")[2]),
@@ -132,15 +135,16 @@ def _tower_config(weights, given):
 
 
 def convert_vision_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of tower, projector and newline; those of the text model are left out.
+    """The weights of tower, projector and newline, and whatever else is none of the text model's.
 
     Args:
         weights (`Mapping[str, torch.Tensor]`): The predecessor's state dict.
     """
     converted = {}
     for key, tensor in weights.items():
+        if key.startswith(("transformer.", "lm_head.")):
+            continue
         for pattern, replacement in RENAMINGS:
-            renamed = re.sub(pattern, replacement, key)
-            if renamed != key:
-                converted[renamed] = tensor
+            key = re.sub(pattern, replacement, key)
+        converted[key] = tensor
     return converted

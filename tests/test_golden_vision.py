@@ -146,6 +146,63 @@ def test_greedy_ids_equal_the_reference(model, cases, case):
     assert torch.equal(ids, cases[f"{case}.greedy_ids"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_aspect_ratio": "pad"}, "asks for image_aspect_ratio 'pad', which the predecessor's"),
+        ({"mm_vision_select_feature": "cls_patch"}, "asks for mm_vision_select_feature 'cls_patch'"),
+        ({"image_grid_pinpoints": "(1x1),(2x2)"}, r"asks for image_grid_pinpoints '\(1x1\),\(2x2\)'"),
+        ({"mm_vision_select_layer": [1, 2]}, r"asks for mm_vision_select_layer \[1, 2\]"),
+        (None, "is the checkpoint of a vision-language model, but beside it is no `config.json`"),
+    ],
+)
+def test_settings_that_the_released_model_has_not_are_refused(checkpoint, change, message, tmp_path):
+    folder, vision_config = checkpoint
+    (tmp_path / "pytorch_model.bin").symlink_to(folder / "pytorch_model.bin")
+    if change is not None:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | change
+        (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        convert_reference_checkpoint(tmp_path, tmp_path / "out", model_config={"vision_config": vision_config})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dropped", "added", "message"), [("image_newline", None, "1 missing"), (None, "foo", "'foo'")]
+)
+def test_weights_that_are_missing_or_left_over_are_refused(checkpoint, dropped, added, message, tmp_path):
+    folder, vision_config = checkpoint
+    weights = load_file(GOLDEN / "vision_tiny.weights.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if name != dropped}
+    torch.save(weights if added is None else {**weights, added: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=f"is no model of the predecessor: .*{message}"):
+        convert_reference_checkpoint(tmp_path, tmp_path / "out", model_config={"vision_config": vision_config})
+
+
+def test_a_file_of_all_1141_tensors_becomes_a_folder(tmp_path):
+    """Names and depths of the released checkpoint in a file of random weights, narrower: no size stands for two."""
+    key_map = json.loads((GOLDEN / "key_map.json").read_text(encoding="utf-8"))["vision"]
+    narrow = {768: 32, 384: 16, 3072: 40, 32128: 96, 1024: 64, 4096: 72, 577: 17, 14: 7}
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key.replace("{i}", str(index)): torch.randn([narrow.get(size, size) for size in shape], generator=generator)
+        for key, shape, count in key_map["keys"]
+        for index in range(count)
+    }
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    sizes = {"n_encoder_layer": 20, "n_decoder_layer": 20, "n_embd": 32, "hidden_dim": 40, "vocab_size": 96}
+    heads = {"n_head": 16, "n_kv_head": 8, "pad_token_id": 0, "block_size": 4096, "mm_vision_select_feature": "patch"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads), encoding="utf-8")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    convert_reference_checkpoint(tmp_path, tmp_path / "converted")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert len(weights) == 1141 and not any(info.values()), info
+    own = model.state_dict()
+    taken = convert_vision_state_dict(weights, model.config)
+    assert own.keys() == taken.keys() and all(torch.equal(own[name], taken[name]) for name in own)
+
+
 def test_the_released_checkpoint_fills_the_625m_model():
     """Its 1,141 tensors by name and shape; without memory, on the meta device."""
     key_map = json.loads((GOLDEN / "key_map.json").read_text(encoding="utf-8"))["vision"]
