@@ -133,7 +133,8 @@ def _loss_figure(log_history: list[dict]) -> Figure:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend(title="rows")
+    if axes.lines:
+        axes.legend(title="rows")
     axes.grid(alpha=0.3)
     return figure
 
