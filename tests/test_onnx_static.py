@@ -6,7 +6,10 @@ import pytest
 import torch
 from onnx_bundles import padded_source, target_ids, tiny_text_model
 from static_bundles import SOURCE_LENGTHS, TARGET_LENGTH, export_static_bundle, tiny_static_bundle
+from transformers import AutoTokenizer
 
+from encdec_slm import Text2TextGenerationPipeline
+from encdec_slm.export import OrtEncDecSLM
 from encdec_slm.export.bundles import read_manifest, required
 from encdec_slm.export.onnx_static import FORM, parse_static_lengths
 from encdec_slm.export.onnx_static_runtime import StaticEngine
@@ -201,3 +204,54 @@ def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path):
 def test_the_manifest_is_json_that_names_its_lists(bundle):
     manifest = json.loads((bundle / "export_manifest.json").read_text())
     assert manifest["format"] == FORM and set(manifest["operators"]["lists"]) == set(ACCEPTED)
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle):
+    return OrtEncDecSLM.from_pretrained(bundle)
+
+
+SEARCHES = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+    {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", SEARCHES, ids=str)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_generated_ids_equal_eager(runtime, model, options, side):
+    source = padded_source(9, 2, 12, side=side)
+    outputs = []
+    for writer in (model, runtime):
+        torch.manual_seed(0)
+        outputs.append(writer.generate(**source, max_new_tokens=TARGET_LENGTH, **options).tolist())
+    assert outputs[0] == outputs[1]
+
+
+def test_generation_without_a_length_ends_where_the_cache_does(runtime, model):
+    source, never = padded_source(7), {"eos_token_id": None}
+    expected = model.generate(**source, max_length=TARGET_LENGTH + 1, **never)
+    assert runtime.generate(**source, **never).tolist() == expected.tolist()
+    assert expected.shape == (1, TARGET_LENGTH + 1)
+
+
+def test_too_many_new_tokens_are_refused_before_the_first(runtime):
+    with pytest.raises(ValueError, match=r"^11 new tokens were asked for, but the cache .* has room for 10"):
+        runtime.generate(**padded_source(7), max_new_tokens=TARGET_LENGTH + 1)
+
+
+def test_the_tokenizer_of_the_bundle_cuts_sources_to_the_largest_bucket(bundle, runtime):
+    tokenizer, text = AutoTokenizer.from_pretrained(bundle), " ".join(["w7"] * 20)
+    pipeline = Text2TextGenerationPipeline(runtime, tokenizer)
+    assert pipeline([text, "w3"], truncation=True, batch_size=2) == pipeline([" ".join(["w7"] * 11), "w3"])
+    with pytest.raises(ValueError, match=r"has 21 tokens, but .*model_max_length` allows 12"):
+        pipeline(text)
+
+
+def test_an_encoding_of_another_model_is_refused(runtime, model):
+    source = padded_source(5)
+    encoding = model.model.encoder(**source)
+    with pytest.raises(ValueError, match=r"`encoder_outputs` has no `cross_key_values`.*get_encoder"):
+        runtime(encoder_outputs=encoding, decoder_input_ids=target_ids(1, 2))

@@ -66,7 +66,8 @@ def export_onnx(
         static_lengths (`Sequence[int]` or `dict`, *optional*): Source lengths in tokens; makes graphs of fixed shape
             for NPUs instead, see [`~encdec_slm.export.onnx_static.export_static`]. `None` leaves all lengths free.
         quantization (`str`, *optional*): `"int8"` (weights when exported, activations when run) or `"int8_static"`
-            (both when exported, from calibration rows). `None` means float32.
+            (both when exported, from calibration rows; of graphs of fixed shape, activations get 16 bits, as NPUs
+            want it). `None` means float32.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` means the one that lies beside the
             weights.
         overwrite (`bool`, *optional*, defaults to `False`): Replace an export that lies in `output_dir`.
@@ -86,21 +87,33 @@ def export_onnx(
     for name in ("onnx", "onnxscript", "onnxruntime"):
         required(name)
     model, tokenizer = exportable(model_or_path, tokenizer)
-    form = FORM if static_lengths is None else onnx_static.FORM
+    form = FORM
+    if static_lengths is not None:
+        form = onnx_static.FORM
+        longest = model.config.get_text_config().max_position_embeddings
+        tokenizer = _limited(tokenizer, onnx_static.parse_static_lengths(static_lengths, longest)[0][-1])
     with bundle_written_whole(output_dir, form, tokenizer, overwrite) as (folder, manifest):
+        is_calibrated = quantization == onnx_quantization.STATIC
+        rows = onnx_quantization.calibration_rows(calibration, model, tokenizer) if is_calibrated else None
         if static_lengths is not None:
-            onnx_static.export_static(model, folder, manifest, static_lengths)
+            onnx_static.export_static(model, folder, manifest, static_lengths, rows)
         elif quantization is None:
             _write_graphs(model, folder, manifest)
         else:
-            inputs = None
-            if quantization == onnx_quantization.STATIC:
-                rows = onnx_quantization.calibration_rows(calibration, model, tokenizer)
-                inputs = onnx_quantization.calibration_inputs(model, rows)
+            inputs = onnx_quantization.calibration_inputs(model, rows) if is_calibrated else None
             _write_quantized(model, folder, manifest, inputs)
         manifest["quantization"] = quantization
         _write_configs(model, folder)
     return Path(output_dir)
+
+
+def _limited(tokenizer, max_length):
+    """A tokenizer that truncates to what the largest graph holds, where it is asked to truncate."""
+    if tokenizer is None or tokenizer.model_max_length <= max_length:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = max_length
+    return tokenizer
 
 
 @dataclass

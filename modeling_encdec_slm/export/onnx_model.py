@@ -145,7 +145,7 @@ class OrtEncDecSLM(GenerationMixin):
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs["past_key_values"] = self._engine.new_cache(num_rows)
+            model_kwargs["past_key_values"] = self._engine.new_cache(num_rows, generation_config.max_length)
 
 
 class OrtEncoder:

@@ -39,10 +39,10 @@ def check_arguments(quantization: Any, calibration: Any, static_lengths: Any) ->
             f"`calibration` is given with `quantization` {quantization!r}, but only {STATIC!r} measures activations "
             "when it exports. Leave it out, or choose that."
         )
-    if static_lengths is not None and quantization is not None:
+    if static_lengths is not None and quantization == DYNAMIC:
         raise ValueError(
-            f"`static_lengths` and `quantization` ({quantization!r}) are both given, but graphs of fixed shape are "
-            "quantized by the tools of their NPU (such as NNCF for OpenVINO). Leave `quantization` out."
+            f"`quantization={DYNAMIC!r}` is given with `static_lengths`, but NPUs do not measure activations when "
+            f"they run. Use {STATIC!r}, which measures them when it exports."
         )
 
 

@@ -99,8 +99,8 @@ class DynamicEngine:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         return BaseModelOutput(last_hidden_state=self._reader(input_ids, mask, **images))
 
-    def new_cache(self, batch_size: int) -> BeamCache:
-        """A cache that holds no token; it takes any number of rows."""
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> BeamCache:
+        """A cache that holds no token; it takes any number of rows, and of tokens."""
         return BeamCache(DynamicCache(config=self._config), DynamicCache(config=self._config))
 
     def decode(
@@ -178,8 +178,8 @@ def part_of_graph(path: Path, names: Sequence[str]) -> bytes:
         whole = onnx.load(path, load_external_data=False)
     except Exception as error:  # of protobuf, which is no package that we name
         raise ValueError(
-            f"{path.name} of {str(path.parent)!r} cannot be read ({type(error).__name__}): it is damaged. Copy the "
-            "folder again, or export again."
+            f"{path.name} cannot be read ({type(error).__name__}): it is damaged. Copy {str(path.parent)!r} again, or "
+            "export again."
         ) from error
     part = onnx.utils.Extractor(whole).extract_model([value.name for value in whole.graph.input], names)
     onnx.load_external_data_for_model(part, str(path.parent))

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import hashlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh
 
+from . import onnx_static_quantization
 from .bundles import required
 from .onnx_graphs import cache_names
 from .operators import SOURCES, not_accepted
@@ -38,7 +40,7 @@ OPSET = 20
 WEIGHTS = "model.onnx_data"
 FILE_STEMS = {"encoder": "encoder_model", "decoder": "decoder_with_past_model"}
 DEFAULT_TARGET_LENGTH = 128
-# Added to scores of what must not be read: finite in float16 too, and its exponential is 0.
+# Taken from scores of what must not be read: finite in float16 too, and the exponential of what is left is 0.
 MASKED = 1e4
 TABLES = ("cos", "sin")
 # Lengths of the traced graphs, in whose place those of a bundle are put. Of length 1, axes would be taken for another.
@@ -86,6 +88,7 @@ def export_static(
     folder: Path,
     manifest: dict[str, Any],
     static_lengths: Any,
+    rows: list[torch.LongTensor] | None = None,
 ) -> None:
     """Writes the graphs of a text model for fixed lengths, and what they are into `manifest`.
 
@@ -97,32 +100,56 @@ def export_static(
         manifest (`dict`): Gets `source_lengths`, `target_length`, `opset`, `operators` and `graphs`: role, source
             length, and name, shape and dtype of every input and output of every file.
         static_lengths: As in [`parse_static_lengths`].
+        rows (`list[torch.LongTensor]`, *optional*): Sources of shape `(1, source_length)` to calibrate with: weights
+            get 8 bits, activations 16. `None` leaves both in float32.
 
     Raises:
         ValueError: `static_lengths` do not fit; the model is one for images; its rotary embedding depends on the
             length of the text; or it needs an operator that QNN, OpenVINO or CoreML does not accept.
     """
     _check_model(model)
-    config = model.config
-    source_lengths, target_length = parse_static_lengths(static_lengths, config.max_position_embeddings)
+    source_lengths, target_length = parse_static_lengths(static_lengths, model.config.max_position_embeddings)
+    manifest.update(opset=OPSET, source_lengths=source_lengths, target_length=target_length, graphs={})
+    # The last token is written, but never read.
+    model.generation_config.max_length = min(model.generation_config.max_length, target_length + 1)
+    if rows is None:
+        operators = _write_graphs(model, folder, manifest, MASKED)
+    else:
+        operators = _write_quantized(model, folder, manifest, rows)
+    manifest["operators"] = {"used": operators, "not_accepted": not_accepted(operators), "lists": SOURCES}
+
+
+def _write_graphs(model, folder, manifest, masked):
+    """Writes float32 graphs and describes them in `manifest`; gives the names of their operators, sorted."""
     weights = SharedWeights(folder / WEIGHTS)
-    graphs = {"encoder": EncoderGraph(model), "decoder": StepGraph(model)}
+    graphs = {"encoder": EncoderGraph(model, masked), "decoder": StepGraph(model, masked)}
     traced, operators = {}, set()
     for role, graph in graphs.items():
         traced[role] = _traced(graph, weights)
         operators |= {node.op_type for node in traced[role].graph.node}
         _check_operators(operators)
-    manifest.update(opset=OPSET, source_lengths=source_lengths, target_length=target_length, graphs={})
-    manifest["operators"] = {"used": sorted(operators), "not_accepted": not_accepted(operators), "lists": SOURCES}
-    # The last token is written, but never read.
-    model.generation_config.max_length = min(model.generation_config.max_length, target_length + 1)
-    for source_length in source_lengths:
+    target_length = manifest["target_length"]
+    for source_length in manifest["source_lengths"]:
         for role, graph in graphs.items():
             tables = rotary_tables(model, role, source_length if role == "encoder" else target_length)
             proto = with_lengths(traced[role], graph.shapes, source_length, target_length, tables)
             name = f"{FILE_STEMS[role]}_{source_length}.onnx"
             (folder / name).write_bytes(proto.SerializeToString())
             manifest["graphs"][name] = {"role": role, "source_length": source_length, **tensors_of(proto)}
+    return sorted(operators)
+
+
+def _write_quantized(model, folder, manifest, rows):
+    ir = required("onnx_ir")
+    weights, operators = SharedWeights(folder / WEIGHTS), set()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-float-") as temporary:
+        _write_graphs(model, Path(temporary), manifest, onnx_static_quantization.MASKED)
+        for name, graph in onnx_static_quantization.quantized_graphs(Path(temporary), manifest, model, rows):
+            operators |= {node.op_type for node in graph.graph}
+            weights.share(graph)
+            (folder / name).write_bytes(ir.to_proto(graph).SerializeToString())
+    manifest["opset"] = onnx_static_quantization.OPSET
+    return sorted(operators)
 
 
 def _check_model(model):
@@ -207,11 +234,19 @@ def rotary_tables(model: PreTrainedModel, stack: str, length: int) -> dict[str, 
 
 
 class StaticGraph(nn.Module):
-    """What both graphs hold: the model, so that weights have a checkpoint's names, and tables of the rotation."""
+    """What both graphs hold: the model, so that weights have a checkpoint's names, and tables of the rotation.
 
-    def __init__(self, model, stack, length):
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A text model.
+        masked (`float`): What is taken from scores of what must not be read.
+        stack (`str`): `"encoder"` or `"decoder"`.
+        length (`int`): Of the tables.
+    """
+
+    def __init__(self, model, masked, stack, length):
         super().__init__()
         self.model = model.model
+        self.masked = masked
         for name, table in rotary_tables(model, stack, length).items():
             setattr(self, name, nn.Buffer(table, persistent=False))
 
@@ -223,8 +258,8 @@ class StaticGraph(nn.Module):
 class EncoderGraph(StaticGraph):
     """Token ids and their mask in; the encoder's states and every layer's cross keys and values out."""
 
-    def __init__(self, model):
-        super().__init__(model, "encoder", TRACED_SOURCE)
+    def __init__(self, model, masked):
+        super().__init__(model, masked, "encoder", TRACED_SOURCE)
         config = model.config
         names = cache_names(config.decoder_num_hidden_layers, "present", "encoder")
         self.input_shapes = {"input_ids": (1, "S"), "attention_mask": (1, "S")}
@@ -236,7 +271,7 @@ class EncoderGraph(StaticGraph):
     def forward(self, input_ids, attention_mask):
         encoder = self.model.encoder
         states = encoder.embed_tokens(input_ids).view(-1, encoder.embed_tokens.embedding_dim)  # (S, D)
-        mask = (attention_mask - 1) * MASKED  # (1, S)
+        mask = (attention_mask - 1) * self.masked  # (1, S)
         for layer in encoder.layers:
             attention, normed = layer.self_attn, _norm(layer.input_layernorm, states)
             query, (key, value) = _query(attention, normed), _key_and_value(attention, normed)
@@ -252,8 +287,8 @@ class EncoderGraph(StaticGraph):
 class StepGraph(StaticGraph):
     """One target token, its position, masks, the cache and the cross keys and values in; logits and the cache out."""
 
-    def __init__(self, model):
-        super().__init__(model, "decoder", TRACED_TARGET)
+    def __init__(self, model, masked):
+        super().__init__(model, masked, "decoder", TRACED_TARGET)
         self.lm_head = model.lm_head
         config = model.config
         heads = config.num_key_value_heads, config.head_dim
@@ -271,7 +306,7 @@ class StepGraph(StaticGraph):
         embed_tokens = self.model.encoder.embed_tokens
         states = embed_tokens(input_ids).view(1, embed_tokens.embedding_dim)  # (1, D)
         cos, sin = (F.embedding(position_ids, table).view(1, -1) for table in (self.cos, self.sin))
-        own_mask, cross_mask = ((mask - 1) * MASKED for mask in (decoder_attention_mask, encoder_attention_mask))
+        own_mask, cross_mask = ((mask - 1) * self.masked for mask in (decoder_attention_mask, encoder_attention_mask))
         presents = []
         for layer, past in zip(self.model.decoder.layers, _by_layer(past_key_values), strict=True):
             past_key, past_value, cross_key, cross_value = past

@@ -134,10 +134,15 @@ class StaticEngine:
             cache ([`StaticCache`]): Is changed.
 
         Raises:
-            ValueError: There are more tokens than the cache has room for.
+            ValueError: There are more tokens than the cache has room for, or the encoding is of another model.
         """
         total = cache.num_tokens + decoder_input_ids.shape[1]
         self._check_room(total)
+        if getattr(encoding, "cross_key_values", None) is None:
+            raise ValueError(
+                "`encoder_outputs` has no `cross_key_values`, which the decoder of a static bundle reads instead of "
+                "the encoder's states. Take it from `get_encoder()` of this model."
+            )
         bucket = encoding.cross_key_values.shape[3]
         if attention_mask is None:
             attention_mask = torch.ones(encoding.last_hidden_state.shape[:2])
