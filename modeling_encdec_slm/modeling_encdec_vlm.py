@@ -168,7 +168,16 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
         if pixel_values is not None:
             inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_sizes)
             input_ids = None
+        elif input_ids is not None and not torch.compiler.is_compiling() and input_ids.device.type != "meta":
+            self._refuse_image_tokens(input_ids)
         return self.text_model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+
+    def _refuse_image_tokens(self, input_ids):
+        if num_tokens := int((input_ids == self.config.image_token_id).sum()):
+            raise ValueError(
+                f"`input_ids` has {num_tokens} image tokens (id {self.config.image_token_id}), but 0 images are "
+                "given. Pass `pixel_values` and `image_sizes` as the processor returns them."
+            )
 
     def _with_images(self, input_ids, inputs_embeds, pixel_values, image_sizes):
         if input_ids is None or inputs_embeds is not None or image_sizes is None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from conftest import randomised
-from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration, EncDecVLMModel
+from encdec_slm import EncDecSLMConfig, EncDecVLMConfig, EncDecVLMForConditionalGeneration, EncDecVLMModel
 from encdec_slm.configuration_encdec_vlm import feature_shape, grid_shape, num_image_tokens
 
 
@@ -198,6 +198,22 @@ def test_eager_equals_sdpa_in_every_part(model, target_ids):
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-4)
 
 
+# What transformers 5.23 and torch 2.13 call on the way is deprecated in torch itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", ["flex_attention", {"text_config": "flex_attention", "vision_config": "sdpa"}], ids=str
+)
+def test_flex_attention_equals_eager_with_images(tiny_config, target_ids, backend):
+    text_config = EncDecSLMConfig(**{**tiny_config.to_dict(), "head_dim": 16})
+    model = build(make_config(text_config))
+    expected = logits_of(model, target_ids)
+    model.set_attn_implementation(backend)
+    assert model.model.decoder.config._attn_implementation == "flex_attention"
+    with torch.no_grad():  # on a CPU torch has no gradient of it
+        torch.testing.assert_close(logits_of(model, target_ids), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_images_are_encoded_once_per_generation(clip_model, settings):
     calls = {"tower": 0, "encoder": 0, "steps": 0}
@@ -356,6 +372,10 @@ def test_images_and_their_tokens_must_be_as_many(clip_model, target_ids):
     counts = int((inputs["input_ids"] == IMAGE).sum())
     with pytest.raises(ValueError, match=rf"has {counts} image tokens \(id 96\), but the 3 images have {counts + 1}"):
         clip_model(**inputs, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match=rf"has {counts} image tokens \(id 96\), but 0 images are given"):
+        clip_model(inputs["input_ids"], inputs["attention_mask"], decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match="but 0 images are given"):
+        clip_model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2)
 
 
 def test_tiles_and_sizes_must_fit(clip_model, target_ids):
