@@ -7,10 +7,12 @@ import pytest
 import torch
 from ddp_worker import history_of
 from distillation_worker import make_trainer
-from transformers.utils import is_flash_attn_2_available
+from test_modeling_encdec_vlm import make_config, make_inputs
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from conftest import randomised
-from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
+from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration, EncDecVLMForConditionalGeneration
 from encdec_slm.trainers.distillation_losses import ObjectiveSettings, distillation_objective
 from encdec_slm.trainers.output_heads import OutputHead
 
@@ -110,3 +112,49 @@ def test_a_student_is_distilled_in_half_precision(tmp_path):
     losses = history_of(trainer)
     assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
     assert trainer._read_student.head_is_known and trainer._read_teacher.head_is_known
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_images_are_read_by_every_backend_as_in_single_precision(cuda_model, backend):
+    if backend == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    vision_config = {
+        **{"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+    }
+    model = EncDecVLMForConditionalGeneration(make_config(cuda_model.config, vision_config)).to("cuda").eval()
+    inputs = make_inputs(model.config, [[(11, 16)], [], [(160, 240), (8, 8)]])
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    expected = logits_with(model, "eager", torch.float32, inputs)
+    actual = logits_with(model, backend, torch.bfloat16, inputs)
+    assert (actual - expected).abs().max() < 0.05 * expected.std() + 0.02
+
+
+def test_static_caches_write_what_growing_ones_do_for_every_length(cuda_model):
+    randomised(cuda_model.cpu()).cuda()
+    for length in (40, 64, 65, 100):
+        ids = torch.randint(3, 512, (2, length), generator=torch.Generator().manual_seed(length)).cuda()
+        expected = cuda_model.generate(ids, max_new_tokens=8)
+        assert torch.equal(cuda_model.generate(ids, max_new_tokens=8, cache_implementation="static"), expected)
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize(
+    "config",
+    [
+        BitsAndBytesConfig(load_in_8bit=True),
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+    ],
+    ids=["8 bit", "4 bit"],
+)
+def test_bitsandbytes_quantizes_all_but_the_tied_table(cuda_model, cuda_source, config, tmp_path):
+    cuda_model.save_pretrained(tmp_path)
+    expected = logits_with(cuda_model, "eager", torch.float32, cuda_source)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=config, device_map="cuda")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.get_memory_footprint() < 0.7 * cuda_model.get_memory_footprint()
+    with torch.no_grad():
+        actual = model(**cuda_source, decoder_input_ids=cuda_source["input_ids"][:, :12]).logits.float()
+    # 4 bits leave 16 levels: the logits follow the float ones, they do not equal them.
+    assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.9
+    assert model.generate(**cuda_source, max_new_tokens=8, min_new_tokens=8).shape == (4, 9)
