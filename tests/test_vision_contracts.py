@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from encdec_slm import EncDecSLMConfig, EncDecVLMConfig, EncDecVLMForConditionalGeneration
+from encdec_slm import EncDecSLMConfig, EncDecVLMConfig, EncDecVLMForConditionalGeneration, configuration
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
 from encdec_slm.trainers.vqa import new_processor
 
@@ -88,6 +88,12 @@ with torch.no_grad():
     torch.testing.assert_close(logits, adapted.eval()(**inputs, **target).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, model(**inputs, **target).logits)
 """
+
+
+def test_the_catalogue_has_the_config_classes():
+    assert set(configuration.__all__) >= {"EncDecSLMConfig", "EncDecVLMConfig"}
+    assert configuration.EncDecVLMConfig is EncDecVLMConfig
+    assert type(configuration.load_preset("tiny-vlm")) is configuration.EncDecVLMConfig
 
 
 @pytest.mark.slow
