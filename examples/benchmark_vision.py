@@ -5,8 +5,8 @@
 
 Random weights, batch 1, greedy `generate`, both with a cache; images of 640 x 480 pixels, 2,340 tokens each. First
 token: seconds from tiles and ids to the first generated id; decode rate: the other tokens by the seconds that they
-take. Repetitions of both models and of memory bandwidth are interleaved; medians are reported, of peak memory the one
-run in a process of its own. Writes `benchmark_vision.json` and `benchmark_vision.png`: milliseconds per token over
+take. Each model has a process of its own; they take turns, with memory bandwidth measured in between. Medians are
+reported. Writes `benchmark_vision.json` and `benchmark_vision.png`: milliseconds per token over
 image tokens, beside what weights, keys and values cost at the measured bandwidth. Not measured: cutting images into
 tiles, batches, beams.
 """
@@ -14,6 +14,7 @@ tiles, batches, beams.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,9 +23,10 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
 from encdec_slm.benchmarks.generation_speed import decode_rate, token_seconds
-from encdec_slm.benchmarks.machine import in_new_process, machine, memory_bandwidth, peak_bytes
+from encdec_slm.benchmarks.machine import machine, memory_bandwidth
+from encdec_slm.benchmarks.workers import Worker
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
-from encdec_slm.configuration.sizes import num_cached_values, num_weights_per_token
+from encdec_slm.configuration.sizes import num_cached_values, num_parameters, num_weights_per_token
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
 from encdec_slm.trainers.run_reports import write_file
 
@@ -37,9 +39,8 @@ BANDWIDTH_VALUES = 2**27
 
 def main():
     arguments = parse_arguments()
-    peaks = {name: in_new_process(measure_memory, name, arguments) for name in (OURS, TWIN)}
     report = {"arguments": {**vars(arguments), "output": str(arguments.output)}, "machine": machine(arguments.device)}
-    report |= measure(arguments) | {"peak_bytes": peaks}
+    report |= measure(arguments)
     print(f"\n{table(report)}\n\n{notes(report)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
@@ -102,46 +103,50 @@ def inputs(name, num_images, arguments):
 # Measuring
 
 
-def measure_memory(name, arguments):
-    """Peak bytes of a new process in which one model generates for the largest number of images."""
+def load(name, arguments):
+    """What times one of the two models, for a number of images and of new tokens."""
     model = build(name, arguments)
-    token_seconds(model, **inputs(name, max(arguments.images), arguments), num_new_tokens=2)
-    return peak_bytes(arguments.device)
+    given = {count: inputs(name, count, arguments) for count in arguments.images}
+    return lambda count, num_new_tokens: token_seconds(model, **given[count], num_new_tokens=num_new_tokens)
 
 
 def measure(arguments):
-    """Token times by model and number of images, and the machine's bandwidth in between."""
-    models = {name: build(name, arguments) for name in (OURS, TWIN)}
-    given = {name: {count: inputs(name, count, arguments) for count in arguments.images} for name in models}
-    runs = {name: {count: [] for count in arguments.images} for name in models}
+    """Token times and peaks of memory by model and number of images, and the machine's bandwidth in between."""
+    workers = {name: Worker(name, partial(load, name, arguments), arguments.device) for name in (OURS, TWIN)}
+    runs = {name: {count: [] for count in arguments.images} for name in workers}
+    peaks = {name: {} for name in workers}
     buffer, bandwidths = torch.ones(BANDWIDTH_VALUES, device=arguments.device), []
-    for repetition in range(-1, arguments.repetitions):  # once more, to warm up
+    for worker in workers.values():
+        worker.token_seconds(arguments.images[0], 2)
+    for _ in range(arguments.repetitions):
         bandwidths.append(memory_bandwidth(buffer))
-        for count in arguments.images if repetition >= 0 else arguments.images[:1]:
-            for name, model in models.items():
-                num_tokens = arguments.new_tokens if repetition >= 0 else 2
-                seconds = token_seconds(model, **given[name][count], num_new_tokens=num_tokens)
-                if repetition >= 0:
-                    runs[name][count].append(seconds)
-                    print(f"{name}, {count} images: first token {seconds[0]:.2f} s", flush=True)
-    counts = {count: given[OURS][count]["source_ids"].shape[1] for count in arguments.images}
+        for count in arguments.images:
+            for name, worker in workers.items():
+                seconds = worker.token_seconds(count, arguments.new_tokens)
+                runs[name][count].append(seconds)
+                peaks[name].setdefault(count, worker.peak_bytes())
+                print(f"{name}, {count} images: first token {seconds[0]:.2f} s, {decode_rate(seconds):.2f} tokens/s")
+    for worker in workers.values():
+        worker.close()
+    counts = {count: inputs(OURS, count, arguments)["source_ids"].shape[1] for count in arguments.images}
+    configs = {OURS: load_preset(arguments.preset), TWIN: decoder_only_twin(load_preset(arguments.preset))}
+    itemsize = getattr(torch, arguments.dtype).itemsize
     return {
         "source_tokens": counts,
         "bandwidth": median(bandwidths),
-        "num_parameters": {name: sum(value.numel() for value in model.parameters()) for name, model in models.items()},
+        "num_parameters": {name: num_parameters(config) for name, config in configs.items()},
         "bytes_per_token": {
-            name: {count: bytes_per_token(model, length) for count, length in counts.items()}
-            for name, model in models.items()
+            name: {count: itemsize * values_per_token(config, length) for count, length in counts.items()}
+            for name, config in configs.items()
         },
+        "peak_bytes": peaks,
         "token_seconds": runs,
     }
 
 
-def bytes_per_token(model, source_length):
-    """What one generated token reads: weights, and keys and values of the source."""
-    return model.dtype.itemsize * (
-        num_weights_per_token(model.config) + source_length * num_cached_values(model.config)
-    )
+def values_per_token(config, source_length):
+    """Numbers that one generated token reads: weights, and keys and values of the source."""
+    return num_weights_per_token(config) + source_length * num_cached_values(config)
 
 
 # Telling
@@ -175,8 +180,9 @@ def notes(report):
         first = median(ours[0] / other[0] for ours, other in pairs)
         decode = median(decode_rate(ours) / decode_rate(other) for ours, other in pairs)
         lines.append(f"{count} images: first token {first:.2f} x the twin's, decode rate {decode:.2f} x.")
-    peaks = ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in report["peak_bytes"].items())
-    lines.append(f"Peak memory at {max(report['source_tokens'])} images, each in its own process: {peaks}.")
+    for count in report["source_tokens"]:
+        peaks = ", ".join(f"{name} {value[count] / 1e6:,.0f} MB" for name, value in report["peak_bytes"].items())
+        lines.append(f"Peak memory with up to {count} images, each in its own process: {peaks}.")
     lines.append(
         f"{report['arguments']['preset']}, {report['arguments']['dtype']}, {report['machine']['cpu']}, "
         f"{report['machine']['torch_threads']} threads, memory bandwidth {report['bandwidth'] / 1e9:.1f} GB/s."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.slow  # four processes, each of which imports everything
+pytestmark = pytest.mark.slow  # three processes, each of which imports everything
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,8 @@ def test_both_models_are_timed_for_every_number_of_images(finished):
     for name in ("encoder-decoder", "LLaVA-NeXT twin"):
         assert set(report["token_seconds"][name]) == {"0", "1", "2"}
         assert all(len(run) == 3 for runs in report["token_seconds"][name].values() for run in runs)
-        assert report["peak_bytes"][name] > 10**8
+        peaks = report["peak_bytes"][name]
+        assert 10**8 < peaks["0"] <= peaks["1"] <= peaks["2"]
         assert printed.count(f"| {name} |") == 3
     assert report["source_tokens"]["2"] - report["source_tokens"]["1"] == 64
     ours, twin = report["num_parameters"].values()

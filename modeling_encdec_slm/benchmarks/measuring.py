@@ -2,6 +2,7 @@
 """One run of the benchmark: contenders take turns, engine by engine, and the machine is measured in between."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from .contenders import OURS, TWIN, Contender, config_of, has_bfloat16_units, needs_of
-from .engines import bundle_folder, prepare
+from .engines import bundle_folder, import_engine, load, prepare
 from .generation_speed import decode_rate
 from .machine import in_new_process, machine, matmul_rate, memory_bandwidth
 from .workers import Worker
@@ -80,24 +81,23 @@ def _measure(group, settings, num_repetitions, num_threads, folder):
     """Raw times of contenders that take turns; all of them are held at once, each in its process."""
     print(f"Loading {', '.join(one.name for one in group)}", flush=True)
     machine_runs = {"bandwidth": [], **{f"matmul_{name}": [] for name in _matrices(group[0].device)}}
-    workers = [Worker(contender, bundle_folder(contender, folder), num_threads) for contender in group]
+    workers = [_worker(contender, folder, num_threads) for contender in group]
     try:
         result = {
-            "contenders": [worker.contender.name for worker in workers],
-            "bytes_before": {worker.contender.name: worker.bytes_before for worker in workers},
-            "peak_bytes": {worker.contender.name: [] for worker in workers},
-            "token_seconds": {worker.contender.name: [[] for _ in settings] for worker in workers},
+            "contenders": [worker.name for worker in workers],
+            "bytes_before": {worker.name: worker.bytes_before for worker in workers},
+            "peak_bytes": {worker.name: [] for worker in workers},
+            "token_seconds": {worker.name: [[] for _ in settings] for worker in workers},
             "machine": machine_runs,
         }
-        for worker in workers:
-            worker.token_seconds(_source_ids(worker.contender, settings[0][0]), NUM_WARM_UP_TOKENS)
+        for worker, contender in zip(workers, group, strict=True):
+            worker.token_seconds(_source_ids(contender, settings[0][0]), NUM_WARM_UP_TOKENS)
         for repetition in range(num_repetitions):
             _measure_machine(machine_runs, group[0].device)
             for place, (source_length, num_new_tokens) in enumerate(settings):
-                for worker in workers:
-                    name = worker.contender.name
-                    source_ids = _source_ids(worker.contender, source_length)
-                    seconds = worker.token_seconds(source_ids, num_new_tokens)
+                for worker, contender in zip(workers, group, strict=True):
+                    name = worker.name
+                    seconds = worker.token_seconds(_source_ids(contender, source_length), num_new_tokens)
                     result["token_seconds"][name][place].append(seconds)
                     if repetition == 0:
                         result["peak_bytes"][name].append(worker.peak_bytes())
@@ -110,6 +110,15 @@ def _measure(group, settings, num_repetitions, num_threads, folder):
         for worker in workers:
             worker.close()
     return result
+
+
+def _worker(contender, folder, num_threads):
+    return Worker(
+        contender.name,
+        partial(load, contender, bundle_folder(contender, folder), num_threads),
+        contender.device,
+        partial(import_engine, contender, num_threads),
+    )
 
 
 def _matrices(device):

@@ -2,11 +2,10 @@
 """Contenders in processes of their own: each has its peak of memory and its threads to itself, and all take turns."""
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
-from .contenders import Contender
 from .machine import peak_bytes
 
 
@@ -14,26 +13,33 @@ class Worker:
     """A process that holds one contender and times it when told to.
 
     Args:
-        contender ([`Contender`]): What it holds; loaded at once.
-        folder (`Path`): Where [`~encdec_slm.benchmarks.engines.prepare`] wrote it.
-        num_threads (`int`): Of the engine.
+        name (`str`): For messages.
+        load (`Callable[[], Callable]`): Called in the process; gives the function that times the contender.
+        device (`str`): Whose memory counts, `"cpu"` or `"cuda"`.
+        import_engine (`Callable[[], None]`, *optional*): Called before: what it loads is not the model's memory.
 
     Raises:
         RuntimeError: It cannot be loaded.
     """
 
-    def __init__(self, contender: Contender, folder: Path, num_threads: int):
-        self.contender = contender
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Callable[..., list[float]]],
+        device: str,
+        import_engine: Callable[[], None] | None = None,
+    ):
+        self.name = name
         self._connection, other = get_context("spawn").Pipe()
-        arguments = (other, contender, folder, num_threads)
+        arguments = (other, load, device, import_engine)
         self._process = get_context("spawn").Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         other.close()
         self.bytes_before = self._answer()
 
-    def token_seconds(self, source_ids: Sequence[int], num_new_tokens: int) -> list[float]:
-        """Seconds from the call until each of the new tokens is known."""
-        self._connection.send((source_ids, num_new_tokens))
+    def token_seconds(self, *task: Any) -> list[float]:
+        """Seconds from the call until each of the new tokens is known; `task` is what the function of `load` takes."""
+        self._connection.send(task)
         return self._answer()
 
     def peak_bytes(self) -> int:
@@ -46,32 +52,31 @@ class Worker:
         self._connection.close()
         self._process.join(timeout=30)
         self._process.kill()
+        self._process.join()
 
     def _answer(self):
         try:
             answer = self._connection.recv()
         except EOFError:
             raise RuntimeError(
-                f"{self.contender.name} ended without an answer: most likely the machine ran out of memory. Take a "
-                "smaller preset, or fewer contenders."
+                f"{self.name} ended without an answer: most likely the machine ran out of memory. Take a smaller "
+                "preset, or fewer contenders."
             ) from None
         if isinstance(answer, Exception):
-            raise RuntimeError(f"{self.contender.name} failed: {answer}") from answer
+            raise RuntimeError(f"{self.name} failed: {answer}") from answer
         return answer
 
 
-def _serve(connection, contender, folder, num_threads):
+def _serve(connection, load, device, import_engine):
     try:
-        # An engine's libraries do not count as the model's memory.
-        from .engines import import_engine, load
-
-        import_engine(contender, num_threads)
-        before = peak_bytes(contender.device)
-        token_seconds = load(contender, folder, num_threads)
+        if import_engine is not None:
+            import_engine()
+        before = peak_bytes(device)
+        token_seconds = load()
         connection.send(before)
         while True:
             task = connection.recv()
-            connection.send(peak_bytes(contender.device) if task is None else token_seconds(*task))
+            connection.send(peak_bytes(device) if task is None else token_seconds(*task))
     except EOFError:
         pass
     except Exception as error:
