@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from encdec_slm.benchmarks.contenders import FLAN_T5, OURS, T5GEMMA2, TWIN, Contender
-from encdec_slm.benchmarks.engines import bundle_folder, import_engine, load, prepare
+from encdec_slm.benchmarks.engines import TORCH_ENGINES, bundle_folder, import_engine, load, prepare
 from encdec_slm.benchmarks.measuring import file_bytes
 
 
@@ -20,7 +20,7 @@ def contender(model, engine, precision):
 
 
 def timed(one, folder, source_ids=(5, 6, 7, 8), num_new_tokens=6):
-    if not bundle_folder(one, folder).exists():
+    if one.engine not in TORCH_ENGINES and not bundle_folder(one, folder).exists():
         prepare(one, folder)
     import_engine(one, num_threads=1)
     return load(one, bundle_folder(one, folder), num_threads=1)(list(source_ids), num_new_tokens)

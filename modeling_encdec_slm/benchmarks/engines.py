@@ -37,9 +37,7 @@ def bundle_folder(contender: Contender, folder: Path) -> Path:
 
 
 def prepare(contender: Contender, folder: Path) -> None:
-    """Writes the files of a contender with random weights to its [`bundle_folder`]; none where torch runs it."""
-    if contender.engine in TORCH_ENGINES:
-        return
+    """Writes the files of a contender with random weights to its [`bundle_folder`]; engines of torch need none."""
     model, output_dir = random_model(contender, torch.float32), bundle_folder(contender, folder)
     if contender.engine == "ctranslate2":
         _prepare_ctranslate2(model, contender, output_dir)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .contenders import OURS, TWIN, Contender, config_of, has_bfloat16_units, needs_of
-from .engines import bundle_folder, import_engine, load, prepare
+from .engines import TORCH_ENGINES, bundle_folder, import_engine, load, prepare
 from .generation_speed import decode_rate
 from .machine import in_new_process, machine, matmul_rate, memory_bandwidth
 from .workers import Worker
@@ -47,7 +47,7 @@ def run_benchmark(
         (ours beside the twin in the same engine and precision).
     """
     for contender in contenders:
-        if not bundle_folder(contender, folder).exists():
+        if contender.engine not in TORCH_ENGINES and not bundle_folder(contender, folder).exists():
             print(f"Writing {contender.name}", flush=True)
             in_new_process(prepare, contender, folder)
     groups = [_measure(group, settings, num_repetitions, num_threads, folder) for group in _groups(contenders)]
