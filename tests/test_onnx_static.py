@@ -8,7 +8,8 @@ from onnx_bundles import padded_source, target_ids, tiny_text_model
 from static_bundles import SOURCE_LENGTHS, TARGET_LENGTH, export_static_bundle, tiny_static_bundle
 from transformers import AutoTokenizer
 
-from encdec_slm import Text2TextGenerationPipeline
+from encdec_slm import EncDecVLMForConditionalGeneration, Text2TextGenerationPipeline
+from encdec_slm.configuration import load_preset
 from encdec_slm.export import OrtEncDecSLM
 from encdec_slm.export.bundles import read_manifest, required
 from encdec_slm.export.onnx_static import FORM, parse_static_lengths
@@ -199,6 +200,12 @@ def test_a_rotation_that_depends_on_the_length_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match=r"`rope_type` 'dynamic', whose frequencies change with the length"):
         export_static_bundle(tmp_path / "bundle", tiny_text_model(rope_parameters=rope), source=[4])
+
+
+def test_a_model_that_sees_is_refused(tmp_path):
+    model = EncDecVLMForConditionalGeneration(load_preset("tiny-vlm"))
+    with pytest.raises(ValueError, match=r"`model_type` 'encdec_vlm', but graphs of fixed shape are made of text"):
+        export_static_bundle(tmp_path / "bundle", model)
 
 
 def test_the_manifest_is_json_that_names_its_lists(bundle):
