@@ -82,7 +82,7 @@ def build(name, arguments):
 def inputs(name, num_images, arguments):
     """Ids with as many image tokens as there are features, and random tiles in the form that the model takes."""
     config = load_preset(arguments.preset)
-    tile, size = config.vision_config.image_size, (HEIGHT, WIDTH)
+    tile, size = config.tile_size, (HEIGHT, WIDTH)
     # LLaVA-NeXT shrinks no grid; an image of this size has as many tokens in both all the same.
     max_num_tiles = config.max_num_tiles if name == OURS else sys.maxsize
     geometry = (config.image_grid_pinpoints, tile, config.patches_per_side, max_num_tiles)

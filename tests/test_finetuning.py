@@ -145,8 +145,9 @@ def test_the_script_answers_bad_input_in_one_line(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rat: 0.1\n", encoding="utf-8")
     result = run_script("finetune.py", "--config", "mine.yaml", cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith("finetune.py: Unknown key `learning_rat` in mine.yaml. The nearest valid key is")
-    assert result.stderr.count("\n") == 1
+    # torchao, where it is installed, tells of kernels that it has not for this machine.
+    (line,) = (one for one in result.stderr.splitlines() if "torchao" not in one and "_pytree" not in one)
+    assert line.startswith("finetune.py: Unknown key `learning_rat` in mine.yaml. The nearest valid key is")
 
 
 def test_a_saved_folder_writes_in_a_process_that_never_imports_this_package(finished, tmp_path):
