@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx_bundles import copy_of_bundle, padded_source, target_ids, tiny_onnx_bundle, word_tokenizer
 from transformers import CLIPVisionConfig, SiglipVisionConfig, TextStreamer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from conftest import randomised
@@ -119,6 +120,26 @@ def test_masks_may_be_of_any_number_type(exported):
     torch.testing.assert_close(logits[2], logits[0])
 
 
+def test_a_cache_of_transformers_is_filled(exported):
+    source, decoder_ids = padded_source(9, 5), target_ids(2, 4)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    logits = exported(**source, decoder_input_ids=decoder_ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, exported(**source, decoder_input_ids=decoder_ids).logits)
+    assert cache.get_seq_length() == 4 and cache.cross_attention_cache.get_seq_length() == 9
+    with pytest.raises(TypeError, match="is a DynamicCache, but an encoder-decoder keeps two"):
+        exported(**source, decoder_input_ids=decoder_ids, past_key_values=DynamicCache())
+
+
+def test_ids_and_states_may_be_of_other_number_types(exported):
+    source, decoder_ids = padded_source(6, 4), target_ids(2, 2)
+    expected = exported(**source, decoder_input_ids=decoder_ids)
+    ids = {"input_ids": source["input_ids"].int(), "decoder_input_ids": decoder_ids.int()}
+    torch.testing.assert_close(exported(attention_mask=source["attention_mask"], **ids).logits, expected.logits)
+    outputs = BaseModelOutput(last_hidden_state=expected.encoder_last_hidden_state.double())
+    logits = exported(None, source["attention_mask"], decoder_ids, encoder_outputs=outputs).logits
+    torch.testing.assert_close(logits, expected.logits)
+
+
 def test_a_cache_without_its_last_tokens_goes_on_from_there(exported):
     source, decoder_ids = padded_source(9, 5), target_ids(2, 6)
     whole = exported(**source, decoder_input_ids=decoder_ids)
@@ -168,6 +189,7 @@ SOURCE = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "decoder_input_ids": torc
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "`input_ids` is of shape"),
         ({"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\), but the source has \(2, 2\)"),
         ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "bundle is of a text model"),
+        ({"input_ids": torch.zeros(2, 2, dtype=torch.long, device="meta")}, "lies on meta, but .* on the CPU"),
         ({"output_attentions": True}, "`output_attentions` is True"),
     ],
 )
@@ -209,6 +231,11 @@ def test_a_graph_that_is_damaged_inside_is_named(tmp_path, name):
     (folder / name).write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match=f"{name} cannot be (loaded|read) .* damaged"):
         OrtEncDecSLM.from_pretrained(folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no folder here, and could not be loaded from the Hub"):
+        OrtEncDecSLM.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_folder_that_is_no_onnx_bundle_is_refused(tmp_path):

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from ..checkpoint_folders import TOKENIZER_FILES, local_folder
 from . import bundles, onnx_export, onnx_static
 from .onnx_runtime import DynamicEngine, Graph
-from .onnx_static_runtime import StaticEngine
+from .onnx_static_runtime import StaticCache, StaticEngine
+
+
+BUNDLE_FILES = ("*.onnx", "*.onnx_data", "*.json", *TOKENIZER_FILES)
 
 
 class OrtEncDecSLM(GenerationMixin):
@@ -45,11 +50,11 @@ class OrtEncDecSLM(GenerationMixin):
         self.input_modalities = ("text",) if config.model_type == "encdec_slm" else ("image", "text")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, providers: Sequence[str] | None = None) -> "OrtEncDecSLM":
+    def from_pretrained(cls, name_or_path: str | Path, *, providers: Sequence[str] | None = None) -> "OrtEncDecSLM":
         """The model of a folder that `export_onnx` wrote; it runs on as many threads as torch does.
 
         Args:
-            folder (`str` or `Path`): The bundle, of free or of fixed lengths.
+            name_or_path (`str` or `Path`): The bundle, of free or of fixed lengths; or its name on the Hub.
             providers (`Sequence[str]`, *optional*): Execution providers of onnxruntime, the preferred one first.
                 `None` means the CPU.
 
@@ -58,7 +63,7 @@ class OrtEncDecSLM(GenerationMixin):
                 such provider.
             ImportError: The `export` extra is not installed.
         """
-        folder = Path(folder)
+        folder = local_folder(name_or_path, BUNDLE_FILES)
         manifest = bundles.read_manifest(folder, onnx_export.FORM, onnx_static.FORM)
         open_session = functools.partial(_session, providers=_checked_providers(providers))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -108,8 +113,10 @@ class OrtEncDecSLM(GenerationMixin):
             models that see.
 
         Raises:
-            ValueError: There is no source or no target, they do not fit together, an id lies outside of the
-                vocabulary, or attentions or hidden states are asked for, which no graph gives.
+            ValueError: There is no source or no target, they do not fit together, lie on another device than the CPU,
+                an id lies outside of the vocabulary, or attentions or hidden states are asked for, which no graph
+                gives.
+            TypeError: `past_key_values` is a cache for decoder-only models.
         """
         _check_outputs(output_attentions, output_hidden_states)
         if encoder_outputs is None:
@@ -119,6 +126,7 @@ class OrtEncDecSLM(GenerationMixin):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         _check_target(decoder_input_ids, encoder_outputs.last_hidden_state, attention_mask, self.config)
         cache = self._engine.new_cache(len(decoder_input_ids)) if past_key_values is None else past_key_values
+        _check_cache(cache)
         logits = self._engine.decode(decoder_input_ids, encoder_outputs, attention_mask, cache)
         return Seq2SeqLMOutput(
             logits=logits,
@@ -247,11 +255,21 @@ def _check_mask(attention_mask, shape):
 
 def _check_ids(ids, name, config):
     vocab_size = config.get_text_config().vocab_size
+    if ids.device.type != "cpu":
+        raise ValueError(f'`{name}` lies on {ids.device}, but an export reads tensors on the CPU. Pass `.to("cpu")`.')
     lowest, highest = (bound.item() for bound in ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"`{name}` has ids from {lowest} to {highest}, but the vocabulary has ids 0 to {vocab_size - 1}. Use the "
             "tokenizer that lies in the folder of the export."
+        )
+
+
+def _check_cache(cache):
+    if not isinstance(cache, (EncoderDecoderCache, StaticCache)):
+        raise TypeError(
+            f"`past_key_values` is a {type(cache).__name__}, but an encoder-decoder keeps two caches. Pass what an "
+            "earlier call returned, or `EncoderDecoderCache(DynamicCache(), DynamicCache())`."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..modeling_encdec_vlm import EncDecVLMEncoder
@@ -97,7 +97,7 @@ class DynamicEngine:
             images: `pixel_values` and `image_sizes`, for models that see.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        return BaseModelOutput(last_hidden_state=self._reader(input_ids, mask, **images))
+        return BaseModelOutput(last_hidden_state=self._reader(input_ids.long(), mask, **images))
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> BeamCache:
         """A cache that holds no token; it takes any number of rows, and of tokens."""
@@ -119,8 +119,13 @@ class DynamicEngine:
             attention_mask (`torch.Tensor` of shape `(batch_size, source_length)`, *optional*): That of the sources.
             cache ([`~transformers.EncoderDecoderCache`]): Is changed.
         """
-        states = encoding.last_hidden_state
+        states, decoder_input_ids = encoding.last_hidden_state.float(), decoder_input_ids.long()
         mask = torch.ones(states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
+        for part in (cache.self_attention_cache, cache.cross_attention_cache):
+            # A cache that was made without a config gets its layers when they are needed.
+            part.layers.extend(
+                DynamicLayer() for _ in range(self._config.decoder_num_hidden_layers - len(part.layers))
+            )
         if not all(cache.is_updated.get(layer_idx) for layer_idx in range(self._config.decoder_num_hidden_layers)):
             # Sizes of the source are read from all inputs, whichever the exporter took.
             first = {"input_ids": decoder_input_ids, "encoder_attention_mask": mask, "encoder_hidden_states": states}
