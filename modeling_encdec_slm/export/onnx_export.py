@@ -160,7 +160,7 @@ def _text_parts(model, source, states):
 
 def _vision_parts(model, source, states):
     config = model.config
-    side, width = config.vision_config.image_size, config.text_config.hidden_size
+    side, width = config.tile_size, config.text_config.hidden_size
     tiles = ("num_tiles", config.vision_config.num_channels, side, side)
     features = {"image_features": ("num_tiles", config.patches_per_side**2, width)}
     newline = {"image_newline": (width,)} if config.image_newline else {}
