@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..export.bundles import required
 from ..export.ctranslate2_converter import ACTIVATIONS
 from ..export.onnx_graphs import ATTENTION, TensorCache, additive_mask, cache_names, flat
+from ..export.onnx_static import quiet_export
 
 
 def decoder_only_spec(model: PreTrainedModel) -> Any:
@@ -102,15 +103,16 @@ def export_decoder_only(model: PreTrainedModel, path: Path) -> None:
     shape = (1, config.num_key_value_heads, 3, config.head_dim)
     past = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
     names = ["input_ids", *cache_names(config.num_hidden_layers, "past_key_values", "decoder")]
-    program = torch.onnx.export(
-        graph,
-        (torch.ones(1, 2, dtype=torch.int64), past),
-        dynamo=True,
-        dynamic_shapes=({1: torch.export.Dim.DYNAMIC}, [{2: torch.export.Dim.DYNAMIC}] * len(past)),
-        input_names=names,
-        output_names=["logits", *cache_names(config.num_hidden_layers, "present", "decoder")],
-        verbose=False,
-    )
+    with quiet_export():
+        program = torch.onnx.export(
+            graph,
+            (torch.ones(1, 2, dtype=torch.int64), past),
+            dynamo=True,
+            dynamic_shapes=({1: torch.export.Dim.DYNAMIC}, [{2: torch.export.Dim.DYNAMIC}] * len(past)),
+            input_names=names,
+            output_names=["logits", *cache_names(config.num_hidden_layers, "present", "decoder")],
+            verbose=False,
+        )
     config._attn_implementation = backend
     program.save(str(path), external_data=True)
 
