@@ -70,7 +70,7 @@ def load(contender: Contender, folder: Path, num_threads: int) -> TokenSeconds:
 def _load_torch(contender):
     options = {}
     if contender.engine == "transformers-compiled":
-        options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False)
+        options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode="default")
         options["compile_config"]._compile_all_devices = True
         options["cache_implementation"] = "static"
     model = random_model(contender, getattr(torch, contender.precision), contender.device)

@@ -91,7 +91,10 @@ def _measure(group, settings, num_repetitions, num_threads, folder):
             "machine": machine_runs,
         }
         for worker, contender in zip(workers, group, strict=True):
-            worker.token_seconds(_source_ids(contender, settings[0][0]), NUM_WARM_UP_TOKENS)
+            # A compiled step is made anew for other lengths of caches, so that each setting is run once before.
+            is_compiled = contender.engine == "transformers-compiled"
+            for length, num_new_tokens in settings if is_compiled else [(settings[0][0], NUM_WARM_UP_TOKENS)]:
+                worker.token_seconds(_source_ids(contender, length), num_new_tokens)
         for repetition in range(num_repetitions):
             _measure_machine(machine_runs, group[0].device)
             for place, (source_length, num_new_tokens) in enumerate(settings):
