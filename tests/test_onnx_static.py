@@ -257,6 +257,20 @@ def test_the_tokenizer_of_the_bundle_cuts_sources_to_the_largest_bucket(bundle, 
         pipeline(text)
 
 
+def test_drafts_are_refused_because_they_save_nothing(runtime):
+    with pytest.raises(ValueError, match=r"run one token per call, so that a draft saves nothing\. Leave it out"):
+        runtime.generate(**padded_source(7), max_new_tokens=5, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_ids_that_are_no_integers_are_refused(runtime, dtype):
+    source, target = padded_source(7), target_ids(1, 2)
+    with pytest.raises(TypeError, match=r"^`input_ids` has dtype"):
+        runtime(input_ids=source["input_ids"].to(dtype), decoder_input_ids=target)
+    with pytest.raises(TypeError, match=r"^`decoder_input_ids` has dtype"):
+        runtime(**source, decoder_input_ids=target.to(dtype))
+
+
 def test_an_encoding_of_another_model_is_refused(runtime, model):
     source = padded_source(5)
     encoding = model.model.encoder(**source)

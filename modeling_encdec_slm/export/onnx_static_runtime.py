@@ -44,6 +44,17 @@ class StaticCache:
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.rows = [self.rows[index] for index in beam_idx.tolist()]
 
+    def activate_past_recording(self) -> None:
+        """What `generate` calls before it lets a draft be checked; always refused.
+
+        Raises:
+            ValueError: A draft saves nothing here.
+        """
+        raise ValueError(
+            "An assistant or `prompt_lookup_num_tokens` was given, but the graphs of a static bundle run one token "
+            "per call, so that a draft saves nothing. Leave it out, or export without `static_lengths`."
+        )
+
 
 class StaticEngine:
     """Encodes and decodes with the graphs of a static bundle, row by row, as each has room for one.
@@ -80,7 +91,9 @@ class StaticEngine:
 
         Raises:
             ValueError: The sources are longer than the largest bucket.
+            TypeError: Ids are no integers.
         """
+        _check_integers(input_ids, "input_ids")
         length = input_ids.shape[1]
         bucket = self._bucket(length)
         masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -135,7 +148,9 @@ class StaticEngine:
 
         Raises:
             ValueError: There are more tokens than the cache has room for, or the encoding is of another model.
+            TypeError: Ids are no integers.
         """
+        _check_integers(decoder_input_ids, "decoder_input_ids")
         total = cache.num_tokens + decoder_input_ids.shape[1]
         self._check_room(total)
         if getattr(encoding, "cross_key_values", None) is None:
@@ -182,6 +197,13 @@ class StaticEngine:
             )
             all_logits.append(logits[0, 0])
         return np.stack(all_logits)
+
+
+def _check_integers(ids, name):
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` has dtype {ids.dtype}, but token ids are integers. Pass what the tokenizer returns."
+        )
 
 
 def _padded(rows, length, dtype):
