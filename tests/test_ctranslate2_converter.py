@@ -110,9 +110,9 @@ def test_every_quantization_is_stored_and_stays_near_the_model(name, tmp_path):
     source_ids, target_ids = token_ids((3, 9)), token_ids((3, 20), seed=1)
     found = scored(tmp_path / "out", source_ids, target_ids)
     expected = log_probabilities(model, source_ids, target_ids)
-    # Eight bits of so narrow a random model are far coarser than those of a trained one.
     agreement = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1]
-    assert agreement > (0.999 if name in ("float32", "float16", "bfloat16") else 0.85)
+    # CPUs have no int16: it becomes int8 at load, by the rounding of CTranslate2 (see ctranslate2_spec.py).
+    assert agreement > {"int8": 0.98, "int1": 0.75}.get(name[:4], 0.999)
     weights = sum(parameter.numel() for parameter in model.parameters())
     bytes_per_weight = {"int8": 1, "floa": 2, "bflo": 2, "int1": 2}[name[:4]] if name != "float32" else 4
     size = (tmp_path / "out" / "model.bin").stat().st_size

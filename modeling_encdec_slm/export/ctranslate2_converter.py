@@ -119,11 +119,13 @@ def model_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     """
     _check_representable(model.config)
     specs = required("ctranslate2.specs.transformer_spec")
+    from .ctranslate2_spec import NarrowInt8Spec  # derives from a class of CTranslate2
+
     config = model.config
     options = _stack_options(config)
     encoder = specs.TransformerEncoderSpec(config.encoder_num_hidden_layers, **options)
     decoder = specs.TransformerDecoderSpec(config.decoder_num_hidden_layers, **options)
-    spec = specs.TransformerSpec(encoder, decoder)
+    spec = NarrowInt8Spec(encoder, decoder)
     _set_encoder(spec.encoder, model.model.encoder)
     _set_decoder(spec.decoder, model)
     _set_vocabulary(spec, model, tokenizer)
