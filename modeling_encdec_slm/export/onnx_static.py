@@ -8,7 +8,7 @@ outputs of one step are inputs of the next without any index. Only operators tha
 accept are used (see `operators.py`), so norms, rotations and masks are written out.
 
 Axes in shape comments: S source, T cached target, D width, H query heads, K key/value heads, d width of a head,
-V vocabulary. The batch is always one row: NPUs gain nothing from more, and every row gets the smallest bucket.
+V vocabulary. The batch is always one row: NPUs gain nothing from more.
 """
 
 import contextlib
@@ -111,7 +111,8 @@ def export_static(
     source_lengths, target_length = parse_static_lengths(static_lengths, model.config.max_position_embeddings)
     manifest.update(opset=OPSET, source_lengths=source_lengths, target_length=target_length, graphs={})
     # The last token is written, but never read.
-    model.generation_config.max_length = min(model.generation_config.max_length, target_length + 1)
+    longest = model.generation_config.max_length
+    model.generation_config.max_length = min(longest or target_length + 1, target_length + 1)
     if rows is None:
         operators = _write_graphs(model, folder, manifest, MASKED)
     else:
