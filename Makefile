@@ -37,9 +37,9 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 benchmark: $(READY)
-	$(BIN)/python examples/benchmark.py --preset 330m --source-length 512 --new-tokens 64 --dtype bfloat16
+	$(BIN)/python examples/benchmark.py --preset 330m --settings 512:64 2048:128
 	$(BIN)/python examples/benchmark_training.py
-	$(BIN)/python examples/benchmark_vision.py --preset 800m-vlm --images 1 4 --dtype bfloat16
+	$(BIN)/python examples/benchmark_vision.py --preset 800m-vlm --images 1 4
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a vision-text preset against its decoder-only twin, LLaVA-NeXT with the same tower, tiles and parameters.
 
-    python examples/benchmark_vision.py --preset 800m-vlm --images 1 4 --dtype bfloat16
+    python examples/benchmark_vision.py --preset 800m-vlm --images 1 4
 
 Random weights, batch 1, greedy `generate`, both with a cache; images of 640 x 480 pixels, 2,340 tokens each. First
 token: seconds from tiles and ids to the first generated id; decode rate: the other tokens by the seconds that they
@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText
 
+from encdec_slm.benchmarks.contenders import has_bfloat16_units
 from encdec_slm.benchmarks.generation_speed import decode_rate, token_seconds
 from encdec_slm.benchmarks.machine import machine, memory_bandwidth
 from encdec_slm.benchmarks.workers import Worker
@@ -57,10 +58,16 @@ def parse_arguments():
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="images per source, one row each")
     parser.add_argument("--new_tokens", type=int, default=32, help="generated per run, at least 2")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16; float32 on CPUs without it",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_vision"))
     arguments = parser.parse_args()
+    if arguments.dtype is None:
+        arguments.dtype = "bfloat16" if arguments.device != "cpu" or has_bfloat16_units() else "float32"
     if arguments.new_tokens < 2 or arguments.repetitions < 1 or min(arguments.images) < 0:
         parser.error("a run needs at least 2 new tokens, 1 repetition and no negative number of images")
     return arguments
@@ -125,7 +132,10 @@ def measure(arguments):
                 seconds = worker.token_seconds(count, arguments.new_tokens)
                 runs[name][count].append(seconds)
                 peaks[name].setdefault(count, worker.peak_bytes())
-                print(f"{name}, {count} images: first token {seconds[0]:.2f} s, {decode_rate(seconds):.2f} tokens/s")
+                print(
+                    f"{name}, {count} images: first token {seconds[0]:.2f} s, {decode_rate(seconds):.2f} tokens/s",
+                    flush=True,
+                )
     for worker in workers.values():
         worker.close()
     counts = {count: inputs(OURS, count, arguments)["source_ids"].shape[1] for count in arguments.images}

@@ -53,7 +53,7 @@ def write_vision_folder(folder, picture):
 
 def test_every_snippet_runs(demo_folder):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
     )
