@@ -32,16 +32,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import trl
-from benchmark import machine, matmul_rate, peak_bytes, random_model, spread, write
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from encdec_slm import EncDecSLMConfig
+from encdec_slm.benchmarks.contenders import random_weights
+from encdec_slm.benchmarks.machine import machine, matmul_rate, peak_bytes
+from encdec_slm.benchmarks.measuring import spread
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 from encdec_slm.trainers.distillation_losses import LOGITS_BUDGET_BYTES, ObjectiveSettings, distillation_objective
 from encdec_slm.trainers.output_heads import OutputHead
+from encdec_slm.trainers.run_reports import write_file
 
 
 PAD_TOKEN_ID, START_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
@@ -59,8 +62,8 @@ def build(arguments):
     vocabulary = {"vocab_size": arguments.vocab_size, "eos_token_id": EOS_TOKEN_ID}
     presets = (load_preset(name).to_dict() for name in (arguments.preset, arguments.teacher_preset))
     student_config, teacher_shape = (EncDecSLMConfig.from_dict(preset | vocabulary) for preset in presets)
-    student = random_model(AutoModelForSeq2SeqLM, student_config, arguments).train()
-    teacher = random_model(AutoModelForCausalLM, decoder_only_twin(teacher_shape), arguments)
+    student = random_weights(student_config, torch.float32, arguments.device).train()
+    teacher = random_weights(decoder_only_twin(teacher_shape), torch.float32, arguments.device)
     draw = partial(torch.randint, EOS_TOKEN_ID + 1, arguments.vocab_size, generator=torch.Generator().manual_seed(0))
     shapes = (arguments.batch_size, arguments.source_length), (arguments.batch_size, arguments.new_tokens)
     source_ids, gold_ids = (draw(shape).to(arguments.device) for shape in shapes)
@@ -240,9 +243,9 @@ def loss_memory(name, num_positions, arguments):
     teacher_hidden, teacher_head = draw(num_positions, TEACHER_WIDTH), draw(LOSS_VOCAB_SIZE, TEACHER_WIDTH)
     labels = torch.arange(num_positions, device=arguments.device) % LOSS_VOCAB_SIZE
     (head[:64].requires_grad_() @ head[:64].mT).sum().backward()  # threads and libraries are there before
-    before = peak_bytes(arguments)
+    before = peak_bytes(arguments.device)
     OBJECTIVES[name](hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, labels).backward()
-    return peak_bytes(arguments) - before
+    return peak_bytes(arguments.device) - before
 
 
 def measure_memory(arguments):
@@ -386,7 +389,6 @@ def parse_arguments(arguments=None):
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_training"), help="folder of the files")
     parsed = parser.parse_args(arguments)
-    parsed.dtype = "float32"
     parsed.positions = sorted({int(size) for size in parsed.positions.split(",")})
     sizes = (parsed.batch_size, parsed.source_length, parsed.new_tokens, parsed.repetitions, *parsed.positions)
     if min(sizes) < 1 or parsed.vocab_size < TOP_K or parsed.padded_source_length < parsed.source_length:
@@ -400,8 +402,8 @@ def main():
     print(f"\n{table(report)}\n\n{notes(report)}\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
     text, stem = json.dumps({"command": " ".join(sys.argv), **report}, indent=2) + "\n", "benchmark_training"
-    write(arguments.output / f"{stem}.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write(arguments.output / f"{stem}.png", lambda path: plot(report, path))
+    write_file(arguments.output / f"{stem}.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(arguments.output / f"{stem}.png", lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

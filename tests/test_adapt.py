@@ -87,7 +87,9 @@ def test_what_is_wrong_ends_the_command_with_a_sentence(source):
     command = [sys.executable, "examples/adapt.py", str(source), str(source)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert process.stderr.strip().startswith(f"adapt.py: The folder '{source}' is not empty")
+    # torchao, where it is installed, tells of kernels that it has not for this machine.
+    said = [line for line in process.stderr.splitlines() if "torchao" not in line and "_pytree" not in line]
+    assert said[0].startswith(f"adapt.py: The folder '{source}' is not empty")
 
 
 @pytest.mark.parametrize(

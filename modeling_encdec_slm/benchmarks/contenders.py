@@ -188,14 +188,20 @@ def _flan_t5_large():
 def random_model(contender: Contender, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """The model of a contender in eval mode, with weights of a normal distribution; it never ends a text by itself."""
     config = contender.config
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = auto_class.from_config(config, dtype=dtype).eval()
+    model = random_weights(config, dtype, device)
     if config.model_type == "qwen3" and not load_preset(contender.preset).qk_norm:
         # Qwen stands in where Llama refuses the shape; norms that our side lacks would cost the twin about 3 %.
         for layer in model.model.layers:
             layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
+    return model
+
+
+def random_weights(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model in eval mode with weights of a normal distribution; it never ends a text by itself."""
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = auto_class.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = model.generation_config.max_length = None
     return model
 
