@@ -156,44 +156,45 @@ def quantized_graphs(folder: Path, inputs: dict[str, list[dict[str, np.ndarray]]
         prepared, quantized = folder / "prepared" / path.name, folder / "quantized" / path.name
         prepared.parent.mkdir(exist_ok=True)
         quantized.parent.mkdir(exist_ok=True)
-        _save_prepared(path, prepared)
+        options = _options(_save_prepared(path, prepared))
         if inputs is None:
-            _quantize_dynamic(prepared, quantized)
+            required("onnxruntime.quantization").quantize_dynamic(prepared, quantized, **options)
         else:
-            _quantize_static(prepared, quantized, inputs[path.name])
+            _quantize_static(prepared, quantized, inputs[path.name], options)
         graph = ir.from_proto(onnx.load(quantized))
         _quantize_embeddings(graph)
         yield path.name, graph
 
 
 def _save_prepared(path, prepared):
-    """Writes a graph whose head is a product like all others, for the quantizers know no other kind."""
+    """Names of the products with a weight in a graph, which is written so that its head is one of them too."""
     onnx, quantization = required("onnx"), required("onnxruntime.quantization.onnx_model")
     whole = quantization.ONNXModel(onnx.load(path))
     whole.replace_gemm_with_matmul()
     whole.model.metadata_props.extend(
         onnx.StringStringEntryProto(key=key, value=value) for key, value in PREPARED.items()
     )
+    weights = {tensor.name for tensor in whole.model.graph.initializer}
+    products = [node for node in whole.model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    names = [node.name for node in products]
     onnx.save_model(whole.model, str(prepared), save_as_external_data=True, location=f"{prepared.name}_data")
+    return names
 
 
-def _options():
+def _options(names):
     quantization = required("onnxruntime.quantization")
     return {
         "op_types_to_quantize": ["MatMul"],
+        "nodes_to_quantize": names,
         "per_channel": True,
         "reduce_range": True,
         "weight_type": quantization.QuantType.QInt8,
         "use_external_data_format": True,
-        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        "extra_options": {"OpTypesToExcludeOutputQuantization": ["MatMul"]},
     }
 
 
-def _quantize_dynamic(path, output):
-    required("onnxruntime.quantization").quantize_dynamic(path, output, **_options())
-
-
-def _quantize_static(path, output, inputs):
+def _quantize_static(path, output, inputs, options):
     quantization = required("onnxruntime.quantization")
 
     class Rows(quantization.CalibrationDataReader):
@@ -203,7 +204,7 @@ def _quantize_static(path, output, inputs):
         def get_next(self):
             return next(self.rows, None)
 
-    quantization.quantize_static(path, output, Rows(), activation_type=quantization.QuantType.QUInt8, **_options())
+    quantization.quantize_static(path, output, Rows(), activation_type=quantization.QuantType.QUInt8, **options)
 
 
 def _quantize_embeddings(graph):
