@@ -4,46 +4,38 @@
 if __name__ != "encdec_slm":
     raise ImportError("Import this package as `encdec_slm`: a second name would make a second set of classes.")
 
-import contextlib
+import importlib
+import os
+import sys
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTextEncoding,
-    AutoProcessor,
+
+# The command line answers `--help` and the completion of a word at once: its commands import torch and transformers,
+# and register the models, when they run.
+if os.path.basename((getattr(sys, "argv", None) or [""])[0]).removesuffix(".exe") != "encdec-slm":
+    from . import auto_classes as auto_classes
+    from .configuration_encdec_slm import EncDecSLMConfig
+    from .configuration_encdec_vlm import EncDecVLMConfig
+    from .image_processing_encdec_vlm import EncDecVLMImageProcessor
+    from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
+    from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
+    from .pipeline_encdec_slm import Text2TextGenerationPipeline, restore_text2text_pipelines
+    from .processing_encdec_vlm import EncDecVLMProcessor
+
+_MODULES = (
+    *("configuration_encdec_slm", "configuration_encdec_vlm", "image_processing_encdec_vlm", "modeling_encdec_slm"),
+    *("modeling_encdec_vlm", "pipeline_encdec_slm", "processing_encdec_vlm"),
 )
 
-from .configuration_encdec_slm import EncDecSLMConfig
-from .configuration_encdec_vlm import EncDecVLMConfig
-from .export.ctranslate2_converter import register_loaders as _register_ctranslate2_loaders
-from .image_processing_encdec_vlm import EncDecVLMImageProcessor
-from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
-from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
-from .pipeline_encdec_slm import Text2TextGenerationPipeline, restore_text2text_pipelines
-from .processing_encdec_vlm import EncDecVLMProcessor
 
+def __getattr__(name):
+    """A public name within the command line, which has not imported it yet."""
+    if name in __all__:
+        importlib.import_module(".auto_classes", __name__)
+        for module in _MODULES:
+            if hasattr(found := importlib.import_module(f".{module}", __name__), name):
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-AutoConfig.register(EncDecSLMConfig.model_type, EncDecSLMConfig)
-AutoModel.register(EncDecSLMConfig, EncDecSLMModel)
-AutoModelForSeq2SeqLM.register(EncDecSLMConfig, EncDecSLMForConditionalGeneration)
-AutoModelForTextEncoding.register(EncDecSLMConfig, EncDecSLMEncoderModel)
-AutoConfig.register(EncDecVLMConfig.model_type, EncDecVLMConfig)
-AutoModel.register(EncDecVLMConfig, EncDecVLMModel)
-AutoModelForSeq2SeqLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
-AutoModelForImageTextToText.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
-AutoModelForMultimodalLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
-# Under both names, so that nobody is told that it falls back to Pillow where torchvision is installed.
-AutoImageProcessor.register(
-    EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
-)
-AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
-# CTranslate2 is optional, and a broken one is no reason to refuse everything else.
-with contextlib.suppress(ImportError):
-    _register_ctranslate2_loaders()
 
 __version__ = "0.1.0"
 

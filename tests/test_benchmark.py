@@ -2,13 +2,14 @@
 import itertools
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from encdec_slm.commands import main
 
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +114,5 @@ def test_every_engine_is_timed_beside_the_twin_in_transformers(tmp_path):
     ],
 )
 def test_the_benchmark_says_what_a_run_needs(arguments, message, capsys):
-    parse_arguments = runpy.run_path(str(ROOT / "examples" / "benchmark.py"))["parse_arguments"]
-    with pytest.raises(SystemExit):
-        parse_arguments(arguments)
+    assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

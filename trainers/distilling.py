@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from ..adaptation import from_decoder_only
 from ..benchmarks.generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .checkpoints import last_complete_checkpoint
@@ -27,6 +28,7 @@ from .distillation_data import as_prompts, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .run_reports import (
+    first_lines,
     held_out_texts,
     preset_config,
     score_beside_other_rows,
@@ -45,6 +47,7 @@ SETTINGS_OF_THE_TEACHER = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "logging_steps", "seed", "bf16"),
     *("use_cpu", "disable_tqdm", "dataloader_pin_memory"),
+    *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint"),
 )
 
 
@@ -56,6 +59,9 @@ class DistillArguments(DataArguments):
         model_name_or_path (`str`, *optional*): A student to begin with. `None` begins with new weights.
         preset (`str`, *optional*, defaults to `"1m"`): Size of a new student; see
             [`~encdec_slm.configuration.list_presets`].
+        student_from_teacher (`bool`, *optional*, defaults to `False`): Begin a new student with two thirds of the
+            teacher's layers in the encoder and one third in the decoder, by
+            [`~encdec_slm.adaptation.from_decoder_only`]; `preset` is not read then.
         vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new teacher.
         teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only twin of this preset. Not read
             when the recipe has `teacher_model_name_or_path`, whose tokenizer a new student gets too.
@@ -72,6 +78,7 @@ class DistillArguments(DataArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Student to begin with."})
     preset: str = field(default="1m", metadata={"help": "Size of a new student."})
+    student_from_teacher: bool = field(default=False, metadata={"help": "Cut a new student from its teacher."})
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
     teacher_preset: str | None = field(default=None, metadata={"help": "Train a new teacher, the twin of a preset."})
     teacher_num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of a new teacher."})
@@ -153,7 +160,6 @@ def _teacher(args, training_args, splits, resumes):
             output_dir=folder,
             num_train_epochs=args.teacher_num_train_epochs,
             learning_rate=args.teacher_learning_rate,
-            save_strategy="no",
             report_to=[],
             **{name: getattr(training_args, name) for name in SETTINGS_OF_THE_TEACHER},
         )
@@ -178,7 +184,9 @@ def _student_tokenizer(args, teacher_tokenizer):
 def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits):
     training_args = replace(training_args, **settings)
     set_seed(training_args.seed)
-    if args.model_name_or_path is None:
+    if args.model_name_or_path is None and args.student_from_teacher:
+        student = from_decoder_only(teacher, tokenizer=tokenizer)
+    elif args.model_name_or_path is None:
         student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
     else:
         # Half-precision weights would lose most updates in rounding; `bf16` computes in it over weights that do not.
@@ -255,3 +263,52 @@ def _save(trainer, results, predictions, dataset_name):
     trainer.create_model_card(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         write_run_files(Path(trainer.args.output_dir), trainer.state.log_history, results, predictions)
+
+
+def report(results: dict[str, Any], folder: str) -> str:
+    """For a screen: one table, what it says about the teacher's worth, and three samples.
+
+    Args:
+        results (`dict`): Of [`distill`].
+        folder (`str`): Where the run has saved them.
+    """
+    models = results["models"]
+    columns = {
+        "loss (nats)": lambda row: f"{row['loss']:.3f}",
+        "ROUGE-L": lambda row: f"{row['rougeL']:.1f} ({row['rougeL_other_rows']:.1f})",
+        "agreement": lambda row: f"{row['teacher_agreement']:.1f} %",
+        "parameters": lambda row: f"{row['num_parameters'] / 1e6:.2f}M",
+        "first token": lambda row: f"{1e3 * row['first_token_seconds']:.1f} ms",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+        "training": lambda row: "-" if row["train_seconds"] is None else f"{row['train_seconds']:.0f} s",
+    }
+    lines = ["", f"{'held-out rows':24}" + "".join(f"{name:>14}" for name in columns)]
+    lines += [f"{row['name']:24}" + "".join(f"{show(row):>14}" for show in columns.values()) for row in models]
+    lines += [
+        "",
+        "In brackets: ROUGE-L of the same texts beside other rows' references, which form alone earns.",
+    ]
+    if len(models) == 3:
+        lines.append(_verdict(models[1], models[2], results["train_steps"]))
+    for sample in results["samples"]:
+        lines += ["", first_lines(sample["source"]), f"  reference: {sample['reference']}"]
+        lines += [f"  distilled: {sample['prediction']}"]
+    lines += ["", f"Saved to {folder}: the distilled student, results.json, predictions.jsonl and loss.png."]
+    return "\n".join(lines)
+
+
+def _verdict(distilled, alone, num_steps):
+    """Whether the teacher was worth it, number by number."""
+    better = {
+        "loss": distilled["loss"] < alone["loss"],
+        "ROUGE-L": distilled["rougeL"] > alone["rougeL"],
+        "agreement with the teacher": distilled["teacher_agreement"] > alone["teacher_agreement"],
+    }
+    won = [name for name, is_better in better.items() if is_better]
+    lost = [name for name, is_better in better.items() if not is_better]
+    text = f"After {num_steps:,} steps each on the same rows, distillation "
+    if won:
+        text += f"wins in {', '.join(won)}"
+    if lost:
+        text += f"{' and ' if won else ''}does NOT win in {', '.join(lost)}"
+    return text + "."

@@ -23,6 +23,7 @@ from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .run_reports import (
     checkpoint_to_resume,
+    first_lines,
     held_out_texts,
     preset_config,
     show_losses,
@@ -207,3 +208,32 @@ def _save(trainer, results, predictions):
     write_run_files(folder, trainer.state.log_history, results, predictions)
     if not hasattr(trainer.model, "peft_config"):  # PEFT writes a card for its adapters itself
         write_file(folder / "README.md", model_card(folder.name, trainer.model.config, results).save)
+
+
+def report(results: dict[str, Any], folder: str) -> str:
+    """For a screen: the numbers before and after, three samples, and what size of model to expect them from.
+
+    Args:
+        results (`dict`): Of [`finetune`].
+        folder (`str`): Where the run has saved them.
+    """
+    lines = ["", f"{'held-out rows':26} {'before':>9} {'after':>9}"]
+    names = {
+        "loss": "loss (nats per token)",
+        "rougeL": "ROUGE-L (0 to 100)",
+        "rougeL_other_rows": "  beside wrong references",
+        "exact": "exact matches (%)",
+    }
+    for key, name in names.items():
+        lines.append(f"{name:26} {results['before'][key]:9.2f} {results['after'][key]:9.2f}")
+    for sample in results["samples"]:
+        lines += ["", first_lines(sample["source"]), f"  reference: {sample['reference']}"]
+        lines += [f"  model:     {sample['prediction']}"]
+    lines += [
+        "",
+        f"{results['after']['rows']} held-out rows were written for. The model has "
+        f"{results['num_parameters'] / 1e6:.1f}M parameters and was trained for {results['train_seconds']:.0f} s on "
+        f"{results['rows']['train']['rows']:,} rows on {results['device']}.",
+        f"Saved to {folder}: the model, results.json, predictions.jsonl and loss.png.",
+    ]
+    return "\n".join(lines)

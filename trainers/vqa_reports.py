@@ -83,3 +83,32 @@ def _show(axes, row):
 
 def _wrapped(text, max_lines):
     return "\n".join(textwrap.wrap(text, 34, max_lines=max_lines, placeholder=" ..."))
+
+
+def report(results: dict[str, Any], folder: str) -> str:
+    """For a screen: exact match per task, before and after, beside what is earned without looking; and answers.
+
+    Args:
+        results (`dict`): Of [`~encdec_slm.trainers.vqa.train_vqa`].
+        folder (`str`): Where the run has saved them.
+    """
+    lines = [
+        "",
+        f"{'exact match (%)':16} {'rows':>5} {'before':>8} {'after':>8} {'other images':>14} {'one answer':>12}",
+    ]
+    for task, row in results["tasks"].items():
+        lines.append(
+            f"{task:16.16} {row['rows']:5} {row['before']:8.1f} {row['after']:8.1f} {row['other_images']:14.1f} "
+            f"{row['most_frequent']:12.1f}"
+        )
+    lines += ["  other images: the trained model, shown the image of another row of the task"]
+    lines += ["  one answer: the most frequent answer to all questions of the task", ""]
+    for sample in results["samples"]:
+        lines.append(f"{sample['question']:60.60} {sample['answer']!r:20.20} model: {sample['prediction']!r:.40}")
+    lines += [
+        "",
+        f"The model has {results['num_parameters'] / 1e6:.1f}M parameters and was trained for "
+        f"{results['train_seconds']:.0f} s on {results['rows']['train']:,} questions on {results['device']}.",
+        f"Saved to {folder}: model and processor, contact_sheet.png, results.json, predictions.jsonl and loss.png.",
+    ]
+    return "\n".join(lines)

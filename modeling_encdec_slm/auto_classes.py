@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers the models, processors and loaders with transformers' Auto classes and with CTranslate2's converters."""
+
+import contextlib
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    AutoProcessor,
+)
+
+from .configuration_encdec_slm import EncDecSLMConfig
+from .configuration_encdec_vlm import EncDecVLMConfig
+from .export.ctranslate2_converter import register_loaders as _register_ctranslate2_loaders
+from .image_processing_encdec_vlm import EncDecVLMImageProcessor
+from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
+from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
+from .processing_encdec_vlm import EncDecVLMProcessor
+
+
+AutoConfig.register(EncDecSLMConfig.model_type, EncDecSLMConfig)
+AutoModel.register(EncDecSLMConfig, EncDecSLMModel)
+AutoModelForSeq2SeqLM.register(EncDecSLMConfig, EncDecSLMForConditionalGeneration)
+AutoModelForTextEncoding.register(EncDecSLMConfig, EncDecSLMEncoderModel)
+AutoConfig.register(EncDecVLMConfig.model_type, EncDecVLMConfig)
+AutoModel.register(EncDecVLMConfig, EncDecVLMModel)
+AutoModelForSeq2SeqLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
+AutoModelForImageTextToText.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
+AutoModelForMultimodalLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
+# Under both names, so that nobody is told that it falls back to Pillow where torchvision is installed.
+AutoImageProcessor.register(
+    EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
+)
+AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
+# CTranslate2 is optional, and a broken one is no reason to refuse everything else.
+with contextlib.suppress(ImportError):
+    _register_ctranslate2_loaders()
