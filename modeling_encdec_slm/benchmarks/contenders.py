@@ -54,13 +54,6 @@ UNUSED = ("vision_tower.", "multi_modal_projector.", "eoi_embedding")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_float16": 1}
 # Caches are not quantized by any of the engines.
 CACHE_ITEM_BYTES = {"int8": 4, "int8_float16": 2}
-# Parts that multiply every source token, by their names in this family, in T5 and in T5Gemma 2.
-SOURCE_PARTS = (
-    *("encoder.layers.", "encoder.block.", "encoder.text_model.layers."),
-    *("cross_attn.k_proj.", "cross_attn.v_proj.", "EncDecAttention.k.", "EncDecAttention.v."),
-)
-# What sees images.
-UNUSED = ("vision_tower.", "multi_modal_projector.", "eoi_embedding")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contenders in processes of their own: each has its peak of memory and its threads to itself, and all take turns."""
 
+import logging
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
+
+import transformers
 
 from .machine import peak_bytes
 
@@ -68,6 +71,10 @@ class Worker:
 
 
 def _serve(connection, load, device, import_engine):
+    # Shapes may write beyond the length that they are meant for, and torchao lacks kernels: no time changes by either.
+    transformers.logging.set_verbosity_error()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if import_engine is not None:
             import_engine()
