@@ -1,1 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Cards of models, and repositories of the Hub."""
+
+from .publishing import PublishedRepository, publish
+
+
+__all__ = ["PublishedRepository", "publish"]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must not get into a repository: secrets, paths of this machine, states of a training, and pickles."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint_folders import listed
+
+
+SECRET_NAMES = (
+    *(".env", ".env.*", "*.env", ".netrc", "_netrc", ".git-credentials", ".npmrc", ".pypirc", "credentials*"),
+    *("token", "*.token", "stored_tokens", "secret*", "service_account*.json", "id_rsa*", "id_dsa*", "id_ecdsa*"),
+    *("id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx"),
+)
+TRAINING_STATES = (
+    *("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "trainer_state.json", "training_args.*", "*.distcp"),
+    *("pytorch_model_fsdp*", "global_step*", "random_states_*", "custom_checkpoint_*"),
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill")
+SECRETS = {
+    "a token of the Hub": rb"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}",
+    "a token of the Hub's API": rb"\bapi_org_[A-Za-z0-9]{20,}",
+    "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "an AWS secret": rb"(?i)aws_secret_access_key\W{1,4}[A-Za-z0-9/+=]{40}",
+    "a private key": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY",
+    "a token of GitHub": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})",
+    "a key of Google": rb"\bAIza[0-9A-Za-z_-]{35}\b",
+    "a token of Slack": rb"\bxox[abprs]-[0-9A-Za-z-]{10,}",
+    "an API key": rb"\bsk-(?:[a-z0-9]{2,8}-)*[A-Za-z0-9_]{32,}",
+    "a key or password": rb"\b[A-Z0-9_]*(?:API_KEY|_TOKEN|SECRET|PASSWORD)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9/+_-]{16,}",
+}
+# Numbers and code, where a match would be chance, and where searching would take long.
+UNSEARCHED = ("*.safetensors", "*.onnx", "*.onnx_data", "*.bin", "*.py", "*.png", "*.jpg")
+TEXTS_WITH_PATHS = ("*.json", "*.md", "*.yaml", "*.yml", "*.jinja")
+# Their strings are tokens, which may well look like paths.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "shared_vocabulary.json", "*vocabulary.json")
+# Folders that only a machine has; what begins with any other name may be an address on a server.
+PATH_IN_TEXT = re.compile(
+    r"(?<![\w.:/~-])(?:file://)?/(?:home|Users|root|tmp|var|mnt|media|data|opt|srv|work|workspace|scratch|content|"
+    r"kaggle|private|gpfs|lustre|nfs|export|project|projects|Volumes)/[^\s\"'`)<>\]]+"
+    r"|(?<!\w)~/[\w.-]+[^\s\"'`)<>\]]*"
+    r"|(?<!\w)[A-Za-z]:[\\/]{1,2}(?:Users|Documents|home|data|work|temp|tmp)[\\/][^\s\"'`)<>\]]*"
+)
+PATH_AS_VALUE = re.compile(r"(?:file://|/|~[/\\]|[A-Za-z]:[\\/]|\\\\)[^\s<>{}]+")
+PATH_IN_COMMAND = re.compile(r"(?P<before>^|[\s='\"(\[,])(?P<path>(?:file://|~|[A-Za-z]:)?[/\\][^\s'\",)\]]*)")
+ADVICE = "Remove them, or name them in `leave_out` to leave them where they are."
+
+
+def refuse_unsafe_files(folder: Path, paths: Iterable[Path], is_repository: bool = False) -> None:
+    """Refuses files that nobody should upload; every one of them is named with what is wrong with it.
+
+    Args:
+        folder (`Path`): What names in the message are relative to.
+        paths (`Iterable[Path]`): Files, and folders by their name only.
+        is_repository (`bool`, *optional*, defaults to `False`): The files are what is about to be uploaded.
+
+    Raises:
+        ValueError: There is a secret, an absolute path, a state of a training, or a pickle.
+    """
+    found = [f"{path.relative_to(folder).as_posix()} ({problem})" for path in paths if (problem := problem_of(path))]
+    if found:
+        raise ValueError(
+            f"{str(folder)!r} has what must not get into a repository: {listed(found, 20)}. "
+            + ("Nothing was uploaded." if is_repository else ADVICE)
+        )
+
+
+def problem_of(path: Path) -> str | None:
+    """What is wrong with a file for a repository, in words; `None` if nothing is."""
+    if _is_named(path, SECRET_NAMES) and not _is_named(path, ("*.py",)):
+        return "a file that holds secrets: keep it out, and replace the secret if it was shared"
+    if _is_named(path, TRAINING_STATES) and not _is_named(path, ("*.safetensors", "*.py")):
+        return "a state of a training, of no use to anybody who loads the model"
+    if not path.is_file():
+        return None
+    if is_pickle(path):
+        return "a pickle, which can run code when it is loaded: save weights as safetensors"
+    return _problem_of_content(path)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle by its name or its first bytes. CTranslate2's `model.bin` is none."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    # A pickle of protocol 2 or later, or the archive of several that `torch.save` writes.
+    if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or (start[:2] == b"PK" and b"data.pkl" in start):
+        return True
+    is_ctranslate2 = path.name == "model.bin" and (path.parent / "export_manifest.json").is_file()
+    return _is_named(path, PICKLES) and not is_ctranslate2
+
+
+def _problem_of_content(path):
+    if _is_named(path, UNSEARCHED):
+        return None
+    content = path.read_bytes()
+    for secret, pattern in SECRETS.items():
+        if re.search(pattern, content):
+            return f"has {secret}: remove it, and replace it where it is used, since it may have been seen"
+    if _is_named(path, TEXTS_WITH_PATHS) and not _is_named(path, VOCABULARIES):
+        place = next(_absolute_paths(path, content.decode(errors="replace")), None)
+        return place and f"has a path of this machine, {place}: write a name of the Hub instead, or remove it"
+    return None
+
+
+def _absolute_paths(path, text) -> Iterator[str]:
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = None
+        for key, value in _strings(content):
+            # One name behind a slash may be anything; under such a key it is a path.
+            if PATH_AS_VALUE.fullmatch(value) and (re.search(r"[/\\]", value[1:]) or re.search("path|dir|file", key)):
+                yield f"`{key}`: {value!r}"
+            elif match := PATH_IN_TEXT.search(value):
+                yield f"`{key}`: {match[0]!r}"
+        if content is not None:
+            return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := PATH_IN_TEXT.search(line):
+            yield f"line {number}: {match[0]!r}"
+
+
+def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield key, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _strings(value, str(name))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _strings(value, key)
+
+
+def without_local_paths(text: str) -> str:
+    """A text, such as a command, in which every absolute path has become the last name of it."""
+    return PATH_IN_COMMAND.sub(lambda match: match["before"] + _last_name(match["path"]), text)
+
+
+def _last_name(path):
+    return re.split(r"[/\\]+", path.rstrip("/\\"))[-1] or path
+
+
+def _is_named(path, patterns):
+    return any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
