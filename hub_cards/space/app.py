@@ -46,7 +46,7 @@ FUNCTIONS = (
     "        return path[:-len(suffix)]\n    return path",
 )
 CSS = """
-#source textarea {font-family: ui-monospace, Consolas, monospace}
+.code textarea {font-family: ui-monospace, Consolas, monospace}
 #picture img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
 footer {opacity: 0.6}
 """
@@ -402,6 +402,7 @@ def _place_inputs(gradio, loaded, parts):
         lines=1 if sees else 10,
         max_lines=24,
         elem_id="source",
+        elem_classes=[] if sees else ["code"],
     )
     most = loaded.max_new_tokens
     parts["num_new_tokens"] = gradio.Slider(
@@ -443,6 +444,7 @@ def _connect(gradio, page, parts, loaded, twin):
         outputs,
         preprocess=False,
         show_progress="minimal",
+        show_progress_on=parts["answer"],
         api_name="write",
     )
     parts["stop"].click(halt, queue=False, api_visibility="private")
@@ -456,10 +458,9 @@ def _connect(gradio, page, parts, loaded, twin):
                 return None, str(refusal)
             return gradio.skip(), ""
 
-        picture = parts["picture"]
-        picture.upload(
-            check, picture, [picture, parts["message"]], preprocess=False, queue=False, api_visibility="private"
-        )
+        outputs = [parts["picture"], parts["message"]]
+        unqueued = {"preprocess": False, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        parts["picture"].upload(check, parts["picture"], outputs, **unqueued)
 
 
 def example_pictures(folder: str | os.PathLike, loaded: Loaded) -> list[list[str]]:
