@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo demo-vision test test-slow style quality benchmark clean
+FUNCTION ?= textwrap.shorten
+
+.PHONY: demo docstring demo-vision test test-slow style quality benchmark clean
 
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -18,6 +20,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/distill.py --config configuration/recipes/distill_docstrings.yaml
 	$(BIN)/python examples/generate.py outputs/distill_docstrings
+	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
+
+# The second part alone, for any function: make docstring FUNCTION=json.dumps, or FUNCTION=file.py:name
+docstring: $(READY)
+	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
 
 demo-vision: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/vqa.py --config configuration/recipes/vqa_synthetic.yaml
@@ -37,7 +44,7 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 benchmark: $(READY)
-	$(BIN)/python examples/benchmark.py --preset 330m --settings 512:64 2048:128
+	$(BIN)/encdec-slm bench --preset 330m --settings 512:64 2048:128
 	$(BIN)/python examples/benchmark_training.py
 	$(BIN)/python examples/benchmark_vision.py --preset 800m-vlm --images 1 4
 

@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from test_readme import demo_folder  # noqa: F401  a fixture
+from transformers import Seq2SeqTrainingArguments
+from trl import ModelConfig
 
+from encdec_slm.commands import app
 from encdec_slm.configuration.recipe_files import list_recipes
+from encdec_slm.trainers import Seq2SeqDistillationConfig
+from encdec_slm.trainers.distilling import DistillArguments
+from encdec_slm.trainers.finetuning import FinetuneArguments
 
 
 ROOT = Path(__file__).parent.parent
+TRAINING_ARGUMENTS = (
+    *(FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig),
+    *(DistillArguments, Seq2SeqDistillationConfig),
+)
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
 NAMES = ("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq")
 DOCS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
@@ -37,7 +50,6 @@ def snippets_of(text):
 @pytest.mark.slow
 def test_every_snippet_runs(demo_folder):  # noqa: F811
     workspace = demo_folder.parents[1]
-    (workspace / "checkpoints").symlink_to(ROOT / "checkpoints")
     pages = {name: snippets_of(text) for name, text in DOCS.items()}
     assert sum(map(len, pages.values())) >= 15
     run = subprocess.run(
@@ -53,7 +65,7 @@ def test_every_snippet_runs(demo_folder):  # noqa: F811
 
 @pytest.mark.parametrize("name", NAMES)
 def test_snippets_are_python_and_what_is_not_run_says_why(name):
-    for info, code in re.findall(r"^```(\S.*)\n(.*?)^```$", DOCS[name], flags=re.MULTILINE | re.DOTALL):
+    for info, code in re.findall(r"^```([^\n]+)\n(.*?)^```$", DOCS[name], flags=re.MULTILINE | re.DOTALL):
         assert info == "python" or re.fullmatch(r"python not run: \w.*|text|yaml", info)
         if info.startswith("python"):
             compile(code, name, "exec")
@@ -68,3 +80,15 @@ def test_links_files_and_recipes_exist(path):
         assert (ROOT / name).exists(), name
     for recipe in re.findall(r"--(?:config|distill|finetune) ([a-z_]+)\b", text):
         assert recipe in list_recipes(), recipe
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"]), ids=lambda path: path.name)
+def test_commands_and_their_options_exist(path):
+    commands = typer.main.get_command(app).commands
+    keys = {field.name for kind in TRAINING_ARGUMENTS for field in dataclasses.fields(kind)}
+    for line in re.findall(r"^    encdec-slm (.*?)(?:  +#.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        name, *words = shlex.split(line)
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        for word in words:
+            if word.startswith("--"):
+                assert word in options or (name in ("finetune", "distill", "adapt") and word[2:] in keys), line

@@ -145,20 +145,21 @@ def figure(report: dict[str, Any]):
     picture = Figure(figsize=(12, height * len(report["settings"])), layout="constrained")
     all_axes = picture.subplots(len(report["settings"]), 2, squeeze=False)
     colours = {OURS: "tab:blue", TWIN: "tab:orange"}
-    panels = (("first_token_seconds", 1e3, "first token (ms)"), ("decode_tokens_per_second", 1, "decode (tokens/s)"))
+    panels = (("first_token_seconds", 1e3, "first token, ms"), ("decode_tokens_per_second", 1, "decode, tokens/s"))
     for place, (axes_of_setting, setting) in enumerate(zip(all_axes, report["settings"], strict=True)):
         for axes, (key, factor, label) in zip(axes_of_setting, panels, strict=True):
             middles = [factor * row["settings"][place][key]["median"] for row in rows]
             axes.barh(range(len(rows)), middles, color=[colours.get(row["model"], "tab:gray") for row in rows])
             axes.bar_label(axes.containers[0], [f"{value:,.0f}" for value in middles], padding=3, fontsize=8)
             axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
-            axes.set_xlabel(f"{label}, {setting[0]:,} source tokens, {setting[1]} new")
-            axes.margins(x=0.12)
+            axes.set_title(f"{setting[0]:,} source, {setting[1]:,} new tokens: {label}", fontsize=10)
+            axes.set_xlim(0, 1.2 * max(middles))
+            axes.margins(y=0.02)
             axes.grid(axis="x", alpha=0.3)
     legend = [Patch(color=colour, label=name) for name, colour in colours.items()] + [
         Patch(color="tab:gray", label="peers")
     ]
-    all_axes[0][1].legend(handles=legend, loc="lower right")
+    picture.legend(handles=legend, loc="outside upper center", ncols=3)
     return picture
 
 
