@@ -10,8 +10,9 @@ import sys
 
 
 # The command line answers `--help` and the completion of a word at once: its commands import torch and transformers,
-# and register the models, when they run.
-if os.path.basename((getattr(sys, "argv", None) or [""])[0]).removesuffix(".exe") != "encdec-slm":
+# and register the models, when they run. Processes that it starts are others: there `__main__` has no such file.
+_MAIN_FILE = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+if os.path.basename(_MAIN_FILE) != "encdec-slm":
     from . import auto_classes as auto_classes
     from .configuration_encdec_slm import EncDecSLMConfig
     from .configuration_encdec_vlm import EncDecVLMConfig

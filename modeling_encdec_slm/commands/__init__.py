@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line `encdec-slm`; nothing here imports torch before a command runs."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -102,7 +103,8 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: With code 2, after a line that says so, for wrong usage.
     """
     if not arguments:
-        _command().main(["--help"], prog_name=PROGRAM, standalone_mode=False)
+        with contextlib.redirect_stdout(sys.stderr):
+            _command().main(["--help"], prog_name=PROGRAM, standalone_mode=False)
         raise SystemExit(2)
     _call(_command(), list(arguments), PROGRAM)
 
@@ -126,14 +128,15 @@ def _call(command, arguments, program):
         code = command.main(arguments, prog_name=program, standalone_mode=False)
     except CommandError as error:
         cause = error.__cause__
-        if isinstance(cause, ModuleNotFoundError) and (advice := missing_extra(cause)):
+        if advice := missing_extra(cause, error.command):
             raise SystemExit(advice) from cause
         raise cause from None
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         path = error.ctx.command_path if getattr(error, "ctx", None) else program
-        tell(f"{path}: {' '.join(error.format_message().split())} See `{path} --help`.")
+        message = " ".join(error.format_message().split())
+        tell(f"{path}: {message}{'' if message.endswith(('.', '?')) else '.'} See `{path} --help`.")
         raise SystemExit(2) from error
     if code == INTERRUPTED:
         raise KeyboardInterrupt

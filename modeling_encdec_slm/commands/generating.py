@@ -15,7 +15,7 @@ def generate(
         str, typer.Argument(metavar="MODEL", help="Folder of a model or of an export, or a name on the Hub.")
     ],
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="What it reads. Without it: --file, or standard input.")
+        str | None, typer.Argument(metavar="TEXT", help="What it reads. Without it: --file, or standard input.")
     ] = None,
     file: Annotated[
         str | None, typer.Option(metavar="FILE", help="A file with the text; - is standard input.")
@@ -48,7 +48,7 @@ def generate(
     debug: Debug = False,
 ):
     """Write for a text, or about a picture: only what the model writes goes to standard output."""
-    if temperature is not None and temperature <= 0:
+    if temperature is not None and not temperature > 0:
         raise UsageError(f"--temperature is {temperature}, but logits are divided by it: give a number above 0.")
     text = _source(text, file)
     picture = None if image is None else _picture(image)
@@ -63,7 +63,8 @@ def generate(
     if stream is not False and num_beams == 1:
         from transformers import TextStreamer
 
-        settings["streamer"] = TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        tokenizer = writer.tokenizer or writer.processor.tokenizer
+        settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     written = _written(writer, text, picture, settings, truncation)
     if "streamer" not in settings:
         print(written)
@@ -83,7 +84,8 @@ def _source(text, file):
     if text is not None and file is not None:
         raise UsageError("TEXT and --file are both given, but one text is read: leave one of them out.")
     if text is not None:
-        origin = "TEXT"
+        # What is not UTF-8 on a command line arrives as surrogates.
+        origin, text = "TEXT", _decoded("TEXT", text.encode("utf-8", "surrogateescape"))
     elif file not in (None, "-"):
         origin, text = file, _decoded(file, _bytes_of(file))
     elif sys.stdin is None or sys.stdin.isatty():

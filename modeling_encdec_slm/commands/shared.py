@@ -6,17 +6,32 @@ import logging
 import re
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
 
 
-NOT_IN_A_FILE = ("config", "debug", "help")
+NOT_IN_A_FILE = ("config", "debug", "help", "model_option")
+# Which extra has a package.
+EXTRAS = {
+    **dict.fromkeys(("trl", "datasets", "peft", "accelerate", "rouge_score", "matplotlib", "sklearn"), "train"),
+    **dict.fromkeys(("ctranslate2", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "torchao"), "export"),
+    **dict.fromkeys(("evaluate", "sacrebleu"), "evaluation"),
+    "gradio": "demo",
+}
 
 
 class CommandError(Exception):
-    """Carries, as its cause, what ended a command: typer would end the process at some kinds of errors."""
+    """Carries, as its cause, what ended a command: typer would end the process at some kinds of errors.
+
+    Args:
+        command (`str`): The name of the command.
+    """
+
+    def __init__(self, command: str):
+        super().__init__(command)
+        self.command = command
 
 
 class UsageError(Exception):
@@ -62,7 +77,7 @@ class Command(TyperCommand):
         except Exception as error:
             if hasattr(error, "exit_code"):
                 raise
-            raise CommandError from error
+            raise CommandError(self.name) from error
 
 
 def _is_value_of(param, word):
@@ -87,6 +102,8 @@ def _defaults(command, values, origin):
     defaults = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if not options:
+            raise ValueError(f"`{key}` in {origin} is a key, but `{command.name}` has none. Leave --config out.")
         if name not in options:
             nearest = difflib.get_close_matches(name, sorted(options), n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -161,18 +178,18 @@ def _is_ours(error: BaseException) -> bool:
     return frame is not None and frame.f_globals.get("__name__", "").startswith("encdec_slm.")
 
 
-def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """How to install a package that is missing; `None` for a package of which no extra knows."""
-    package = (error.name or "").partition(".")[0]
-    extras = {
-        **dict.fromkeys(("trl", "datasets", "peft", "accelerate", "rouge_score", "matplotlib", "sklearn"), "train"),
-        **dict.fromkeys(("ctranslate2", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "torchao"), "export"),
-        **dict.fromkeys(("evaluate", "sacrebleu"), "evaluation"),
-        "gradio": "demo",
-    }
-    if package not in extras:
+def missing_extra(error: BaseException | None, command: str) -> str | None:
+    """How to install the package that an error of a command comes from; `None` if it comes from something else."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    package = "" if error is None else (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
         return None
-    return f"The package `{package}` is needed, but is not installed. Run `pip install encdec-slm[{extras[package]}]`."
+    extra = "evaluation" if command == "evaluate" else EXTRAS[package]
+    return f"The package `{package}` is needed, but is not installed. Run `pip install encdec-slm[{extra}]`."
 
 
-__all__: list[Any] = ["Command", "CommandError", "Config", "Debug", "UsageError", "examples", "one_line", "tell"]
+__all__ = [
+    *("Command", "CommandError", "Config", "Debug", "UsageError"),
+    *("examples", "missing_extra", "one_line", "set_up_output", "tell"),
+]

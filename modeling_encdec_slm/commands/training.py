@@ -36,6 +36,7 @@ OTHER_KEYS = {
         ("trl", "trainer/distillation_config.py", "DistillationConfig"),
     ),
 }
+VISION = (("trainers/vqa.py", "VqaArguments"),)
 # Only a run on images has these.
 VISION_KEYS = {"tasks", "num_train_rows", "image_column", "question_column", "answer_column", "frozen_parts"}
 
@@ -53,7 +54,10 @@ class TrainingCommand(Command):
     def format_options(self, ctx, formatter):
         super().format_options(ctx, formatter)
         with formatter.section("Keys, in a recipe or as --key VALUE"):
-            formatter.write_dl(list(_own_keys(self.name)))
+            formatter.write_dl(own := list(_own_keys(OWN_KEYS[self.name])))
+        if self.name == "finetune":
+            with formatter.section("Keys of runs on images, which have no files of rows"):
+                formatter.write_dl([key for key in _own_keys(VISION) if key[0] not in dict(own)])
         for package, path, kind in OTHER_KEYS[self.name]:
             names = [
                 field.target.id for field in _fields(_folder_of(package) / path, kind) if field.target.id != "debug"
@@ -63,9 +67,9 @@ class TrainingCommand(Command):
                     formatter.write_text(", ".join(names))
 
 
-def _own_keys(command) -> Iterator[tuple[str, str]]:
+def _own_keys(places) -> Iterator[tuple[str, str]]:
     root = Path(__file__).parents[1]
-    for path, kind in OWN_KEYS[command]:
+    for path, kind in places:
         # An installed package has its folders within one; a checkout, side by side.
         file = next((folder / path for folder in (root, root.parent) if (folder / path).is_file()), root / path)
         for field in _fields(file, kind):
