@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of predictions that grows while a model writes, so that an interrupted run goes on where it stopped."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..trainers.run_reports import write_file
+from .tasks import Example
+
+
+PREDICTIONS_NAME = "predictions.jsonl"
+RUN_NAME = "evaluation_run.json"
+
+
+class Predictions:
+    """The texts that a model has written so far, in the order of the rows.
+
+    Args:
+        folder (`Path`, *optional*): Where `predictions.jsonl` grows, and `evaluation_run.json` says which run it
+            belongs to. `None` keeps the texts in memory only.
+        run (`dict`): What decides the texts: a run that differs in it must not go on with them.
+        num_rows (`int`): Of the run.
+
+    Raises:
+        ValueError: The folder is a file, or holds predictions of another run or of something else.
+    """
+
+    def __init__(self, folder: Path | None, run: dict[str, Any], num_rows: int):
+        self.folder, self.run = folder, run
+        self.texts: list[str] = []
+        self.num_cut = 0  # rows that were longer than the model reads
+        self.seconds = 0.0
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output_dir` {str(folder)!r} is a file, but must be a folder. Give another path.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._resume(num_rows)
+        self.save_state()
+
+    @property
+    def path(self) -> Path:
+        """The file with one row per line."""
+        return self.folder / PREDICTIONS_NAME
+
+    def append(self, examples: Sequence[Example], texts: Sequence[str], were_cut: Sequence[bool]) -> None:
+        """Adds the texts for the next rows, and writes them down at once."""
+        first = len(self.texts)
+        self.texts += texts
+        self.num_cut += sum(were_cut)
+        if self.folder is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            rows = zip(examples, texts, were_cut, strict=True)
+            for number, (example, text, is_cut) in enumerate(rows, start=first):
+                row = {"row": number, "source": example.source, "references": list(example.references)}
+                row |= {"is_cut": is_cut, "prediction": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save_state(self) -> None:
+        """Writes down which run this is, and how long it has taken."""
+        if self.folder is not None:
+            state = {"run": self.run, "seconds": round(self.seconds, 1)}
+            write_file(self.folder / RUN_NAME, lambda path: path.write_text(json.dumps(state, indent=2), "utf-8"))
+
+    def _resume(self, num_rows):
+        if not self.path.is_file():
+            return
+        state = self._state()
+        if state is None:
+            raise ValueError(
+                f"{self.path} is there, but no readable {RUN_NAME} beside it says that it belongs to this run. Give "
+                "another `output_dir`, or remove the file."
+            )
+        before = state["run"]
+        if before != self.run:
+            changes = ", ".join(
+                f"`{name}` was {before.get(name)!r} and is {self.run.get(name)!r}"
+                for name in {**before, **self.run}
+                if before.get(name) != self.run.get(name)
+            )
+            raise ValueError(
+                f"{self.path} belongs to another run ({changes}), and its rows cannot be mixed with this one's. Give "
+                "another `output_dir`, or remove the file."
+            )
+        self.seconds = state["seconds"]
+        rows = self._read()[:num_rows]
+        self.texts = [row["prediction"] for row in rows]
+        self.num_cut = sum(row["is_cut"] for row in rows)
+
+    def _state(self):
+        try:
+            state = json.loads((self.folder / RUN_NAME).read_text(encoding="utf-8"))
+            return {name: state[name] for name in ("run", "seconds")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _read(self):
+        """The rows of whole lines; half a line, which an interrupted run may leave at the end, is cut off."""
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        rows = []
+        for number, line in enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1]):
+            try:
+                row = json.loads(line)
+                if (row["row"], type(row["prediction"]), type(row["is_cut"])) != (number, str, bool):
+                    raise ValueError
+                rows.append(row)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}, line {number + 1}, is not the prediction for row {number} that this run would have "
+                    "written. Give another `output_dir`, or remove the file."
+                ) from None
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return rows
