@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line `encdec-slm`; nothing here imports torch before a command runs."""
 
-import contextlib
 import os
 import sys
 import traceback
@@ -50,13 +49,17 @@ def _show_version(is_asked: bool):
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options_of_all_commands(
+    ctx: typer.Context,
     shows_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
-): ...
+):
+    if ctx.invoked_subcommand is None:
+        tell(ctx.get_help())
+        raise typer.Exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,10 +105,6 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 2, after a line that says so, for wrong usage.
     """
-    if not arguments:
-        with contextlib.redirect_stdout(sys.stderr):
-            _command().main(["--help"], prog_name=PROGRAM, standalone_mode=False)
-        raise SystemExit(2)
     _call(_command(), list(arguments), PROGRAM)
 
 
