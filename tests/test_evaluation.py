@@ -468,6 +468,7 @@ def test_models_and_tasks_of_different_kinds_are_refused(text_checkpoint, vision
         ({"dtype": "int8"}, "`dtype` is 'int8', but must be float32, bfloat16, float16"),
         ({"device": "nowhere"}, "`device` is 'nowhere'"),
         ({"dataset_name": None}, "has no rows of its own"),
+        ({"dataset_name": "nowhere.jsonl"}, "`dataset_name` is 'nowhere.jsonl', but there is no such file"),
         ({"dataset_name": __file__}, "files of rows end in .json, .jsonl, .parquet"),
         ({"model_or_path": "no/such/model"}, "'no/such/model' could not be loaded"),
     ],

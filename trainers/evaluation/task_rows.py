@@ -53,7 +53,7 @@ def load_examples(
         ValueError: There are no such rows, or they lack what the task needs.
         TypeError: They hold something else than text or images where these are needed.
     """
-    if dataset_name is not None and Path(dataset_name).is_file():
+    if dataset_name is not None and _is_file(Path(dataset_name)):
         rows = _rows_of_file(Path(dataset_name))
     elif dataset_name is None and task.build is not None:
         rows = task.build(dataset_split or task.dataset_split, max_samples, seed)
@@ -115,6 +115,13 @@ def _value(row, names, task, where):
     wanted = " or ".join(f"`{name}`" for name in names)
     remedy = "name yours by `source_column` and `target_column`" if task.columns_can_be_named else "rename yours"
     raise ValueError(f"{where} has {', '.join(row) or 'nothing'}, but {wanted} is needed. Add it, or {remedy}.")
+
+
+def _is_file(path):
+    """Whether rows come from a file; one that is meant by its name but not there is no data set of the Hub."""
+    if path.suffix in FILE_SUFFIXES and not path.exists():
+        raise ValueError(f"`dataset_name` is {str(path)!r}, but there is no such file. Correct its path.")
+    return path.is_file()
 
 
 def _rows_of_file(path: Path) -> Sequence[Mapping[str, Any]]:
