@@ -7,7 +7,7 @@ import re
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -77,7 +77,7 @@ def _documented_functions(folder: Path) -> Iterator[dict[str, str]]:
     for path in _python_files(folder):
         parts = path.relative_to(folder).with_suffix("").parts
         if parts[0] not in SKIPPED_MODULES:
-            yield from _rows_of_file(path, [part for part in parts if part != "__init__"])
+            yield from documented_functions(path, parts)
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
@@ -88,13 +88,20 @@ def _python_files(folder: Path) -> Iterator[Path]:
             yield from _python_files(entry)
 
 
-def _rows_of_file(path: Path, module_parts: list[str]) -> Iterator[dict[str, str]]:
+def documented_functions(path: Path, parts: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Rows of `source`, `target` and `name` of the functions in a file whose docstring is worth learning.
+
+    Args:
+        path (`Path`): A Python file; one that does not parse gives no rows.
+        parts (`Iterable[str]`): Those of its dotted name; `__init__` is left out.
+    """
     text = path.read_text(encoding="utf-8", errors="replace")
     tree = _parse(text)
     if tree is None:
         return
     lines = text.splitlines()
-    for qualified_name, function in _walk_functions(tree, ".".join(module_parts)):
+    prefix = ".".join(part for part in parts if part != "__init__")
+    for qualified_name, function in _walk_functions(tree, prefix):
         target = first_sentence(ast.get_docstring(function) or "")
         if not _is_worth_learning(target):
             continue
