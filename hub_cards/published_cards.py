@@ -128,7 +128,7 @@ def is_repository_name(name: str) -> bool:
 
 def _objective(results):
     """Both trainers that write such files without a card's table have no other."""
-    return "cross-entropy on the targets" if "after" in results or "tasks" in results else None
+    return "cross-entropy on the targets" if _dict(results.get("after")) or _dict(results.get("tasks")) else None
 
 
 def _begun_with(results):

@@ -159,6 +159,7 @@ def publish(
         manifests = _copy_bundles(source, bundles, folder)
         _write_texts(folder, source, repo_id or output_dir.name, model, run, results, facts, manifests, revision)
         refuse_unsafe_files(folder, sorted(folder.rglob("*")), is_repository=True)
+        logger.info("Loading and using the folder in a process without this package ...")
         fresh_process.check_in_fresh_process(folder)
     if left_out:
         logger.info(f"Left out, being no part of a repository: {listed(left_out)}.")

@@ -130,6 +130,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, content
     elif isinstance(content, dict):
         for name, value in content.items():
+            yield str(name), str(name)
             yield from _strings(value, str(name))
     elif isinstance(content, list):
         for value in content:
