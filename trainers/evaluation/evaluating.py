@@ -113,24 +113,30 @@ def evaluate_checkpoint(
     _write_all(writer, examples, predictions, batch_size, show_progress)
     pairs = zip(predictions.texts, examples, strict=True)
     scores = [chosen.score(text, example.references) for text, example in pairs]
-    result = {
-        "task": task,
-        "dataset": _dataset(given, chosen),
-        "model": _model_name(model_or_path),
-        "num_rows": len(examples),
+    result = _result(given, chosen, model, predictions, scores, settings)
+    if output_dir is not None:
+        _save(result, Path(output_dir))
+    return result
+
+
+def _result(given, task, model, predictions, scores, settings):
+    num_bootstrap, seed = given["num_bootstrap"], given["seed"]
+    return {
+        "task": given["task"],
+        "dataset": _dataset(given, task),
+        "model": _model_name(given["model_or_path"]),
+        "num_rows": len(scores),
         "num_cut_rows": predictions.num_cut,
         "metrics": mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed),
-        **{"confidence": CONFIDENCE, "num_bootstrap": num_bootstrap},
-        "settings": {**settings, "batch_size": batch_size, "seed": seed},
+        "confidence": CONFIDENCE,
+        "num_bootstrap": num_bootstrap,
+        "settings": {**settings, "batch_size": given["batch_size"], "seed": seed},
         "command": _command(given),
         "device": _device_name(model),
         "seconds": round(predictions.seconds, 1),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": _versions(),
     }
-    if output_dir is not None:
-        _save(result, Path(output_dir))
-    return result
 
 
 def _save(result, folder):
