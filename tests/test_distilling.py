@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from encdec_slm.trainers.distilling import DistillArguments, distill
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(40)]
 SCORES = {"loss", "rougeL", "rougeL_other_rows", "exact", "teacher_agreement", "num_parameters", "train_seconds"}
+NAMES = ("run", "run_teacher")
 SPEEDS = {"first_token_seconds", "tokens_per_second"}
 
 
@@ -95,6 +97,22 @@ def test_any_teacher_and_student_can_be_named(finished, tmp_path):
     results = distill(args, training_args(tmp_path / "run", teacher_model_name_or_path=f"{folder}_teacher"))
     teacher, student = results["models"]
     assert teacher["train_seconds"] is None and student["name"] == "distilled student"
+
+
+def test_a_student_can_be_cut_from_the_teacher_that_is_trained_for_it_and_both_go_on_where_they_stopped(tmp_path):
+    args = arguments(write_rows(tmp_path), student_from_teacher=True, compare_with_cross_entropy=False)
+    options = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "true"}
+    distill(args, training_args(tmp_path / "run", **options))
+    student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "run_teacher")
+    assert (student.config.encoder_num_hidden_layers, student.config.decoder_num_hidden_layers) == (4, 2)
+    assert student.config.intermediate_size == teacher.config.intermediate_size
+    # Steps of the teacher: 10 batches of 40 rows less those held out, a quarter of them, then twice as many.
+    (tmp_path / "run_teacher" / "trained.json").unlink()
+    args = replace(args, teacher_num_train_epochs=0.5)
+    distill(args, training_args(tmp_path / "run", **{**options, "max_steps": 3}))
+    steps = {name: {int(path.name[11:]) for path in (tmp_path / name).glob("checkpoint-*")} for name in NAMES}
+    assert steps == {"run": {1, 2, 3}, "run_teacher": {1, 2, 3, 4}}
 
 
 def test_the_script_prints_the_table_and_who_won(finished, tmp_path):

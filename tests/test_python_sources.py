@@ -194,7 +194,8 @@ def test_pieces_of_code_shorter_than_what_is_compared_are_told_apart():
     assert seen.add_if_new("a b") and seen.add_if_new("a c") and not seen.add_if_new("A b")
 
 
-def test_this_file_needs_no_installed_package(site_packages):
+def test_what_an_interrupted_installation_left_is_passed_over(site_packages):
+    (site_packages / "broken-1.0.dist-info").mkdir()
     output, provenance = build(site_packages)
     assert {Path(entry["file"]).stem for entry in provenance["read"]} == {"train", "validation", "test"}
     assert (output / "held_out_distributions.jsonl").read_text(encoding="utf-8") == ""

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from ..configuration import decoder_only_twin
+from .checkpoints import last_complete_checkpoint
 from .distillation_data import RowEncoder, as_prompts, encode_rows
 from .run_reports import preset_config, show_losses, write_file
 from .seq2seq_data import first_texts, train_tokenizer
@@ -36,12 +37,13 @@ def train_decoder_only(
         preset (`str`): See [`~encdec_slm.configuration.list_presets`].
         vocab_size (`int`): Upper bound for its tokenizer, which is trained on the same rows.
         dataset ([`~datasets.Dataset`]): With string columns `source` and `target`.
-        training_args ([`~transformers.TrainingArguments`]): The run.
+        training_args ([`~transformers.TrainingArguments`]): The run. With `resume_from_checkpoint: "true"` it goes on
+            from its last complete checkpoint, if there is one.
         max_source_length (`int`): In tokens.
         max_target_length (`int`): In tokens, with the end-of-text token.
 
     Returns:
-        `float`: Seconds of the training.
+        `float`: Seconds of the training, of a resumed one those since then.
     """
     set_seed(training_args.seed)
     tokenizer = train_tokenizer(first_texts(dataset), vocab_size, max_source_length)
@@ -57,13 +59,17 @@ def train_decoder_only(
     )
     show_losses(trainer)
     logger.info(f"Training a decoder-only model of {model.num_parameters():,} parameters.")
+    resumes = str(training_args.resume_from_checkpoint).lower() == "true"
+    checkpoint = last_complete_checkpoint(training_args.output_dir) if resumes else None
     started = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = round(time.perf_counter() - started, 1)
     trainer.save_model()
-    tokenizer.save_pretrained(training_args.output_dir)
-    finished = Path(training_args.output_dir) / FINISHED
-    write_file(finished, lambda path: path.write_text(json.dumps({"train_seconds": seconds}), encoding="utf-8"))
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(training_args.output_dir)
+        finished = Path(training_args.output_dir) / FINISHED
+        write_file(finished, lambda path: path.write_text(json.dumps({"train_seconds": seconds}), encoding="utf-8"))
+    trainer.accelerator.wait_for_everyone()  # other processes read what this one has saved
     return seconds
 
 

@@ -95,7 +95,9 @@ def build_python_sources(output_dir: str | Path, site_packages: str | Path | Non
     folder = Path(sysconfig.get_path("purelib") if site_packages is None else site_packages)
     task = build_docstring_task()
     read, skipped, sources = [], [], {}
-    found = sorted(distributions(path=[str(folder)]), key=lambda distribution: _name(distribution).lower())
+    # What an interrupted installation leaves behind has no name.
+    found = [distribution for distribution in distributions(path=[str(folder)]) if _name(distribution)]
+    found.sort(key=lambda distribution: _name(distribution).lower())
     for distribution in tqdm(found, desc="Reading distributions"):
         licence, reason = licence_of(distribution)
         about = {"distribution": _name(distribution), "version": distribution.version, "licence": licence}
