@@ -69,12 +69,10 @@ MODEL = tiny_text_model()
 SIZES = ModelFacts(MODEL.config, MODEL.num_parameters(), 272_000, "float32")
 
 
-def card_of(run=None, results=None, facts=None, bundles=None, folder=None):
+def card_of(run=None, results=None, facts=None, folder=None, sizes=SIZES):
     """The card as it is read back from a file."""
     facts = check_facts(facts)
-    card = published_card(
-        "me/tiny", "tiny", SIZES, run or run_facts(None), read_results(results), facts, bundles or {}
-    )
+    card = published_card("me/tiny", "tiny", sizes, run or run_facts(None), read_results(results), facts, {})
     card.save(folder / "README.md")
     return ModelCard.load(folder / "README.md")
 
