@@ -10,10 +10,14 @@ FUNCTION ?= textwrap.shorten
 
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-$(READY): setup.cfg pyproject.toml constraints.txt
+# gradio's metadata stops short of Pillow 13, which resizes as the predecessor's golden images need it; it runs on it.
+PAGE := gradio gradio_client groovy hf-gradio safehttpx semantic-version pydub python-multipart orjson brotli tomlkit \
+	fastapi starlette uvicorn httpx httpcore certifi pytz
+$(READY): setup.cfg pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77"
 	$(PIP) --no-build-isolation -e ".[dev]"
+	$(PIP) --no-deps $(PAGE)
 	@touch $@
 
 # Threads of so small a model mostly wait for each other: one is faster on a busy machine.

@@ -83,4 +83,4 @@ def test_the_picture_has_bars_for_every_contender(report):
     axes = figure(report).axes
     assert len(axes) == 4
     assert [len(one.patches) for one in axes] == [4] * 4
-    assert "512 source tokens" in axes[0].get_xlabel()
+    assert "512 source, 64 new tokens" in axes[0].get_title()

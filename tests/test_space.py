@@ -25,6 +25,7 @@ from encdec_slm.trainers.seq2seq_data import train_tokenizer
 from encdec_slm.trainers.vqa import new_processor
 
 
+pytest.importorskip("gradio", reason="gradio is not installed: pip install encdec-slm[demo]")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 LAYERS = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "initializer_range": 0.2}
 
