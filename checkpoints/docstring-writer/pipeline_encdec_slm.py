@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `text2text-generation`, `summarization` and `translation` pipelines, which transformers 5 no longer has."""
+
+import copy
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, pipelines
+from transformers import __version__ as transformers_version
+from transformers.pipelines.pt_utils import KeyDataset
+from transformers.utils import ModelOutput
+
+
+RESTORED_TASKS = ("text2text-generation", "summarization", "translation")
+# A tokenizer that declares no length says 1e30.
+NO_LENGTH_DECLARED = 1e20
+DEFAULT_NEW_TOKENS = 256
+
+
+class Text2TextGenerationPipeline(Pipeline):
+    """Text in, text out, with any encoder-decoder that can generate.
+
+    The output is named after the task: `generated_text`, `summary_text` or `translation_text`, and `..._token_ids`.
+    Generation stops where the model's generation config says, else after 256 tokens or at the longest target that the
+    config allows. What the config recommends for the task (`task_specific_params`, `prefix`) is applied beneath
+    whatever the caller asks for.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): An encoder-decoder with a language modeling head.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
+        task (`str`, *optional*, defaults to `"text2text-generation"`): Also `"summarization"`, `"translation"` or
+            `"translation_xx_to_yy"`.
+        kwargs: As in [`~transformers.Pipeline`] (`device`, `batch_size`, ...), and any argument of `__call__`, which
+            then holds for every call.
+
+    Raises:
+        ValueError: The model has no encoder or cannot generate, or there is no tokenizer, or an exported model (one
+            with a `check_tokenizer`) was exported with another one.
+    """
+
+    # What the base class does for pipelines that generate differs between releases of transformers 5: not used.
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __init__(self, model, tokenizer=None, task="text2text-generation", **kwargs):
+        if not (model.can_generate() and model.config.is_encoder_decoder):
+            raise ValueError(
+                f"`model` is a {type(model).__name__}, but this pipeline needs an encoder-decoder that generates. "
+                'Load it with `AutoModelForSeq2SeqLM`; for a decoder-only model use the "text-generation" pipeline.'
+            )
+        super().__init__(model, tokenizer, task=task, **kwargs)
+        if self.tokenizer is None:
+            raise ValueError("`tokenizer` is None, but the model reads token ids. Pass the tokenizer of the model.")
+        if hasattr(self.model, "check_tokenizer"):
+            # An exported model knows the one that it was exported with.
+            self.model.check_tokenizer(self.tokenizer)
+        # The default must not run past the end of a table of positions.
+        longest = min(_declared_lengths(model.config, "decoder").values(), default=NO_LENGTH_DECLARED)
+        self._default_new_tokens = min(DEFAULT_NEW_TOKENS, longest - 1)
+        recommended = (getattr(model.config, "task_specific_params", None) or {}).get(task, {})
+        self.prefix = recommended.get("prefix", getattr(model.config, "prefix", None)) or ""
+        known = vars(GenerationConfig())
+        self._task_params = {key: value for key, value in recommended.items() if key in known}
+
+    def _sanitize_parameters(
+        self,
+        return_text=None,
+        return_tensors=None,
+        clean_up_tokenization_spaces=None,
+        truncation=None,
+        src_lang=None,
+        tgt_lang=None,
+        stop_sequence=None,
+        **generate_kwargs,
+    ):
+        preprocess_params = {"truncation": truncation, "src_lang": src_lang, "tgt_lang": tgt_lang}
+        if stop_sequence is not None:
+            generate_kwargs["stop_strings"] = stop_sequence
+        postprocess_params = {
+            "return_text": return_text,
+            "return_tensors": return_tensors,
+            "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
+        }
+        # Arguments of a call come on top of those of the pipeline, but a whole `generation_config` replaces them.
+        of_pipeline = {} if "generation_config" in generate_kwargs else getattr(self, "_forward_params", {})
+        forward_params = {"generate_kwargs": {**of_pipeline.get("generate_kwargs", {}), **generate_kwargs}}
+        return _without_none(preprocess_params), forward_params, _without_none(postprocess_params)
+
+    def __call__(self, inputs, **kwargs):
+        """The generated text of one or many sources.
+
+        Args:
+            inputs (`str`, `list[str]`, generator or dataset of `str`): Sources. A column of a dataset is a list
+                (`dataset["text"]`) or, read as needed, `KeyDataset(dataset, "text")`.
+            return_text (`bool`, *optional*): Give the text. `None` gives it unless `return_tensors` asks for ids.
+            return_tensors (`bool`, *optional*, defaults to `False`): Give the token ids, from the start token to the
+                end-of-text token.
+            clean_up_tokenization_spaces (`bool`, *optional*): Remove spaces before punctuation. `None` leaves it to
+                the tokenizer.
+            truncation (`bool` or `str`, *optional*, defaults to `False`): Cut a source that is longer than the
+                tokenizer or the model allows, the task's prefix included.
+            src_lang (`str`, *optional*): Language of the source, for tokenizers that mark it (mBART, NLLB, M2M100).
+                `None` reads the task's name, as in `"translation_en_to_fr"`.
+            tgt_lang (`str`, *optional*): Language to write, likewise.
+            stop_sequence (`str` or `list[str]`, *optional*): Strings that end the generation.
+            kwargs: `batch_size` (sources per step, defaults to 1), `num_workers`, and arguments of `generate`, such
+                as `num_beams`, `num_return_sequences`, `max_new_tokens` or `streamer`.
+
+        Returns:
+            - For a `str`: a list of one `dict` per returned sequence.
+            - For a list: one `dict` per source; with `num_return_sequences` above 1, one list of them per source.
+            - For a generator or dataset: an iterator over what each source alone would return, computed as it is read.
+
+        Raises:
+            TypeError: A source is not a `str`.
+            ValueError: A source is too long and `truncation` is not set; the tokenizer makes ids that the model has
+                no embedding for; it has no padding token but `batch_size` asks for padding; nothing is to be returned.
+        """
+        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray)):
+            inputs = [_check_is_text(text, f"`inputs[{position}]`") for position, text in enumerate(inputs)]
+        if isinstance(inputs, (list, KeyDataset)) and len(inputs) == 0:
+            return []
+        results = super().__call__(inputs, **kwargs)
+        if isinstance(inputs, list):
+            return [result[0] if len(result) == 1 else result for result in results]
+        return results
+
+    def preprocess(self, text, truncation=False, src_lang=None, tgt_lang=None):
+        text = self.prefix + _check_is_text(text, "`inputs`")
+        limit, declared_by = self._source_limit()
+        options = {"truncation": False, "verbose": False}
+        if limit is not None and truncation not in (False, "do_not_truncate"):
+            options.update(truncation=truncation, max_length=limit)
+        if self.task.startswith("translation") and hasattr(self.tokenizer, "_build_translation_inputs"):
+            encoding = self._encode_for_translation(text, src_lang, tgt_lang, options)
+        else:
+            encoding = self.tokenizer(text, **options)
+        token_ids = encoding["input_ids"] or [self._token_id_of_nothing()]
+        if limit is not None and len(token_ids) > limit:
+            raise ValueError(
+                f"The source that begins with {text[:40]!r} has {len(token_ids)} tokens, but {declared_by} allows "
+                f"{limit}. Pass `truncation=True` to read only its beginning, or shorten it."
+            )
+        # Made here instead of read from the tokenizer: not all of them give a mask, and batches need one.
+        input_ids = torch.tensor([token_ids])  # (1, S)
+        model_inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if "forced_bos_token_id" in encoding:
+            model_inputs["forced_bos_token_id"] = torch.tensor([encoding["forced_bos_token_id"]])
+        return model_inputs
+
+    def _source_limit(self):
+        """The most tokens a source may have and who says so; `None` where nobody does."""
+        limits = {"`tokenizer.model_max_length`": self.tokenizer.model_max_length}
+        limits |= _declared_lengths(self.model.config, "encoder")
+        return min(((limit, by) for by, limit in limits.items() if limit < NO_LENGTH_DECLARED), default=(None, None))
+
+    def _encode_for_translation(self, text, src_lang, tgt_lang, options):
+        named = re.fullmatch("translation_(.+)_to_(.+)", self.task)
+        return self.tokenizer._build_translation_inputs(
+            text,
+            return_tensors=None,
+            src_lang=src_lang or (named and named[1]),
+            tgt_lang=tgt_lang or (named and named[2]),
+            **options,
+        )
+
+    def _token_id_of_nothing(self):
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The source has no tokens, but the model has to read at least one, and the tokenizer has no "
+                "end-of-text token to stand for it. Leave empty sources out, or set `tokenizer.eos_token`."
+            )
+        return self.tokenizer.eos_token_id
+
+    def _forward(self, model_inputs, generate_kwargs):
+        input_ids = model_inputs["input_ids"]  # (B, S)
+        self._check_token_ids(input_ids)
+        if "forced_bos_token_id" in model_inputs:
+            forced_id = model_inputs.pop("forced_bos_token_id")[0].item()
+            generate_kwargs = {"forced_bos_token_id": forced_id, **generate_kwargs}
+        settings = self._beneath(generate_kwargs)
+        output = self.model.generate(**model_inputs, **settings)
+        sequences = output.sequences if isinstance(output, ModelOutput) else output
+        lengths = _lengths(sequences, self._setting("pad_token_id", settings), self._setting("eos_token_id", settings))
+        rows = input_ids.shape[0]
+        return {"output_ids": sequences.reshape(rows, -1, sequences.shape[-1]), "lengths": lengths.view(rows, -1)}
+
+    def _check_token_ids(self, input_ids):
+        num_embeddings = self._num_embeddings()
+        highest = input_ids.max().item()
+        if highest >= num_embeddings:
+            raise ValueError(
+                f"The tokenizer made token id {highest}, but the model has ids 0 to {num_embeddings - 1}. Use the "
+                "tokenizer of this checkpoint, or `model.resize_token_embeddings` after adding tokens to it."
+            )
+
+    def _num_embeddings(self):
+        if not hasattr(self.model, "get_input_embeddings"):
+            # An exported model has no modules.
+            return self.model.config.get_text_config().vocab_size
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def _beneath(self, generate_kwargs):
+        """The caller's generation arguments on top of what the config recommends and what nobody else sets."""
+        config = generate_kwargs.get("generation_config")
+        settings = (
+            dict(generate_kwargs) if config is not None else {**self._recommended(generate_kwargs), **generate_kwargs}
+        )
+        defaults = {}
+        if self._setting("max_length", settings) is None and self._setting("max_new_tokens", settings) is None:
+            defaults["max_new_tokens"] = self._default_new_tokens
+        if self._setting("pad_token_id", settings) is None and self.tokenizer.pad_token_id is not None:
+            defaults["pad_token_id"] = self.tokenizer.pad_token_id
+        if config is not None:
+            settings["generation_config"] = copy.deepcopy(config)
+            settings["generation_config"].update(**defaults)
+            defaults = {}
+        if self._setting("stop_strings", settings) or "assistant_tokenizer" in settings:
+            defaults["tokenizer"] = self.tokenizer
+        return {**defaults, **settings}
+
+    def _recommended(self, generate_kwargs):
+        lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+        replaced = {length for length, new_tokens in lengths if new_tokens in generate_kwargs}
+        return {key: value for key, value in self._task_params.items() if key not in replaced}
+
+    def _setting(self, name, settings):
+        """What `generate` will use for one of its settings; `None` where neither call, pipeline nor model says."""
+        configs = (settings.get("generation_config"), self.model.generation_config)
+        given = (settings.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), None)
+
+    def postprocess(self, model_outputs, return_text=None, return_tensors=False, clean_up_tokenization_spaces=None):
+        if return_text is None:
+            return_text = not return_tensors
+        if not (return_text or return_tensors):
+            raise ValueError("`return_text` and `return_tensors` are both False, so nothing is left. Set one of them.")
+        name = {"summarization": "summary", "translation": "translation"}.get(self.task.split("_")[0], "generated")
+        records = []
+        for token_ids, length in zip(model_outputs["output_ids"][0], model_outputs["lengths"][0], strict=True):
+            record = {f"{name}_token_ids": token_ids[:length]} if return_tensors else {}
+            if return_text:
+                record[f"{name}_text"] = self.tokenizer.decode(
+                    token_ids[:length],
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+                )
+            records.append(record)
+        return records
+
+
+def _without_none(params):
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def _declared_lengths(config, stack):
+    """The most tokens that a config allows in the encoder or the decoder, by the field that says so."""
+    for part in (stack, "text_config"):
+        config = getattr(config, part, None) or config
+    fields = (f"max_{stack}_position_embeddings", "max_position_embeddings")
+    return {f"`{field}` of the config": value for field in fields if (value := getattr(config, field, None) or 0) > 0}
+
+
+def _check_is_text(text, name):
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} is of type {type(text).__name__}, but must be a `str`, or a list, generator or dataset of `str`. "
+            'For a column of a dataset pass `KeyDataset(dataset, "column")`.'
+        )
+    return text
+
+
+def _lengths(sequences, pad_token_id, eos_token_id):
+    """Tokens of each row without the padding that a longer row in its batch brought."""
+    if pad_token_id is None:
+        return torch.full(sequences.shape[:1], sequences.shape[1])
+    eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    positions = torch.arange(1, sequences.shape[1] + 1, device=sequences.device)
+    lengths = (positions * (sequences != pad_token_id)).amax(-1).clamp(min=1)
+    if pad_token_id in eos_token_ids:
+        # The first of the padding is then the end of the text, unless another end-of-text token stands before it.
+        last = sequences.gather(1, lengths[:, None] - 1)[:, 0]
+        lengths = lengths + ~torch.isin(last, last.new_tensor(eos_token_ids))
+    return lengths.clamp(max=sequences.shape[1])
+
+
+class _TaskAliases(dict):
+    """The registry's aliases, and `translation_xx_to_yy` for `translation`."""
+
+    def __contains__(self, task):
+        return super().__contains__(task) or re.fullmatch("translation_.+_to_.+", task) is not None
+
+    def __missing__(self, task):
+        return "translation"
+
+
+def restore_text2text_pipelines():
+    """Makes `pipeline("text2text-generation" | "summarization" | "translation_xx_to_yy", model=...)` work again.
+
+    Afterwards the three tasks take every encoder-decoder, T5 and BART included, for the whole process. It is opt-in
+    because it changes transformers itself: the tasks leave `transformers.pipelines.REMOVED_TASKS`, and
+    `PIPELINE_REGISTRY` gets them in `supported_tasks` and `translation_xx_to_yy` in `task_aliases`. A second call
+    changes nothing. `model` has to be given: no default is chosen.
+
+    Raises:
+        RuntimeError: This release of transformers does not keep its tasks there.
+    """
+    registry = getattr(pipelines, "PIPELINE_REGISTRY", None)
+    removed = getattr(pipelines, "REMOVED_TASKS", {})  # older releases of transformers 5 name no removed tasks
+    parts = [removed, *(getattr(registry, name, None) for name in ("supported_tasks", "task_aliases"))]
+    if not all(isinstance(part, dict) for part in parts) or not hasattr(registry, "register_pipeline"):
+        raise RuntimeError(
+            f"transformers {transformers_version} does not keep its pipeline tasks where this version of encdec_slm "
+            "changes them. Update encdec_slm, or build `Text2TextGenerationPipeline(model=..., tokenizer=...)`."
+        )
+    for task in RESTORED_TASKS:
+        removed.pop(task, None)
+        if registry.supported_tasks.get(task, {}).get("impl") is not Text2TextGenerationPipeline:
+            registry.register_pipeline(task, Text2TextGenerationPipeline, AutoModelForSeq2SeqLM, type="text")
+            if hasattr(Text2TextGenerationPipeline, "_registered_impl"):
+                # With it, saving a pipeline of any model would make the model's folder ask for this file.
+                del Text2TextGenerationPipeline._registered_impl
+    if "translation_xx_to_yy" not in registry.task_aliases:
+        registry.task_aliases = _TaskAliases(registry.task_aliases)
+
+
+__all__ = ["Text2TextGenerationPipeline", "restore_text2text_pipelines"]

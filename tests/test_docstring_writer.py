@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint that ships with this repository, and the script that writes docstrings with it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from encdec_slm.evaluation import evaluate_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "docstring-writer"
+SCRIPT = ROOT / "examples" / "write_docstring.py"
+MOST_BYTES = 14_000_000
+# Of 128 rows of the test split; the card says what it is on all of them.
+ROUGE_FLOOR = 16.0
+WITHOUT_PACKAGE = """
+import runpy, sys
+sys.modules["encdec_slm"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TWO_FUNCTIONS = '''\
+class Shape:
+    @property
+    def area(self):
+        """Return anything."""
+        return self.width * self.height
+
+async def close(file): "Close it."
+'''
+
+
+@pytest.fixture(scope="module")
+def script():
+    """What the script defines."""
+    return runpy.run_path(str(SCRIPT))
+
+
+def write(tmp_path, *arguments, **options):
+    """A run of the script by a process that has no `encdec_slm` and no network."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(SCRIPT), str(CHECKPOINT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, **options)
+
+
+def test_the_folder_is_small_and_holds_no_weights_but_safetensors():
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    assert {"config.json", "generation_config.json", "LICENSE", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in files
+    }
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".py", ".md", ".yaml", ""}
+
+
+def test_the_code_files_are_those_of_the_package():
+    shipped = sorted(CHECKPOINT.glob("*.py"))
+    assert shipped
+    for path in shipped:
+        of_package = ROOT / "modeling_encdec_slm" / path.name
+        assert path.read_bytes() == of_package.read_bytes(), "run `python examples/publish_docstring_writer.py`"
+
+
+def test_the_card_is_valid_and_names_data_results_and_limits():
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    assert card.data.pipeline_tag == "text2text-generation" and card.data.license == "apache-2.0"
+    for part in ("PSF-2.0", "## Results", "rougeL", "Limits", "| distribution | version | licence |", "its author"):
+        assert part in card.text
+    stated = json.loads(CHECKPOINT.with_suffix(".json").read_text(encoding="utf-8"))
+    for result in stated["results"]:
+        assert f"{result['metrics']['rougeL']['value']:.6g}" in card.text
+
+
+def test_it_beats_its_floor_on_functions_that_it_has_not_seen():
+    result = evaluate_checkpoint(CHECKPOINT, "docstrings", max_samples=128, batch_size=32, show_progress=False)
+    assert result["num_rows"] == 128
+    assert result["metrics"]["rougeL"]["value"] > ROUGE_FLOOR
+
+
+def test_the_script_writes_a_sentence_for_an_installed_function_without_the_package(tmp_path):
+    run = write(tmp_path, "textwrap.shorten", timeout=120)
+    assert run.returncode == 0, run.stderr
+    name, sentence, *_ = run.stdout.splitlines()
+    assert name == "textwrap.shorten"
+    assert sentence.startswith('    """') and sentence.endswith('"""') and len(sentence.split()) >= 3
+    assert "read it before you believe it" in run.stdout
+
+
+def test_the_script_reads_files_and_standard_input(script, tmp_path, monkeypatch):
+    path = tmp_path / "shapes.py"
+    path.write_text(TWO_FUNCTIONS, encoding="utf-8")
+    area = "@property\ndef area(self):\n    return self.width * self.height"
+    close = "async def close(file):\n    pass"
+    assert script["functions_named"](str(path)) == {"Shape.area": area, "close": close}
+    assert script["functions_named"](f"{path}:Shape.area") == {"Shape.area": area}
+    assert script["functions_named"](f"{path}:area") == {"Shape.area": area}
+    with path.open(encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert set(script["functions_named"]("-")) == {"Shape.area", "close"}
+
+
+def test_the_script_finds_functions_methods_and_properties_by_dotted_names(script):
+    find = script["functions_named"]
+    assert find("textwrap.dedent")["textwrap.dedent"].startswith("def dedent(text):")
+    assert '"""' not in find("textwrap.dedent")["textwrap.dedent"]
+    assert list(find("fractions.Fraction.numerator")) == ["fractions.Fraction.numerator"]
+    assert {"JSONDecoder.__init__", "JSONDecoder.decode"} <= set(find("json.decoder.JSONDecoder"))
+    assert {"textwrap.wrap", "textwrap.fill"} <= set(find("textwrap"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("math.sqrt", "math.sqrt has no Python source"),
+        ("no_such_module.f", "'no_such_module.f' cannot be imported"),
+        ("os.path.no_such_name", "cannot be imported"),
+        ("no_such_file.py", "there is no file 'no_such_file.py'"),
+        ("no_such_file.py:f", "there is no file 'no_such_file.py'"),
+        ("", "cannot be imported"),
+        ("shapes.py:no_such_name", "there is no function 'no_such_name' in shapes.py"),
+        ("empty.py", "there is no function in empty.py"),
+        ("broken.py", "this is no Python code: line 1"),
+    ],
+)
+def test_the_script_says_in_a_sentence_what_it_cannot_read(script, given, message, tmp_path, monkeypatch):
+    for name, text in {"shapes.py": TWO_FUNCTIONS, "empty.py": "x = 1\n", "broken.py": "def f(:\n"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"write_docstring\.py: ") as raised:
+        script["functions_named"](given)
+    assert message in str(raised.value)
