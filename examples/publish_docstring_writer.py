@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "docstring-writer"
 STATED = CHECKPOINT.with_suffix(".json")
 NUM_SAMPLES = 8
 RECIPE = "distill_docstring_writer"
-EXAMPLE = "def area(width, height):\n    return width * height"
+EXAMPLE = "def size(self):\n    return len(self.rows)"
 DESCRIPTION = """\
 Reads the source of a Python function and writes the first sentence of its docstring. It was trained for {minutes:.0f}
 minutes on two CPU cores, its teacher included, and is a demonstration: its sentences have the form of docstrings and
@@ -135,7 +136,8 @@ def _samples_table(samples):
     chosen = samples[:: max(1, len(samples) // NUM_SAMPLES)][:NUM_SAMPLES]
     parts = []
     for sample in chosen:
-        parts.append(f"```python\n{first_lines(sample['source'], 5)}\n```\n")
+        # Indented: between fences, formatters would rewrite what the model was given.
+        parts.append(textwrap.indent(first_lines(sample["source"], 5), "    ") + "\n")
         parts.append(f"- its author: {sample['references'][0]}\n- the model: {sample['prediction']}\n")
     return "\n".join(parts)
 
