@@ -12,7 +12,7 @@ FUNCTION ?= textwrap.shorten
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # gradio's metadata stops short of Pillow 13, which resizes as the predecessor's golden images need it; it runs on it.
 PAGE := gradio gradio_client groovy hf-gradio safehttpx semantic-version pydub python-multipart orjson brotli tomlkit \
-	fastapi starlette uvicorn httpx httpcore certifi pytz
+	fastapi starlette uvicorn httpx httpcore certifi pytz opentelemetry-api
 $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77"
