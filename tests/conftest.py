@@ -7,6 +7,7 @@ import torch
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
 
 
+pytest_plugins = ("reference_files",)
 # Matrices this small gain nothing from a second thread and lose much when cores are busy; nor do those of scripts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
