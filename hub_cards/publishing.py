@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .. import modeling_encdec_slm
-from ..checkpoint_folders import TOKENIZER_FILES, folder_written_whole, listed
+from ..checkpoint_folders import TOKENIZER_FILES, first_line, folder_written_whole, listed
 from ..export.bundles import MANIFEST, read_manifest
 from . import fresh_process
 from .eval_results import EvaluationResult, read_results, write_eval_results
@@ -362,8 +362,9 @@ def _loaded(source):
     try:
         model, info = auto_class.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{str(source)!r} cannot be loaded ({reason}). Save the model there once more.") from error
+        raise ValueError(
+            f"{str(source)!r} cannot be loaded ({first_line(error)}). Save the model there once more."
+        ) from error
     if info["missing_keys"]:
         raise ValueError(
             f"{str(source)!r} has no weights for {listed(sorted(info['missing_keys']))}, which would be random. Give "

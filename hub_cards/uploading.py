@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-from ..checkpoint_folders import REPLACED_FILES
+from ..checkpoint_folders import REPLACED_FILES, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ def _explained(folder, repo_id) -> Iterator[None]:
         yield
     except (HfHubHTTPError, LocalTokenNotFoundError, HTTPError, OSError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
         raise ConnectionError(
-            f"{str(folder)!r} was built, but could not be uploaded to {repo_id!r}: {reason}. Log in with `hf auth "
-            "login` if that is what is missing, and publish again: what has arrived is not sent a second time."
+            f"{str(folder)!r} was built, but could not be uploaded to {repo_id!r}: {first_line(cause)}. Log in with "
+            "`hf auth login` if that is what is missing, and publish again: what has arrived is not sent twice."
         ) from error

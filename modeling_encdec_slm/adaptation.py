@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from .checkpoint_folders import TOKENIZER_FILES, listed, local_folder
+from .checkpoint_folders import TOKENIZER_FILES, first_line, listed, local_folder
 from .configuration.sizes import SPLITS
 from .configuration_encdec_slm import EncDecSLMConfig
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
@@ -344,7 +344,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}). Fetch its "
+            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({first_line(error)}). Fetch its "
             "tokenizer files, or give the tokenizer of the model that it was made from."
         ) from error
 

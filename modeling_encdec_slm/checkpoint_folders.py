@@ -4,7 +4,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def local_folder(name_or_path: str | Path, patterns: Sequence[str]) -> Path:
     except (HFValidationError, OSError) as error:
         raise ValueError(
             f"{str(name_or_path)!r} is no folder here, and could not be loaded from the Hub "
-            f"({str(error).splitlines()[0]}). Give the path of a folder, or the name of a repository on the Hub."
+            f"({first_line(error)}). Give the path of a folder, or the name of a repository on the Hub."
         ) from error
 
 
@@ -82,6 +82,18 @@ def _move_files(folder, output_dir):
                 path.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output_dir / path.name)
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name first, so that nobody ever finds half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message of ours; the kind of an error that says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".:")
 
 
 def listed(items: Iterable[Any], num_listed: int = 10) -> str:

@@ -72,7 +72,7 @@ def test_the_script_exports_and_prints_the_agreement(model, tokenizer, tmp_path,
     arguments = [tmp_path / "model", tmp_path / "out", "--quantization", "int8_float32", "--agreement", "--rows", "4"]
     # The whole standard library would be read, which the test of the task does.
     rows = Dataset.from_list([{"source": text, "target": text} for text in SOURCES])
-    monkeypatch.setattr(docstring_task, "build_docstring_task", lambda: {"test": rows})
+    monkeypatch.setattr(docstring_task, "build_docstring_task", lambda: {"validation": rows})
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     runpy.run_path(str(SCRIPT))["main"]()
     shown = capsys.readouterr().out

@@ -19,6 +19,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..checkpoint_folders import first_line
 from ..hub_cards.cards import model_card
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .run_reports import (
@@ -158,7 +159,7 @@ def _load_checkpoint(model_args):
         )
     except OSError as error:
         raise ValueError(
-            f"`model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder that "
+            f"`model_name_or_path` {name!r} could not be loaded ({first_line(error)}). Give a folder that "
             "`save_pretrained` wrote, or the name of a model on the Hub."
         ) from error
     return tokenizer, model

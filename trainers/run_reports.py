@@ -3,13 +3,11 @@
 
 import json
 import logging
-import os
 import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from matplotlib.figure import Figure
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
 
+from ..checkpoint_folders import write_file
 from ..configuration import load_preset
 from ..configuration_encdec_slm import EncDecSLMConfig
 
@@ -102,13 +101,6 @@ def validation_losses(log_history: list[dict]) -> list[dict[str, float]]:
     return [
         {"step": entry["step"], "loss": round(entry["eval_loss"], 4)} for entry in log_history if "eval_loss" in entry
     ]
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name first, so that nobody ever finds half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def write_run_files(folder: Path, log_history: list[dict], results: dict, predictions: list[dict]) -> None:

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..checkpoint_folders import first_line
 from .docstring_task import SPLITS, build_docstring_task
 
 
@@ -158,7 +159,7 @@ def load_named_splits(args, streaming: bool = False) -> dict[str, Dataset | Iter
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"`dataset_name` {args.dataset_name!r} could not be loaded ({str(error).splitlines()[0]}). Give the name "
+            f"`dataset_name` {args.dataset_name!r} could not be loaded ({first_line(error)}). Give the name "
             "of a dataset on the Hub or a local folder of data files."
         ) from error
     wanted = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)

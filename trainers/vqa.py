@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
+from ..checkpoint_folders import first_line
 from ..configuration import load_preset
 from ..configuration_encdec_vlm import EncDecVLMConfig
 from ..image_processing_encdec_vlm import EncDecVLMImageProcessor
@@ -249,7 +250,7 @@ def _load_checkpoint(args):
         return processor, EncDecVLMForConditionalGeneration.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`model_name_or_path` {name!r} could not be loaded ({str(error).splitlines()[0]}). Give a folder with a "
+            f"`model_name_or_path` {name!r} could not be loaded ({first_line(error)}). Give a folder with a "
             "vision-text model of this family, or the name of one on the Hub."
         ) from error
 

@@ -2,7 +2,6 @@
 """`bench` and `presets`: the family's sizes, and how fast they are beside their decoder-only twins."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +52,7 @@ def bench(
     from ..benchmarks.contenders import list_contenders
     from ..benchmarks.measuring import run_benchmark
     from ..benchmarks.reports import figure, tables, verdict
+    from ..checkpoint_folders import write_file
 
     _check_preset(preset)
     threads = torch.get_num_threads() if threads is None else threads
@@ -64,22 +64,15 @@ def bench(
     print(f"\n{tables(report)}\n\n{verdict(report)}\n")
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": " ".join(sys.argv), "preset": preset, **report}, indent=2)
-    _write(output / "benchmark.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    _write(output / "benchmark.png", lambda path: figure(report).savefig(path, format="png", dpi=110))
+    write_file(output / "benchmark.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_file(output / "benchmark.png", lambda path: figure(report).savefig(path, format="png", dpi=110))
+    print(f"Wrote benchmark.json and benchmark.png to {output}")
 
 
 bench.examples = examples(
     "encdec-slm bench --preset 330m --settings 512:64 2048:128",
     "encdec-slm bench --preset tiny --only '*/transformers/*' --repetitions 2",
 )
-
-
-def _write(path, function):
-    """Has `function` write to a temporary name first, so that an interrupted run leaves no half file."""
-    temporary = path.with_name(f"{path.name}.part")
-    function(temporary)
-    os.replace(temporary, path)
-    print(f"Wrote {path}")
 
 
 def _check_preset(preset):

@@ -164,6 +164,7 @@ def _writer_of_export(folder):
 def _writer_of_checkpoint(name, options):
     from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, ImageTextToTextPipeline
 
+    from ..checkpoint_folders import first_line
     from ..pipeline_encdec_slm import Text2TextGenerationPipeline
 
     try:
@@ -172,10 +173,9 @@ def _writer_of_checkpoint(name, options):
             return ImageTextToTextPipeline(model=model, processor=AutoProcessor.from_pretrained(name, **options))
         return Text2TextGenerationPipeline(model, AutoTokenizer.from_pretrained(name, **options))
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"MODEL {name!r} could not be loaded ({first_line[:300]}). Give the folder of an encoder-decoder or of an "
-            "export, or a name on the Hub."
+            f"MODEL {name!r} could not be loaded ({first_line(error)}). Give the folder of an encoder-decoder or of "
+            "an export, or a name on the Hub."
         ) from error
 
 

@@ -17,7 +17,7 @@ from transformers.generation import BaseStreamer
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
-from ..checkpoint_folders import local_folder
+from ..checkpoint_folders import first_line, local_folder
 from ..configuration_encdec_slm import EncDecSLMConfig
 from .bundles import check_tokenizer, read_manifest, required
 from .ctranslate2_beams import beam_search
@@ -101,7 +101,7 @@ class CT2EncDecSLM:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"CTranslate2 cannot load {str(folder)!r} with `device` {device!r} and `compute_type` "
-                f"{compute_type!r} ({str(error).splitlines()[0]}). Give others, or export again."
+                f"{compute_type!r} ({first_line(error)}). Give others, or export again."
             ) from error
         return cls(translator, manifest, json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8")))
 

@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..checkpoint_folders import first_line
 from ..configuration_encdec_vlm import EncDecVLMConfig
 from ..trainers.vision_data import row_images
 from .tasks import EvaluationTask, Example
@@ -78,9 +79,8 @@ def _from_pretrained(path, processing_class, revision, dtype):
             loader = AutoProcessor if has_vision(model) else AutoTokenizer
             processing_class = loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{path!r} could not be loaded as an encoder-decoder with its tokenizer ({lines[0][:300].rstrip('.:')}). "
+            f"{path!r} could not be loaded as an encoder-decoder with its tokenizer ({first_line(error)}). "
             "Give a folder that `save_pretrained` wrote, or the name of a model on the Hub."
         ) from error
     return model, processing_class
@@ -94,7 +94,7 @@ def _on_device(model, device):
     # torch raises an AssertionError where it was built without the device.
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"`device` is {str(device)!r}, but the model could not be put there ({str(error).splitlines()[0]}). "
+            f"`device` is {str(device)!r}, but the model could not be put there ({first_line(error)}). "
             "Set it to a device of this machine, such as 'cpu' or 'cuda'."
         ) from error
 

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
+from ..checkpoint_folders import first_line
 from ..trainers.distillation_data import undecoded
 from ..trainers.distillation_images import image_list
 from .tasks import EvaluationTask, Example
@@ -135,7 +136,7 @@ def _rows_of_file(path: Path) -> Sequence[Mapping[str, Any]]:
         rows = list(_json_rows(path))
     except (UnicodeDecodeError, pyarrow.lib.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}). Give a whole file of the kind that its name says."
+            f"{path} cannot be read ({first_line(error)}). Give a whole file of the kind that its name says."
         ) from error
     return [_with_image_paths(row, path.parent) for row in rows]
 
@@ -193,7 +194,7 @@ def _loaded(task_name, task, name, config, revision, split):
     except (OSError, ValueError, DatasetsError, pyarrow.lib.ArrowException) as error:
         columns = ", ".join(names[0] for names in task.columns)
         raise ValueError(
-            f"The data set {name!r} could not be loaded ({_first_line(error)}). The Hub needs a network; without one, "
+            f"The data set {name!r} could not be loaded ({first_line(error)}). The Hub needs a network; without one, "
             f"give a local JSON, JSONL or parquet file, or a folder of them, with {columns} as `dataset_name`."
         ) from error
 
@@ -210,11 +211,6 @@ def _split_of_folder(folder, config, split, is_asked_for):
     if split not in splits:
         raise ValueError(f"it has the splits {', '.join(splits)}, but not {split}: set `dataset_split`")
     return splits[split]
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def data_digest(examples: Sequence[Example]) -> str:
