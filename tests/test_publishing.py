@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repositories that are built, checked, refused, and uploaded to a Hub on localhost."""
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -485,3 +488,41 @@ def test_whoever_downloads_needs_no_package_and_later_no_network(hub, saved, tmp
 def test_the_names_of_the_folder_are_those_of_the_publishing_module():
     assert encdec_slm.hub_cards.publish is publishing.publish
     assert set(encdec_slm.hub_cards.__all__) == {"PublishedRepository", "publish"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("olah-cli") is None, reason="Olah is not installed (pip install olah, apart)")
+def test_somebody_elses_server_gives_the_same_files_from_what_was_committed(hub, saved, tmp_path, checked):
+    folder = publish(saved, "me/tiny", output_dir=tmp_path / "out", push=True).folder
+    clone = tmp_path / "mirrors" / "models" / "me" / "tiny"
+    subprocess.run(["git", "clone", "--quiet", hub.repositories["me/tiny"].folder, clone], check=True)
+    for large in (hub.folder / "lfs").iterdir():
+        place = clone / ".git" / "lfs" / "objects" / large.name[:2] / large.name[2:4]
+        place.mkdir(parents=True)
+        shutil.copy(large, place)
+    with olah(tmp_path) as endpoint:
+        loaded = Path(snapshot_download("me/tiny", endpoint=endpoint, cache_dir=tmp_path / "cache"))
+    assert names_in(loaded) == names_in(folder) | {".gitattributes"}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert (loaded / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+@contextlib.contextmanager
+def olah(folder):
+    """Olah, a mirror of the Hub that serves git repositories of this machine; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lines = ["[basic]", 'host = "127.0.0.1"', f"port = {port}", f'mirrors-path = ["{folder / "mirrors"}"]']
+    lines += [f'repos-path = "{folder / "repos"}"', "[accessibility]", "offline = true"]
+    (folder / "olah.toml").write_text("\n".join(lines))
+    command = ["olah-cli", "--config", folder / "olah.toml", "--log-path", folder / "logs"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(300):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
