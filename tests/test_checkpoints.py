@@ -1,100 +1,261 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that were written to their end, and weights that are fit to be saved."""
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
-from torch import nn
-from transformers.trainer_callback import TrainerState
+from huggingface_hub import constants
 
-from encdec_slm.trainers.checkpoints import last_complete_checkpoint, refuse_non_finite_weights
-
-
-def write_checkpoint(folder, step):
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"weights")
-    TrainerState(global_step=step).save_to_json(str(checkpoint / "trainer_state.json"))
-    return checkpoint
-
-
-def test_the_checkpoint_of_the_highest_step_is_the_last(tmp_path):
-    for step in (9, 100, 20):
-        write_checkpoint(tmp_path, step)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
-    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
+from encdec_slm.checkpoints import (
+    check_complete_model,
+    check_no_overlap,
+    find_checkpoint_folder,
+    foreign_files,
+    load_checkpoint,
+    write_file,
+    write_folder,
+)
 
 
-def test_a_checkpoint_without_its_state_is_passed_over(tmp_path):
-    kept = write_checkpoint(tmp_path, 2)
-    (write_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
-    (tmp_path / "checkpoint-6").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(kept)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_checkpoint_with_half_of_its_state_is_passed_over(tmp_path, share):
-    kept = write_checkpoint(tmp_path, 2)
-    state = write_checkpoint(tmp_path, 4) / "trainer_state.json"
-    written = state.read_bytes().rstrip()
-    state.write_bytes(written[: int(share * len(written))])
-    assert last_complete_checkpoint(tmp_path) == str(kept)
-
-
-@pytest.mark.parametrize("content", [b"[]", b'{"unknown_field": 1}', b"\0" * 64, b"\xff\xfe\x80 no text"])
-def test_a_checkpoint_with_a_state_of_something_else_is_passed_over(tmp_path, content):
-    kept = write_checkpoint(tmp_path, 2)
-    (write_checkpoint(tmp_path, 4) / "trainer_state.json").write_bytes(content)
-    assert last_complete_checkpoint(tmp_path) == str(kept)
-
-
-def test_there_is_no_last_checkpoint_where_there_is_none(tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
-    assert last_complete_checkpoint(tmp_path / "missing") is None
-    (write_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path) is None
-
-
-def test_other_names_are_no_checkpoints(tmp_path):
-    write_checkpoint(tmp_path, 3).rename(tmp_path / "checkpoint-best")
-    (tmp_path / "checkpoint-7").write_text("a file", encoding="utf-8")
-    write_checkpoint(tmp_path / "runs", 9)
-    assert last_complete_checkpoint(tmp_path) is None
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture
-def model():
-    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+def checkpoint(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_weight_that_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_path, model, value):
-    write_checkpoint(tmp_path, 2)
-    (write_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
-    model[1].weight.data[1, 2] = value
-    with pytest.raises(FloatingPointError) as error:
-        refuse_non_finite_weights(model, 6, tmp_path)
-    message = str(error.value)
-    assert message.startswith("After step 6, `1.weight` has values that are not finite, so it is not saved. ")
-    assert f"The last good checkpoint is {tmp_path / 'checkpoint-2'}." in message
+# Write
 
 
-def test_without_a_checkpoint_the_message_says_that_nothing_has_been_saved(tmp_path, model):
-    model[0].bias.data[0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"After step 1, `0.bias` has .* Nothing has been saved\."):
-        refuse_non_finite_weights(model, 1, tmp_path)
+def test_write_folder_creates_the_folder_with_its_parents(tmp_path):
+    with write_folder(tmp_path / "a" / "b") as folder:
+        (folder / "config.json").write_text("{}")
+    assert contents(tmp_path) == {"a/b/config.json": b"{}"}
 
 
-def test_finite_weights_are_not_refused(tmp_path, model):
-    refuse_non_finite_weights(model, 1, tmp_path)
+def test_write_folder_replaces_an_earlier_checkpoint_whole(checkpoint):
+    with write_folder(checkpoint, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(checkpoint) == {"config.json": b"new"}
 
 
-def test_a_frozen_weight_is_not_looked_at(tmp_path, model):
-    model[0].requires_grad_(False).weight.data[0, 0] = torch.inf
-    refuse_non_finite_weights(model, 1, tmp_path)
+@pytest.mark.parametrize("name", ["thesis.tex", "model.bin", "results.json"])
+def test_write_folder_never_replaces_what_a_checkpoint_does_not_have(checkpoint, name):
+    (checkpoint / name).write_text("precious")
+    before = contents(checkpoint)
+    with pytest.raises(ValueError, match=name), write_folder(checkpoint, overwrite=True):
+        raise AssertionError("the block must not run")
+    assert contents(checkpoint) == before
 
 
-def test_looking_at_weights_changes_none(tmp_path, model):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refuse_non_finite_weights(model, 1, tmp_path)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_a_readme_alone_is_not_an_earlier_checkpoint(tmp_path):
+    (tmp_path / "README.md").write_text("precious")
+    assert foreign_files(tmp_path) == ["README.md"]
+    with pytest.raises(ValueError, match=r"README\.md"), write_folder(tmp_path, overwrite=True):
+        raise AssertionError("the block must not run")
+
+
+def test_write_folder_without_overwrite_refuses_a_folder_that_is_not_empty(checkpoint):
+    before = contents(checkpoint)
+    with pytest.raises(ValueError, match="overwrite"), write_folder(checkpoint):
+        raise AssertionError("the block must not run")
+    assert contents(checkpoint) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_an_earlier_output_as_it_was(checkpoint, error):
+    before = contents(checkpoint)
+    with pytest.raises(error), write_folder(checkpoint, overwrite=True) as folder:
+        (folder / "config.json").write_text("half")
+        raise error
+    assert contents(checkpoint) == before
+    assert [path.name for path in checkpoint.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_failure_leaves_no_new_folder(tmp_path):
+    with pytest.raises(RuntimeError), write_folder(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_files_are_moved_is_undone(checkpoint, monkeypatch):
+    before = contents(checkpoint)
+    replace = os.replace
+
+    def fail_at_new_config(source, target):
+        if str(target) == str(checkpoint / "config.json") and "previous" not in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_new_config)
+    with pytest.raises(OSError, match="No space"), write_folder(checkpoint, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "another.safetensors").write_text("new")
+    assert contents(checkpoint) == before
+
+
+def test_write_folder_follows_a_link(checkpoint, tmp_path):
+    (tmp_path / "link").symlink_to(checkpoint)
+    with write_folder(tmp_path / "link", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(checkpoint) == {"config.json": b"new"}
+
+
+def test_write_folder_writes_to_the_working_directory_twice(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    for text in ('{"model_type": "encdec_slm"}', "second"):
+        with write_folder(".", overwrite=True) as folder:
+            (folder / "config.json").write_text(text)
+    assert contents(checkpoint) == {"config.json": b"second"}
+
+
+def test_a_second_process_that_writes_to_the_same_folder_is_refused(tmp_path):
+    code = """
+        import sys
+        from encdec_slm.checkpoints import write_folder
+        try:
+            with write_folder(sys.argv[1]):
+                pass
+        except ValueError as error:
+            print(error)
+    """
+    with write_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("first")
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out")]
+        second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Another process" in second.stdout
+    assert contents(tmp_path / "out") == {"config.json": b"first"}
+
+
+def test_files_that_appear_meanwhile_are_kept(tmp_path):
+    with pytest.raises(ValueError, match="changed"), write_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("ours")
+        (tmp_path / "out" / "theirs.txt").write_text("theirs")
+    assert contents(tmp_path / "out") == {"theirs.txt": b"theirs"}
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    (tmp_path / "out" / ".encdec_slm-incomplete-abc").mkdir(parents=True)
+    with write_folder(tmp_path / "out") as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(tmp_path / "out") == {"config.json": b"new"}
+
+
+@pytest.mark.parametrize("output", ["checkpoint", "checkpoint/export", ".", "link"])
+def test_an_output_that_overlaps_its_source_is_refused(checkpoint, tmp_path, output):
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = contents(checkpoint)
+    with pytest.raises(ValueError, match="contain each other"):
+        check_no_overlap(tmp_path / output, [checkpoint])
+    with (
+        pytest.raises(ValueError, match="contain"),
+        write_folder(tmp_path / output, overwrite=True, sources=[checkpoint]),
+    ):
+        raise AssertionError("the block must not run")
+    assert contents(checkpoint) == before
+
+
+def test_write_file_leaves_nothing_of_a_failure(tmp_path):
+    write_file(tmp_path / "a.txt", "old")
+
+    def fail(path):
+        path.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_file(tmp_path / "a.txt", fail)
+    assert contents(tmp_path) == {"a.txt": b"old"}
+
+
+# Find and load
+
+
+def test_a_saved_model_loads_in_evaluation_mode(checkpoint, tiny_model, source, target_ids):
+    model, processing_class = load_checkpoint(checkpoint)
+    assert processing_class is None
+    assert not model.training
+    logits = [one(**source, decoder_input_ids=target_ids).logits for one in (model, tiny_model)]
+    torch.testing.assert_close(*logits)
+
+
+def test_an_adapter_is_never_dropped(checkpoint, tiny_model, tmp_path, source, target_ids):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.base_model.model.config._name_or_path = str(checkpoint)
+    adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted(**source, decoder_input_ids=target_ids).logits
+    for mode in ("load", "train"):
+        model, _ = load_checkpoint(tmp_path / "adapter", adapter=mode)
+        torch.testing.assert_close(model(**source, decoder_input_ids=target_ids).logits, expected)
+        assert any(value.requires_grad for value in model.parameters()) == (mode == "train")
+    with pytest.raises(ValueError, match="adapter"):
+        load_checkpoint(tmp_path / "adapter", adapter="refuse")
+
+
+def test_missing_weights_are_refused(checkpoint, tiny_model):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop("model.decoder.norm.weight")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.decoder\.norm\.weight"):
+        load_checkpoint(checkpoint)
+
+
+def test_damaged_weights_name_the_folder(checkpoint):
+    (checkpoint / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="checkpoint"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "outputs/run/model", "./model", "~/model"])
+def test_a_missing_path_is_refused_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr("encdec_slm.checkpoints.HfApi", None)
+    for find in (find_checkpoint_folder, load_checkpoint):
+        with pytest.raises(ValueError, match="no folder"):
+            find(name)
+
+
+def test_a_mistyped_folder_beside_others_is_refused_without_asking_the_hub(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("encdec_slm.checkpoints.HfApi", None)
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match="no folder"):
+        load_checkpoint(f"{tmp_path.name}/chekpoint")
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("encdec_slm.checkpoints.HfApi", lambda: HubThatIsDown())
+    with pytest.raises(ValueError, match="someone/model"):
+        load_checkpoint("someone/model")
+
+
+class HubThatIsDown:
+    def model_info(self, *args, **kwargs):
+        raise ConnectionError("no network")
+
+
+def test_a_model_in_memory_is_checked(tiny_model, tiny_config):
+    from peft import LoraConfig, get_peft_model
+
+    from encdec_slm import EncDecSLMModel
+
+    check_complete_model(tiny_model, "model")
+    with pytest.raises(ValueError, match="output head"):
+        check_complete_model(EncDecSLMModel(tiny_config), "model")
+    with pytest.raises(TypeError, match="`model`"):
+        check_complete_model(7, "model")
+    with torch.device("meta"), pytest.raises(ValueError, match="meta"):
+        check_complete_model(type(tiny_model)(tiny_config), "model")
+    with pytest.raises(ValueError, match="adapters"):
+        check_complete_model(get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"])), "model")

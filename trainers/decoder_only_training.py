@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from ..configuration import decoder_only_twin
-from .checkpoints import last_complete_checkpoint
 from .distillation_data import RowEncoder, as_prompts, encode_rows
+from .resuming import last_complete_checkpoint
 from .run_reports import preset_config, show_losses, write_file
 from .seq2seq_data import first_texts, train_tokenizer
 

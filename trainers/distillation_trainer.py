@@ -17,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..hub_cards.cards import distillation_card
-from .checkpoints import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
 from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import collate, encode_rows, padded, refuse_long_rows, stacked, trimmed, unpadded
 from .distillation_images import image_lists, image_token_ids, image_tokens_of, row_encoder
@@ -32,6 +31,7 @@ from .distillation_models import (
     load_teacher,
 )
 from .output_heads import HeadReader
+from .resuming import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
 from .trl_hooks import EncoderDecoderHooks
 
 

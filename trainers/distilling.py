@@ -21,12 +21,12 @@ from transformers import (
 from ..adaptation import from_decoder_only
 from ..benchmarks.generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
-from .checkpoints import last_complete_checkpoint
 from .decoder_only_training import train_decoder_only, train_seconds_of
 from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import as_prompts, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
+from .resuming import last_complete_checkpoint
 from .run_reports import (
     first_lines,
     held_out_texts,
