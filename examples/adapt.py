@@ -11,7 +11,8 @@ on as `examples/distill.py` does, SOURCE being the teacher; `--finetune` as `exa
 or the path of a recipe, and keys that override it. `--help` lists what decides the shape.
 """
 
-from encdec_slm.commands import run_command
+from encdec_slm_cli import run_command
+
 from encdec_slm.trainers.run_reports import run_script
 
 

@@ -14,7 +14,8 @@ time) and `benchmark.png`. Models for the engines are written to `--models` once
 beams and quality are not measured.
 """
 
-from encdec_slm.commands import run_command
+from encdec_slm_cli import run_command
+
 from encdec_slm.trainers.run_reports import run_script
 
 

@@ -8,7 +8,8 @@ the `tokenizer.json` that it was trained with, or is a name on the Hub; that of 
 microsoft/Phi-3.5-mini-instruct. Without it, a tokenizer that lies beside `PATH` is taken.
 """
 
-from encdec_slm.commands import run_command
+from encdec_slm_cli import run_command
+
 from encdec_slm.trainers.run_reports import run_script
 
 

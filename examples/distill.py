@@ -8,7 +8,8 @@ also be given on the command line, which wins: `--teacher_model_name_or_path` ta
 `--dataset_name` any data set of the Hub. `--help` lists the keys.
 """
 
-from encdec_slm.commands.training import run_distill
+from encdec_slm_cli.training import run_distill
+
 from encdec_slm.trainers.run_reports import run_script
 
 

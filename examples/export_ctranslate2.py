@@ -8,7 +8,8 @@ docstring task (Python functions, and the first sentences of their docstrings) w
 export, and prints how much of what they write is equal, and the ROUGE-L of both. Does not export vision-text models.
 """
 
-from encdec_slm.commands import run_command
+from encdec_slm_cli import run_command
+
 from encdec_slm.trainers.run_reports import run_script
 
 

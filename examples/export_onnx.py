@@ -10,7 +10,8 @@ without it the export is in float32. `--static-lengths` makes graphs of fixed sh
 how much of what they write is equal, and the ROUGE-L of both; not for vision-text models.
 """
 
-from encdec_slm.commands import run_command
+from encdec_slm_cli import run_command
+
 from encdec_slm.trainers.run_reports import run_script
 
 

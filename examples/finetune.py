@@ -7,7 +7,8 @@ python examples/finetune.py --config configuration/recipes/finetune_docstrings.y
 also be given on the command line, which wins. `--help` lists the keys.
 """
 
-from encdec_slm.commands.training import run_finetune
+from encdec_slm_cli.training import run_finetune
+
 from encdec_slm.trainers.run_reports import run_script
 
 

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from encdec_slm.benchmarks.machine import machine
-from encdec_slm.evaluation import evaluate_checkpoint
 from encdec_slm.hub_cards import publish
+from encdec_slm.trainers.evaluation import evaluate_checkpoint
 from encdec_slm.trainers.run_reports import first_lines, run_script, score_texts
 
 

@@ -7,7 +7,8 @@ python examples/vqa.py --config configuration/recipes/vqa_synthetic.yaml [--key 
 also be given on the command line, which wins. `--help` lists the keys.
 """
 
-from encdec_slm.commands.training import run_vqa
+from encdec_slm_cli.training import run_vqa
+
 from encdec_slm.trainers.run_reports import run_script
 
 

@@ -121,8 +121,8 @@ def publish(
             lets them load the folder.
         output_dir (`str` or `Path`): Where the folder is to lie: new, empty, or as an earlier `publish` left it.
         results (`dict`, `str`, `Path` or a list of these, *optional*): Of
-            [`~encdec_slm.evaluation.evaluate_checkpoint`], or the paths of its `evaluation.json`. Paths of this
-            machine in their commands are shortened to the last name.
+            [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`], or the paths of its `evaluation.json`. Paths of
+            this machine in their commands are shortened to the last name.
         push (`bool`, *optional*, defaults to `False`): Upload the folder in one commit. Where the repository has all
             of it already, none is made. Call again after an interruption: what has arrived is not sent again.
         private (`bool`, *optional*, defaults to `True`): Whether a repository that is created is private.

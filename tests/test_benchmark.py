@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from encdec_slm.commands import main
+from encdec_slm_cli import main
 
 
 ROOT = Path(__file__).parent.parent

@@ -15,13 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from encdec_slm_cli import main
 from PIL import Image
 
 from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration, EncDecVLMConfig, EncDecVLMForConditionalGeneration
-from encdec_slm.commands import main
 from encdec_slm.configuration import load_preset
-from encdec_slm.evaluation import list_tasks
+from encdec_slm.trainers.evaluation import list_tasks
 from encdec_slm.trainers.run_reports import preset_config
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
 from encdec_slm.trainers.vqa import new_processor

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from encdec_slm_cli import app
 from test_readme import demo_folder  # noqa: F401  a fixture
 from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from encdec_slm.commands import app
 from encdec_slm.configuration.recipe_files import list_recipes
 from encdec_slm.trainers import Seq2SeqDistillationConfig
 from encdec_slm.trainers.distilling import DistillArguments

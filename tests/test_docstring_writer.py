@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from encdec_slm.evaluation import evaluate_checkpoint
+from encdec_slm.trainers.evaluation import evaluate_checkpoint
 
 
 ROOT = Path(__file__).parent.parent

@@ -15,11 +15,11 @@ from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration, EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
 from encdec_slm.conversion import question_answering_prompt
-from encdec_slm.evaluation import evaluate_checkpoint, list_tasks, results_table
-from encdec_slm.evaluation import tasks as tasks_module
-from encdec_slm.evaluation.generation import Writer, load_checkpoint
-from encdec_slm.evaluation.task_rows import load_examples
-from encdec_slm.evaluation.tasks import Example, find_task
+from encdec_slm.trainers.evaluation import evaluate_checkpoint, list_tasks, results_table
+from encdec_slm.trainers.evaluation import tasks as tasks_module
+from encdec_slm.trainers.evaluation.generation import Writer, load_checkpoint
+from encdec_slm.trainers.evaluation.task_rows import load_examples
+from encdec_slm.trainers.evaluation.tasks import Example, find_task
 from encdec_slm.trainers.run_reports import preset_config, score_texts
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
 from encdec_slm.trainers.vqa import new_processor
@@ -426,7 +426,7 @@ def test_data_of_the_hub_without_a_network_points_to_local_files(text_checkpoint
     def no_network(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'rajpurkar/squad_v2' on the Hub")
 
-    monkeypatch.setattr("encdec_slm.evaluation.task_rows.load_dataset", no_network)
+    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_dataset", no_network)
     with pytest.raises(ValueError, match=r"could not be loaded .*JSONL or parquet.* with question, context, answers"):
         evaluate_checkpoint(text_checkpoint, "squad_v2", **QUIET)
 
@@ -438,7 +438,7 @@ def test_data_of_the_hub_is_asked_for_by_its_config_split_and_revision(monkeypat
         asked.append((name, config, revision, split))
         return Dataset.from_list([{"document": "a", "summary": "b", **CODE[0]}])
 
-    monkeypatch.setattr("encdec_slm.evaluation.task_rows.load_dataset", recorded)
+    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_dataset", recorded)
     load_examples("xsum", find_task("xsum"))
     task = find_task("code_x_glue_ct_code_to_text")
     load_examples("code", task, dataset_config="go", dataset_split="validation")

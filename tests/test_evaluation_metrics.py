@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from encdec_slm.evaluation import results_table
-from encdec_slm.evaluation.metrics import (
+from encdec_slm.trainers.evaluation import results_table
+from encdec_slm.trainers.evaluation.metrics import (
     chart_scores,
     docstring_scores,
     exact_scores,
@@ -17,8 +17,8 @@ from encdec_slm.evaluation.metrics import (
     squad_scores,
     summary_scores,
 )
-from encdec_slm.evaluation.results import mean_with_interval, public_path, reproducing_command
-from encdec_slm.evaluation.vqa_answers import normalised_answer, vqa_accuracy
+from encdec_slm.trainers.evaluation.results import mean_with_interval, public_path, reproducing_command
+from encdec_slm.trainers.evaluation.vqa_answers import normalised_answer, vqa_accuracy
 
 
 def test_rouge_is_that_of_the_rouge_score_package():

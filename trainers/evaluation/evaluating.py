@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..trainers.run_reports import versions, write_file
+from ..run_reports import versions, write_file
 from .generation import Writer, check_is_count, check_kind, checkpoint_digest, declared_length, load_checkpoint
 from .predictions import Predictions
 from .results import mean_with_interval, public_path, reproducing_command

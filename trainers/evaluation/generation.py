@@ -18,9 +18,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..checkpoint_folders import first_line
-from ..configuration_encdec_vlm import EncDecVLMConfig
-from ..trainers.vision_data import row_images
+from ...checkpoint_folders import first_line
+from ...configuration_encdec_vlm import EncDecVLMConfig
+from ..vision_data import row_images
 from .tasks import EvaluationTask, Example
 
 

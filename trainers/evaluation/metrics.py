@@ -116,7 +116,7 @@ def _word_f1(prediction, answer):
 
 
 def vqa_scores(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """VQA accuracy; see [`~encdec_slm.evaluation.vqa_answers.vqa_accuracy`]."""
+    """VQA accuracy; see [`~encdec_slm.trainers.evaluation.vqa_answers.vqa_accuracy`]."""
     return {"vqa_accuracy": vqa_accuracy(prediction, references)}
 
 

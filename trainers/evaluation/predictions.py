@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..trainers.run_reports import write_file
+from ..run_reports import write_file
 from .tasks import Example
 
 

@@ -50,7 +50,7 @@ def mean_with_interval(
 
 
 def results_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-    """Results of [`~encdec_slm.evaluation.evaluate_checkpoint`] as lines of text, one per metric.
+    """Results of [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] as lines of text, one per metric.
 
     Args:
         results (`dict` or `list[dict]`): One of them, or several.

@@ -14,9 +14,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
-from ..checkpoint_folders import first_line
-from ..trainers.distillation_data import undecoded
-from ..trainers.distillation_images import image_list
+from ...checkpoint_folders import first_line
+from ..distillation_data import undecoded
+from ..distillation_images import image_list
 from .tasks import EvaluationTask, Example
 
 

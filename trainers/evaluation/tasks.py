@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..conversion import question_answering_prompt
-from ..trainers.distillation_images import image_list
-from ..trainers.docstring_task import build_docstring_task
-from ..trainers.seq2seq_data import check_is_text
-from ..trainers.visual_tasks import TASKS as VISUAL_TASKS
-from ..trainers.visual_tasks import build_visual_tasks
+from ...conversion import question_answering_prompt
+from ..distillation_images import image_list
+from ..docstring_task import build_docstring_task
+from ..seq2seq_data import check_is_text
+from ..visual_tasks import TASKS as VISUAL_TASKS
+from ..visual_tasks import build_visual_tasks
 from .metrics import (
     chart_scores,
     code_summary_scores,
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A task that [`~encdec_slm.evaluation.evaluate_checkpoint`] knows.
+    """A task that [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] knows.
 
     Args:
         about (`str`): One line that says what is measured.
@@ -87,7 +87,7 @@ class EvaluationTask:
 
 
 def list_tasks() -> list[str]:
-    """Names of the tasks that [`~encdec_slm.evaluation.evaluate_checkpoint`] takes."""
+    """Names of the tasks that [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] takes."""
     return list(TASKS)
 
 

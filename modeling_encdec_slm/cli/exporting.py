@@ -64,11 +64,11 @@ export.examples = examples(
 def _write(model, output, form, quantization, static_lengths, overwrite) -> tuple[Path, str]:
     """The folder of the export, and in which numbers its weights are."""
     if form == "ctranslate2":
-        from ..export import export_ctranslate2
+        from encdec_slm.export import export_ctranslate2
 
         quantization = quantization or "int8"
         return export_ctranslate2(model, output, quantization, overwrite=overwrite).resolve(), quantization
-    from ..export import export_onnx
+    from encdec_slm.export import export_onnx
 
     options = {"quantization": quantization, "static_lengths": static_lengths or None, "overwrite": overwrite}
     return export_onnx(model, output, **options).resolve(), quantization or "float32"
@@ -77,9 +77,9 @@ def _write(model, output, form, quantization, static_lengths, overwrite) -> tupl
 def _print_agreement(model, folder, loader, num_rows, static_lengths):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from .. import export
-    from ..trainers.docstring_task import build_docstring_task
-    from ..trainers.engine_agreement import agreement
+    from encdec_slm import export
+    from encdec_slm.trainers.docstring_task import build_docstring_task
+    from encdec_slm.trainers.engine_agreement import agreement
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = AutoModelForSeq2SeqLM.from_pretrained(model, dtype="float32").eval()

@@ -140,7 +140,7 @@ def _with_recipe(command, config, keys):
 
 def _is_vision(arguments):
     """Whether the keys of a run, from its recipe and the command line, are about images."""
-    from ..configuration.recipe_files import load_recipe
+    from encdec_slm.configuration.recipe_files import load_recipe
 
     with usage_errors():
         recipe = load_recipe(arguments[1])
@@ -161,7 +161,7 @@ def run_finetune(arguments: Sequence[str] | None = None) -> None:
     from transformers import Seq2SeqTrainingArguments
     from trl import ModelConfig
 
-    from ..trainers.finetuning import FinetuneArguments, finetune, report
+    from encdec_slm.trainers.finetuning import FinetuneArguments, finetune, report
 
     kinds = (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)
     args, training_args, model_args = parse(kinds, arguments)
@@ -172,8 +172,8 @@ def run_finetune(arguments: Sequence[str] | None = None) -> None:
 
 def run_distill(arguments: Sequence[str] | None = None) -> None:
     """Distils as a command line says, and prints the report; `arguments` as in [`run_finetune`]."""
-    from ..trainers import Seq2SeqDistillationConfig
-    from ..trainers.distilling import DistillArguments, distill, report
+    from encdec_slm.trainers import Seq2SeqDistillationConfig
+    from encdec_slm.trainers.distilling import DistillArguments, distill, report
 
     args, training_args = parse((DistillArguments, Seq2SeqDistillationConfig), arguments)
     results = distill(args, training_args)
@@ -185,8 +185,8 @@ def run_vqa(arguments: Sequence[str] | None = None) -> None:
     """Trains a vision-text model as a command line says, and prints the report; `arguments` as in [`run_finetune`]."""
     from transformers import Seq2SeqTrainingArguments
 
-    from ..trainers.vqa import VqaArguments, train_vqa
-    from ..trainers.vqa_reports import report
+    from encdec_slm.trainers.vqa import VqaArguments, train_vqa
+    from encdec_slm.trainers.vqa_reports import report
 
     args, training_args = parse((VqaArguments, Seq2SeqTrainingArguments), arguments)
     results = train_vqa(args, training_args)
@@ -196,7 +196,7 @@ def run_vqa(arguments: Sequence[str] | None = None) -> None:
 
 def parse(kinds: Sequence[type], arguments: Sequence[str] | None) -> tuple:
     """Dataclasses from a command line; for the command line, what does not fit them is wrong usage."""
-    from ..configuration.recipe_files import parse_recipe
+    from encdec_slm.configuration.recipe_files import parse_recipe
 
     if arguments is None:  # of a script, which speaks for itself
         return parse_recipe(kinds)

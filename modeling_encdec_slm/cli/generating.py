@@ -133,7 +133,7 @@ def _writer(name, options, picture) -> Any:
     """The pipeline of a checkpoint or of an export."""
     from transformers.utils import logging
 
-    from ..export.bundles import MANIFEST
+    from encdec_slm.export.bundles import MANIFEST
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -150,9 +150,9 @@ def _writer(name, options, picture) -> Any:
 def _writer_of_export(folder):
     from transformers import AutoTokenizer
 
-    from ..export import CT2EncDecSLM, OrtEncDecSLM
-    from ..export.bundles import read_manifest
-    from ..pipeline_encdec_slm import Text2TextGenerationPipeline
+    from encdec_slm.export import CT2EncDecSLM, OrtEncDecSLM
+    from encdec_slm.export.bundles import read_manifest
+    from encdec_slm.pipeline_encdec_slm import Text2TextGenerationPipeline
 
     form = read_manifest(folder, "ctranslate2", "onnx", "onnx-static")["format"]
     model = (CT2EncDecSLM if form == "ctranslate2" else OrtEncDecSLM).from_pretrained(folder)
@@ -164,8 +164,8 @@ def _writer_of_export(folder):
 def _writer_of_checkpoint(name, options):
     from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, ImageTextToTextPipeline
 
-    from ..checkpoint_folders import first_line
-    from ..pipeline_encdec_slm import Text2TextGenerationPipeline
+    from encdec_slm.checkpoint_folders import first_line
+    from encdec_slm.pipeline_encdec_slm import Text2TextGenerationPipeline
 
     try:
         model = AutoModelForSeq2SeqLM.from_pretrained(name, **options).eval()

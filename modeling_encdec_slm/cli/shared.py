@@ -70,7 +70,7 @@ class Command(TyperCommand):
         return expanded
 
     def invoke(self, ctx):
-        from .. import auto_classes  # noqa: F401  registers the models, which importing the package does elsewhere
+        from encdec_slm import auto_classes  # noqa: F401  registers the models, which importing the package does elsewhere
 
         try:
             return super().invoke(ctx)
@@ -88,7 +88,7 @@ def _is_value_of(param, word):
 def read_config(ctx: typer.Context, name_or_path: str | None) -> str | None:
     """Makes the values of a YAML file the defaults of a command's options; the command line wins."""
     if name_or_path is not None and not ctx.resilient_parsing:
-        from ..configuration.recipe_files import load_recipe
+        from encdec_slm.configuration.recipe_files import load_recipe
 
         try:
             ctx.default_map = _defaults(ctx.command, load_recipe(name_or_path), name_or_path)

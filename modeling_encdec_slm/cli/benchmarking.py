@@ -49,10 +49,10 @@ def bench(
     """
     import torch
 
-    from ..benchmarks.contenders import list_contenders
-    from ..benchmarks.measuring import run_benchmark
-    from ..benchmarks.reports import figure, tables, verdict
-    from ..checkpoint_folders import write_file
+    from encdec_slm.benchmarks.contenders import list_contenders
+    from encdec_slm.benchmarks.measuring import run_benchmark
+    from encdec_slm.benchmarks.reports import figure, tables, verdict
+    from encdec_slm.checkpoint_folders import write_file
 
     _check_preset(preset)
     threads = torch.get_num_threads() if threads is None else threads
@@ -76,7 +76,7 @@ bench.examples = examples(
 
 
 def _check_preset(preset):
-    from ..configuration import list_presets
+    from encdec_slm.configuration import list_presets
 
     of_text = [name for name in list_presets() if not name.endswith("-vlm")]
     if preset not in of_text:
@@ -102,7 +102,7 @@ def _devices(text):
 
 def presets(config: Config = None, debug: Debug = False):
     """Show all sizes: parameters, layers, and the bytes that one token moves, as a Markdown table."""
-    from ..configuration.sizes import preset_table
+    from encdec_slm.configuration.sizes import preset_table
 
     print(preset_table())
 

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `encdec-slm`; nothing here imports torch before a command runs."""
+"""The command line `encdec-slm`.
+
+This package is installed as `encdec_slm_cli`, beside `encdec_slm`: importing the latter imports torch, which `--help`
+and shell completion must not wait for.
+"""
+
+if __name__ != "encdec_slm_cli":
+    raise ImportError("Import the command line as `encdec_slm_cli`.")
 
 import os
 import sys

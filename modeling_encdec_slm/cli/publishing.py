@@ -73,7 +73,7 @@ def evaluate(
     given = dict(locals())
     if (model is None) == (model_option is None):
         raise UsageError("Give one MODEL: a folder that save_pretrained wrote, or a name on the Hub.")
-    from ..evaluation import evaluate_checkpoint, results_table
+    from encdec_slm.trainers.evaluation import evaluate_checkpoint, results_table
 
     options = {name: given[name] for name in given if name not in ("model", "model_option", "config", "debug")}
     print(results_table(evaluate_checkpoint(model or model_option, **options)))
@@ -128,7 +128,7 @@ def publish(
     """
     if push and repo_id is None:
         raise UsageError("--push uploads to a repository: add --repo-id OWNER/NAME.")
-    from ..hub_cards import publish
+    from encdec_slm.hub_cards import publish
 
     published = publish(
         model,
@@ -153,7 +153,7 @@ publish.examples = examples(
 
 
 def _facts(file) -> dict[str, Any]:
-    from ..configuration.recipe_files import load_recipe
+    from encdec_slm.configuration.recipe_files import load_recipe
 
     if not Path(file).is_file():
         raise UsageError(f"--facts is {file!r}, but there is no such file. Give the path of a YAML file.")
@@ -187,7 +187,7 @@ def demo(
     debug: Debug = False,
 ):
     """Serve a page to try a model, on this machine alone, until Ctrl-C ends it."""
-    from ..hub_cards.space.app import serve
+    from encdec_slm.hub_cards.space.app import serve
 
     if revision is None and not Path(model).is_dir():
         tell("No --revision: the code of the newest commit runs. Pin one that you have read.")

@@ -61,8 +61,8 @@ adapt.examples = examples(
 
 
 def _adapt(source, output, overwrite, shape):
-    from ..adaptation import from_decoder_only, load_tokenizer
-    from ..checkpoint_folders import folder_written_whole
+    from encdec_slm.adaptation import from_decoder_only, load_tokenizer
+    from encdec_slm.checkpoint_folders import folder_written_whole
 
     with folder_written_whole(output, overwrite) as folder:
         tokenizer = load_tokenizer(source)
@@ -103,7 +103,7 @@ def convert(
     debug: Debug = False,
 ):
     """Convert a checkpoint of the predecessor, microsoft/encoder-decoder-slm, into a model folder of this family."""
-    from ..conversion import convert_reference_checkpoint
+    from encdec_slm.conversion import convert_reference_checkpoint
 
     folder = convert_reference_checkpoint(path, output, tokenizer=tokenizer, overwrite=overwrite).resolve()
     print(f"Wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}. Load it with\n")
