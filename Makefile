@@ -6,10 +6,16 @@ READY := $(VENV)/.installed
 
 FUNCTION ?= textwrap.shorten
 
-.PHONY: demo docstring demo-vision test test-slow style quality benchmark clean
+# The oldest transformers that setup.cfg allows.
+OLDEST_TRANSFORMERS := 5.18.0
+OLDEST_VENV := .venv-oldest
+OLDEST_READY := $(OLDEST_VENV)/.installed
+
+.PHONY: demo docstring demo-vision test test-slow test-oldest style quality benchmark clean
 
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
 # gradio's metadata stops short of Pillow 13, which resizes as the predecessor's golden images need it; it runs on it.
 PAGE := gradio gradio_client groovy hf-gradio safehttpx semantic-version pydub python-multipart orjson brotli tomlkit \
 	fastapi starlette uvicorn httpx httpcore certifi pytz opentelemetry-api
@@ -38,6 +44,17 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The same tests with the oldest transformers, in an environment of its own.
+$(OLDEST_READY): setup.cfg pyproject.toml constraints.txt Makefile
+	@test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	sed 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c $(OLDEST_VENV)/constraints.txt "setuptools>=77"
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c $(OLDEST_VENV)/constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST_VENV)/bin/python -m pytest -n auto
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
