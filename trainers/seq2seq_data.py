@@ -2,12 +2,10 @@
 """Rows of `source` and `target` text for encoder-decoder training: loaded, checked and turned into token ids."""
 
 import itertools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -15,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..checkpoint_folders import first_line
+from ..errors import format_list, summarize_error
+from .data_files import check_columns, check_data_folder, check_text, load_data_file
 from .docstring_task import SPLITS, build_docstring_task
 
 
@@ -33,7 +32,9 @@ class DataArguments:
     """Where rows of `source` and `target` text come from.
 
     Args:
-        train_file (`str`, *optional*): A JSONL file. `None`, without a `dataset_name`, builds the docstring task.
+        train_file (`str`, *optional*): A JSON Lines, JSON, CSV or Parquet file; see
+            [`~encdec_slm.trainers.data_files.read_data_file`]. `None`, without a `dataset_name`, builds the docstring
+            task.
         validation_file (`str`, *optional*): Rows for the loss curve. `None` holds out a tenth of the training rows.
         test_file (`str`, *optional*): Rows for the final numbers. `None` holds out a tenth of the training rows.
         dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it.
@@ -52,9 +53,9 @@ class DataArguments:
         ValueError: Two sources of data are named.
     """
 
-    train_file: str | None = field(default=None, metadata={"help": "JSONL file with the training rows."})
-    validation_file: str | None = field(default=None, metadata={"help": "JSONL file for the loss curve."})
-    test_file: str | None = field(default=None, metadata={"help": "JSONL file for the final numbers."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON, CSV or Parquet file of training rows."})
+    validation_file: str | None = field(default=None, metadata={"help": "File of rows for the loss curve."})
+    test_file: str | None = field(default=None, metadata={"help": "File of rows for the final numbers."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
@@ -75,25 +76,36 @@ class DataArguments:
 
 
 def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
-    """The splits `train`, `validation` and `test` with string columns `source` and `target`.
+    """Load the splits `train`, `validation` and `test` with text columns `source` and `target`.
 
     Args:
-        args ([`DataArguments`]): Names the data. Held-out splits that it leaves
-            out are taken off the training rows; at most `max_eval_samples` rows of each are kept.
-        seed (`int`, *optional*, defaults to 0): Decides which rows are held out and in which order streamed ones come.
+        args ([`DataArguments`]): Names the data. Missing held-out splits are taken off the training rows; at most
+            `max_eval_samples` rows of each are kept.
+        seed (`int`, *optional*, defaults to 0): Draws the held-out rows, and shuffles streamed rows.
 
     Raises:
-        ValueError: The data cannot be found, lacks a column or has no rows.
-        TypeError: A `source` or `target` in a local file is no string.
+        ValueError: The data cannot be found or read, lacks a column or has no rows.
+        TypeError: A `source` or `target` is not text.
     """
+    columns = {"source": args.source_column, "target": args.target_column}
     if args.train_file is not None:
-        splits = _load_files(args)
+        splits = {
+            split: load_data_file(file, columns, f"{split}_file", args.dataset_streaming)
+            for split in SPLITS
+            if (file := getattr(args, f"{split}_file")) is not None
+        }
     elif args.dataset_name is not None:
         splits = load_named_splits(args, args.dataset_streaming)
+        try:
+            splits = {split: _select_text(dataset, columns, split) for split, dataset in splits.items()}
+        except UnicodeDecodeError:  # its message names no file
+            check_data_folder(args.dataset_name)
+            raise
     else:
-        splits = build_docstring_task()
-    columns = ("source", "target") if args.dataset_name is None else (args.source_column, args.target_column)
-    splits = {split: _with_columns(dataset, split, *columns) for split, dataset in splits.items()}
+        splits = {split: rows.select_columns(list(columns)) for split, rows in build_docstring_task().items()}
+    for split, dataset in splits.items():
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"The {split} split has no rows, but at least one is required. Check the data.")
     splits = hold_out_missing(splits, seed)
     for split in ("validation", "test"):
         splits[split] = bounded(splits[split], args.max_eval_samples, seed)
@@ -102,88 +114,57 @@ def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | Itera
     return splits
 
 
-def _load_files(args):
-    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    splits = {}
-    for split, file in files.items():
-        if file is None:
-            continue
-        if not Path(file).is_file():
-            raise ValueError(f"`{split}_file` is {file!r}, but there is no such file. Give the path of a JSONL file.")
-        rows = {"path": file, "columns": (args.source_column, args.target_column)}
-        # Without streaming, rows are kept in memory: the cache of `Dataset.from_generator` would outlive an edit.
-        splits[split] = (
-            IterableDataset.from_generator(_jsonl_rows, gen_kwargs=rows)
-            if args.dataset_streaming
-            else Dataset.from_list(list(_jsonl_rows(**rows)))
-        )
-    return splits
-
-
-def _jsonl_rows(path, columns) -> Iterator[dict[str, str]]:
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}, is not JSON: {error}. Write one JSON object per line."
-                ) from None
-            if not isinstance(row, dict) or not set(columns) <= row.keys():
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(
-                    f"{path}, line {number}, has {found}, but `{columns[0]}` and `{columns[1]}` are needed. Rename "
-                    "the keys, or name yours by `source_column` and `target_column`."
-                )
-            for column in columns:
-                check_is_text(row[column], column, f"{path}, line {number},")
-            yield {"source": row[columns[0]], "target": row[columns[1]]}
-
-
-def load_named_splits(args, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
-    """Those of the splits `train`, `validation` and `test` that a dataset of the Hub or a local folder has.
+def load_named_splits(args: Any, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+    """Load a dataset of the Hub or a local folder of data files.
 
     Args:
-        args: With `dataset_name`, `dataset_config`, `dataset_revision`, and its names for the splits as
-            `dataset_train_split`, `dataset_validation_split` and `dataset_test_split`.
+        args ([`DataArguments`] or [`~encdec_slm.trainers.vqa.VqaArguments`]): Its `dataset_*` fields are read.
         streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
 
+    Returns:
+        `dict`: The training split as `train` and, if the dataset has them, the others as `validation` and `test`.
+
     Raises:
-        ValueError: It cannot be found, or has no training split of that name.
+        ValueError: The dataset cannot be loaded, or has no split that is named `args.dataset_train_split`.
     """
     try:
         loaded = load_dataset(
             args.dataset_name, args.dataset_config, revision=args.dataset_revision, streaming=streaming
         )
     except (OSError, ValueError, DatasetsError) as error:
+        check_data_folder(args.dataset_name)
         raise ValueError(
-            f"`dataset_name` {args.dataset_name!r} could not be loaded ({first_line(error)}). Give the name "
-            "of a dataset on the Hub or a local folder of data files."
+            f"`dataset_name` {args.dataset_name!r} could not be loaded ({summarize_error(error.__cause__ or error)}). "
+            "Give the name of a dataset on the Hub or a local folder of data files."
         ) from error
-    wanted = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)
-    if wanted[0] not in loaded:
+    names = (args.dataset_train_split, args.dataset_validation_split, args.dataset_test_split)
+    if names[0] not in loaded:
         raise ValueError(
-            f"{args.dataset_name} has the splits {', '.join(loaded)}, but `dataset_train_split` is {wanted[0]!r}. Set "
-            "it to one of them."
+            f"{args.dataset_name} has the splits {format_list(loaded)}, but `dataset_train_split` is {names[0]!r}. "
+            "Set it to one of them."
         )
-    return {split: loaded[name] for split, name in zip(SPLITS, wanted, strict=True) if name in loaded}
+    return {split: loaded[name] for split, name in zip(SPLITS, names, strict=True) if name in loaded}
 
 
-def _with_columns(dataset, split, source_column, target_column):
+def _select_text(dataset, columns, split):
+    """Rename columns of text, and check them before rows are shuffled, so that messages name the row of the split."""
     first_row = next(iter(dataset), None)
     if first_row is None:
-        raise ValueError(f"The {split} split has no rows, but at least one is needed. Check what the data holds.")
-    for option, column in (("source_column", source_column), ("target_column", target_column)):
-        if column not in first_row:
-            raise ValueError(
-                f"The {split} split has the columns {', '.join(first_row)}, but not `{column}`. Set `{option}` to one "
-                "of them."
-            )
-    dataset = dataset.select_columns([source_column, target_column])
-    renamed = {source_column: "source", target_column: "target"}
-    return dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
+        return dataset
+    check_columns(first_row, columns, f"The {split} split")
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({column: name for name, column in columns.items() if column != name})
+
+    def check(row, index):
+        for name, column in columns.items():
+            check_text(row[name], column, f"Row {index + 1} of the {split} split")
+        return row
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check, with_indices=True)
+    for index, row in enumerate(dataset):
+        check(row, index)
+    return dataset
 
 
 def hold_out_missing(splits: dict[str, Dataset | IterableDataset], seed: int) -> dict[str, Dataset | IterableDataset]:
@@ -218,19 +199,6 @@ def bounded(dataset: Dataset | IterableDataset, max_rows: int, seed: int) -> Dat
     if isinstance(dataset, IterableDataset):
         return Dataset.from_list(list(dataset.take(max_rows)))
     return dataset if len(dataset) <= max_rows else dataset.shuffle(seed=seed).select(range(max_rows))
-
-
-def check_is_text(value: Any, column: str, where: str) -> None:
-    """Refuses what is no string.
-
-    Raises:
-        TypeError: `value` is none.
-    """
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{where} has a `{column}` of type {type(value).__name__} ({value!r:.80}), but text is needed. Convert it "
-            "to a string or leave the row out."
-        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -304,14 +272,13 @@ def tokenize_splits(
     tokenized, counts = {}, {split: Counter() for split in splits}
     for split, dataset in splits.items():
 
-        def encode(batch, indices, split=split):
-            _check_are_texts(batch, indices, split)
+        def encode(batch, split=split):
             sources, num_cut_sources = _truncated(tokenizer, batch["source"], max_source_length)
             labels, num_cut_targets = _labels(tokenizer, batch["target"], max_target_length, decoder_start_token_id)
             counts[split].update(rows=len(labels), source=num_cut_sources, target=num_cut_targets)
             return {"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources], "labels": labels}
 
-        options = {"batched": True, "with_indices": True, "remove_columns": ["source", "target"]}
+        options = {"batched": True, "remove_columns": ["source", "target"]}
         if not isinstance(dataset, IterableDataset):
             # Rows read from a cache would not be counted.
             options |= {"desc": f"Tokenizing {split}", "load_from_cache_file": False}
@@ -319,12 +286,6 @@ def tokenize_splits(
         if not isinstance(dataset, IterableDataset):
             log_cut_rows(split, counts[split], max_source_length, max_target_length)
     return tokenized, counts
-
-
-def _check_are_texts(batch, indices, split):
-    for column in ("source", "target"):
-        for index, text in zip(indices, batch[column], strict=True):
-            check_is_text(text, column, f"Row {index} (from 0) of the {split} split")
 
 
 def _labels(tokenizer, texts, max_length, decoder_start_token_id):

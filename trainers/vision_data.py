@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import ProcessorMixin
 
 from ..image_processing_encdec_vlm import load_images
+from .data_files import check_text
 from .distillation_data import undecoded
 from .distillation_images import image_list
-from .seq2seq_data import bounded, check_is_text, hold_out_missing, load_named_splits, target_ids
+from .seq2seq_data import bounded, hold_out_missing, load_named_splits, target_ids
 from .visual_tasks import TASKS, build_visual_tasks
 
 
@@ -97,7 +98,7 @@ class VisionTextCollator:
                     "drops columns that the model does not know."
                 )
             for column in columns:
-                check_is_text(row[column], column, f"Row {number} of the batch")
+                check_text(row[column], column, f"Row {number} of the batch")
 
     def _labels(self, answers):
         """Ids of each answer, of which the last is the end-of-text token, padded on the right with -100."""
@@ -172,8 +173,8 @@ def _with_columns(rows, args, split):
     questions = list(rows[args.question_column])
     answers = [most_frequent_answer(answer) for answer in rows[args.answer_column]]
     for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        check_is_text(question, args.question_column, f"Row {index} (from 0) of the {split} split")
-        check_is_text(answer, args.answer_column, f"Row {index} (from 0) of the {split} split")
+        check_text(question, args.question_column, f"Row {index} (from 0) of the {split} split")
+        check_text(answer, args.answer_column, f"Row {index} (from 0) of the {split} split")
     rows = undecoded(rows.select_columns([args.image_column]))
     if args.image_column != "image":
         rows = rows.rename_column(args.image_column, "image")

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from ...conversion import question_answering_prompt
+from ..data_files import check_text
 from ..distillation_images import image_list
 from ..docstring_task import build_docstring_task
-from ..seq2seq_data import check_is_text
 from ..visual_tasks import TASKS as VISUAL_TASKS
 from ..visual_tasks import build_visual_tasks
 from .metrics import (
@@ -122,23 +122,23 @@ def _visual_builder(task):
 
 def _read_text(values, where):
     source, target = values
-    check_is_text(source, "source", where)
-    check_is_text(target, "target", where)
+    check_text(source, "source", where)
+    check_text(target, "target", where)
     return Example(source, (target,))
 
 
 def _read_code(values, where):
     code, docstring = (" ".join(value) if _is_text_list(value) else value for value in values)
-    check_is_text(code, "code_tokens", where)
-    check_is_text(docstring, "docstring_tokens", where)
+    check_text(code, "code_tokens", where)
+    check_text(docstring, "docstring_tokens", where)
     # CodeXGLUE's baselines read the function on one line.
     return Example(code.replace("\n", " "), (docstring.replace("\n", " "),))
 
 
 def _read_squad(values, where):
     question, context, answers = values
-    check_is_text(question, "question", where)
-    check_is_text(context, "context", where)
+    check_text(question, "question", where)
+    check_text(context, "context", where)
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
     # A mark where the context goes, so that a long one can be cut without losing what stands behind it.
@@ -148,7 +148,7 @@ def _read_squad(values, where):
 
 def _read_visual(values, where):
     image, question, answers = values
-    check_is_text(question, "question", where)
+    check_text(question, "question", where)
     references = _checked_texts(_answer_texts(answers), "answer", where)
     if not references:
         raise ValueError(
@@ -180,7 +180,7 @@ def _answer_texts(answers):
 
 def _checked_texts(texts, column, where):
     for text in texts:
-        check_is_text(text, column, where)
+        check_text(text, column, where)
     return tuple(texts)
 
 
