@@ -12,7 +12,7 @@ from typing import Any
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "matplotlib", "peft", "rouge_score", "sklearn", "trl"), "train"),
     **dict.fromkeys(("ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"), "export"),
-    "sacrebleu": "evaluation",
+    **dict.fromkeys(("bashlex", "sacrebleu"), "evaluation"),
     "gradio": "demo",
 }
 MAX_SUMMARY_LENGTH = 600
