@@ -15,13 +15,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from ..adaptation import SPLITS
 from ..configuration_encdec_slm import EncDecSLMConfig
 from ..configuration_encdec_vlm import EncDecVLMConfig
 
 
 PRESETS = Path(__file__).parent / "presets"
-# The encoder's share of all layers.
-SPLITS = {"2/3-1/3": 2 / 3, "1/2-1/2": 1 / 2, "1/3-2/3": 1 / 3}
 TWIN_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_parameters", "max_position_embeddings"),

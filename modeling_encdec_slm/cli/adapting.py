@@ -62,9 +62,9 @@ adapt.examples = examples(
 
 def _adapt(source, output, overwrite, shape):
     from encdec_slm.adaptation import from_decoder_only, load_tokenizer
-    from encdec_slm.checkpoint_folders import folder_written_whole
+    from encdec_slm.checkpoints import write_folder
 
-    with folder_written_whole(output, overwrite) as folder:
+    with write_folder(output, overwrite=overwrite, sources=[source]) as folder:
         tokenizer = load_tokenizer(source)
         from_decoder_only(source, tokenizer=tokenizer, **shape).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
