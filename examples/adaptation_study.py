@@ -8,7 +8,7 @@ the same rows for the same number of steps: cut from it by each strategy, or wit
 seeds, which decide the order of the rows and the random weights. Prints a table (mean and standard deviation over the
 seeds) and writes it, `study.json` and `study.png`. `--preset` scales it up: the decoder-only model is the twin of that
 preset. A study that was stopped goes on where it was. Not supported: another task or checkpoint (fine-tune what
-`examples/adapt.py` writes), and one learning rate per way to begin.
+`encdec-slm adapt` writes), and one learning rate per way to begin.
 """
 
 import argparse

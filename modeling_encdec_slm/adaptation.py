@@ -249,8 +249,8 @@ def _open_weights(file):
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{str(file)!r} cannot be read ({summarize_error(error)}): it is missing, truncated, or a Git LFS pointer. "
-            "Download it again."
+            f"{str(file)!r} cannot be read ({summarize_error(error)}): it is missing, truncated, or a Git LFS "
+            "pointer. Download it again."
         ) from error
 
 
@@ -361,7 +361,8 @@ def _check_same_tokens(tokenizer, own, name):
     if differing:
         raise ValueError(
             f"`tokenizer` does not match the embeddings of {name}: {len(differing)} ids are other tokens "
-            f"({format_list(differing, 3)}). Leave it out, or give the source's tokenizer with tokens added at the end."
+            f"({format_list(differing, 3)}). Leave it out, or give the source's tokenizer with tokens added at its "
+            "end."
         )
 
 

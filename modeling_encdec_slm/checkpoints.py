@@ -220,6 +220,8 @@ def load_processing_class(
 ) -> PreTrainedTokenizerBase | ProcessorMixin | None:
     """Load the tokenizer of a model, or the processor of a vision-text model; `None` if the folder has none.
 
+    A tokenizer without a padding token, as many decoder-only models have, is given the one of the model's config.
+
     Args:
         name_or_path (`str` or `Path`): A folder, or the name of a repository on the Hub.
         model ([`~transformers.PreTrainedModel`]): Its config decides between tokenizer and processor.
@@ -230,7 +232,12 @@ def load_processing_class(
     folder = Path(name_or_path) / options.get("subfolder", "")
     if folder.is_dir() and not any(fnmatch(path.name, "*token*") or "vocab" in path.name for path in folder.iterdir()):
         return None
-    return auto_class.from_pretrained(str(name_or_path), **options)
+    processing_class = auto_class.from_pretrained(str(name_or_path), **options)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    pad_token_id = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    if tokenizer.pad_token_id is None and pad_token_id is not None and 0 <= pad_token_id < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
+    return processing_class
 
 
 def has_vision(model: PreTrainedModel) -> bool:

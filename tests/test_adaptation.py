@@ -218,7 +218,9 @@ def test_strategies_select_layers():
     for depth in range(1, 34):
         for count in range(2, depth + 1):
             layers = select_layers("even", depth, count, 1)[0]
-            assert len(layers) == count and layers[0] == 0 and layers[-1] == depth - 1 and layers == sorted(set(layers))
+            assert (
+                len(layers) == count and layers[0] == 0 and layers[-1] == depth - 1 and layers == sorted(set(layers))
+            )
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_the_result_generates_and_trains_at_once(folder, ids, tmp_path):
         ({"bos_token_id": None, "eos_token_id": None}, {}, {}, (0, 0, None, 0)),
     ],
 )
-def test_token_ids_come_from_the_tokenizer_and_then_from_the_configs(config, generation, special_tokens, expected, ids):
+def test_token_ids_come_from_the_tokenizer_then_from_the_configs(config, generation, special_tokens, expected, ids):
     source = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "pad_token_id": None, **config}))
     source.generation_config.update(**generation)
     tokenizer = None if special_tokens is None else build_tokenizer(**special_tokens)
@@ -436,7 +438,7 @@ def test_an_object_that_is_no_complete_language_model_is_refused():
         from_decoder_only(AutoModelForSeq2SeqLM.from_config(T5Config(vocab_size=9, d_model=8, num_layers=1)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SOURCES["llama"])
-    with pytest.raises(ValueError, match="not in memory: model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"not in memory: model.embed_tokens.weight"):
         from_decoder_only(model)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from conftest import build_tokenizer
 from encdec_slm.checkpoints import (
     check_complete_model,
     check_no_overlap,
@@ -184,6 +185,13 @@ def test_a_saved_model_loads_in_evaluation_mode(checkpoint, tiny_model, source, 
     assert not model.training
     logits = [one(**source, decoder_input_ids=target_ids).logits for one in (model, tiny_model)]
     torch.testing.assert_close(*logits)
+
+
+def test_a_tokenizer_without_a_padding_token_is_given_that_of_the_model(checkpoint, tiny_model):
+    build_tokenizer(pad_token=None, ends_sources=False).save_pretrained(checkpoint)
+    _, tokenizer = load_checkpoint(checkpoint)
+    assert tokenizer.pad_token_id == tiny_model.config.pad_token_id
+    assert tokenizer(["w5 w6", "w7"], padding=True)["attention_mask"] == [[1, 1], [1, 0]]
 
 
 def test_an_adapter_is_never_dropped(checkpoint, tiny_model, tmp_path, source, target_ids):
