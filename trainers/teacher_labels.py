@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label a data set once with a teacher: its completions, its distributions, or both, into a teacher cache."""
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .row_encoding import RowEncoder
+from .teacher_cache import (
+    CacheHeader,
+    DistributionSpec,
+    Example,
+    TeacherCache,
+    check_header,
+    find_shards,
+    read_header,
+    read_shard,
+    row_fingerprint,
+    write_shard,
+)
+from .teacher_engines import CompletionSettings
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LabelSettings:
+    """What to label.
+
+    Args:
+        distributions ([`DistributionSpec`], *optional*): Store the teacher's distributions of the targets.
+        completions ([`CompletionSettings`], *optional*): Let the teacher generate the targets. `None` takes those of
+            the data.
+        max_target_length (`int`, *optional*): Longest target, in tokens of the teacher; longer ones are truncated.
+        rows_per_shard (`int`, *optional*, defaults to 256): Rows that are lost if a run is killed.
+        seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
+
+    Raises:
+        ValueError: Neither distributions nor completions are asked for.
+    """
+
+    distributions: DistributionSpec | None = None
+    completions: CompletionSettings | None = None
+    max_target_length: int | None = None
+    rows_per_shard: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.distributions is None and self.completions is None:
+            raise ValueError("Neither `distributions` nor `completions` is given. Set at least one of them.")
+        if self.rows_per_shard < 1:
+            raise ValueError(f"`rows_per_shard` must be at least 1, got {self.rows_per_shard}.")
+
+
+def label_dataset(
+    dataset: Dataset | IterableDataset,
+    engine: Any,
+    output_dir: str | Path,
+    settings: LabelSettings,
+    *,
+    teacher: str,
+    rows: tuple[int, int] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> TeacherCache | None:
+    """Label a data set and write the labels as shards of a teacher cache; resume a run that was stopped.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With `prompt` (text or messages) and, unless
+            completions are generated, `completion`.
+        engine: One of [`~encdec_slm.trainers.teacher_engines.ENGINES`].
+        output_dir (`str` or `Path`): Folder of the cache. Shards that are there already are kept.
+        settings ([`LabelSettings`]): What to label.
+        teacher (`str`): Name of the teacher, for messages.
+        rows (`tuple[int, int]`, *optional*): First row and the row after the last one, to divide the work between
+            machines; the first must be a multiple of `rows_per_shard`. `None` labels all rows.
+        chat_template_kwargs (`dict`, *optional*): Variables of the teacher's chat template.
+
+    Returns:
+        [`TeacherCache`]: `None` if only a range of rows was labeled, because others may be missing.
+
+    Raises:
+        ValueError: The folder holds the labels of another teacher or data set, a row is empty or too long for the
+            teacher, or its predictions are not numbers.
+    """
+    folder = Path(output_dir)
+    header = build_header(engine, settings, teacher, chat_template_kwargs)
+    done = {(start, stop): path for start, stop, path in find_shards(folder)}
+    for path in done.values():
+        check_header(read_header(path), header, path)
+    labeler = _Labeler(engine, settings, header, chat_template_kwargs)
+    first, last = rows or (0, None)
+    if first % settings.rows_per_shard:
+        raise ValueError(
+            f"`rows` starts at {first}, but must start at a multiple of `rows_per_shard` ({settings.rows_per_shard})."
+        )
+    started, num_rows, num_tokens = time.perf_counter(), 0, 0
+    for start, batch in _batches(dataset, first, last, settings.rows_per_shard):
+        span = (start, start + len(batch))
+        if span in done:
+            _check_labeled_rows(done[span], batch, start, settings)
+            continue
+        examples = labeler.label(batch, start)
+        write_shard(folder, header, *span, examples)
+        num_rows += len(batch)
+        num_tokens += sum(len(example.target_ids) for example in examples)
+        seconds = time.perf_counter() - started
+        logger.info(
+            f"Labeled rows {start:,} to {span[1] - 1:,}: {num_rows / seconds:.1f} rows/s, {num_tokens / seconds:.0f} "
+            "target tokens/s."
+        )
+    return TeacherCache(folder) if rows is None else None
+
+
+def build_header(engine, settings: LabelSettings, teacher: str, chat_template_kwargs=None) -> CacheHeader:
+    """Build the header of the shards that a run writes."""
+    template = [engine.tokenizer.chat_template, chat_template_kwargs or {}, settings.max_target_length, settings.seed]
+    digest = hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()
+    completions = settings.completions
+    return CacheHeader(
+        teacher=teacher,
+        teacher_fingerprint=engine.fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(engine.tokenizer),
+        template_fingerprint=digest[:32],
+        vocab_size=engine.vocab_size,
+        distributions=None if settings.distributions is None else str(settings.distributions),
+        completions=None if completions is None else json.dumps(asdict(completions), sort_keys=True),
+        rows_per_shard=settings.rows_per_shard,
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of which id each token has."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _batches(dataset, first, last, size) -> Iterator[tuple[int, list[dict]]]:
+    """Yield the first index and the rows of each shard."""
+    if isinstance(dataset, IterableDataset):
+        iterator = iter(dataset.skip(first))
+        rows = itertools.islice(iterator, None if last is None else last - first)
+    else:
+        rows = (dataset[index] for index in range(first, len(dataset) if last is None else min(last, len(dataset))))
+    for start in itertools.count(first, size):
+        batch = list(itertools.islice(rows, size))
+        if not batch:
+            return
+        yield start, batch
+
+
+def _check_labeled_rows(path, batch, start, settings):
+    table = read_shard(path)
+    found = dict(zip(table["row"].to_pylist(), table["row_fingerprint"].to_pylist(), strict=True))
+    for row, values in enumerate(batch, start=start):
+        if found.get(row) != _fingerprint(values, settings):
+            raise ValueError(
+                f"Row {row} of the data is not the one that {path} has labels for: the data was changed since. Use "
+                "another output folder, or delete the labels."
+            )
+
+
+def _fingerprint(row, settings):
+    return row_fingerprint(row["prompt"], None if settings.completions is not None else row.get("completion"))
+
+
+class _Labeler:
+    """Labels the rows of one shard."""
+
+    def __init__(self, engine, settings, header, chat_template_kwargs):
+        self.engine, self.settings, self.header = engine, settings, header
+        self.chat_template_kwargs = chat_template_kwargs
+        self.encoder = RowEncoder(engine.tokenizer, max_target_length=settings.max_target_length)
+
+    def label(self, rows: Sequence[dict], start: int) -> list[Example]:
+        prompts = [self._encode_prompt(row, index) for index, row in enumerate(rows, start=start)]
+        if self.settings.completions is None:
+            examples = [self._given(row, index) for index, row in enumerate(rows, start=start)]
+        else:
+            examples = self._generated(rows, prompts, start)
+        if self.settings.distributions is not None:
+            self._add_distributions(examples, prompts, start)
+        return examples
+
+    def _encode_prompt(self, row, index):
+        if "prompt" not in row:
+            raise ValueError(f"Row {index} has the columns {', '.join(row)}, but `prompt` is required. Rename one.")
+        ids = self.encoder.encode_prompt(
+            row["prompt"], where=f"`prompt` of row {index}", chat_template_kwargs=self.chat_template_kwargs
+        ).input_ids
+        if not ids:
+            raise ValueError(f"The prompt of row {index} is empty, but the teacher needs a token to continue.")
+        limit, completions = self.engine.context_length, self.settings.completions
+        num_new = completions.max_new_tokens if completions is not None else 1
+        if limit is not None and len(ids) + num_new > limit:
+            raise ValueError(
+                f"The prompt of row {index} has {len(ids):,} tokens, but the teacher's context is {limit:,} tokens, "
+                f"of which {num_new} are for the target. Shorten it, or leave the row out."
+            )
+        return ids
+
+    def _given(self, row, index):
+        if row.get("completion") is None:
+            raise ValueError(
+                f"Row {index} has no `completion`. Add it, or let the teacher generate it: `completions`."
+            )
+        ids, _ = self.encoder.encode_target(
+            row["completion"], as_continuation=True, where=f"`completion` of row {index}"
+        )
+        return Example(index, _fingerprint(row, self.settings), ids)
+
+    def _generated(self, rows, prompts, start):
+        generated = self.engine.generate(prompts, self.settings.completions, seed=self.settings.seed + start)
+        examples = []
+        for index, (row, completions) in enumerate(zip(rows, generated, strict=True), start=start):
+            for sample, completion in enumerate(completions):
+                ids, _ = self.encoder.encode_target(completion.text, as_continuation=True)
+                # The student must not learn to stop where only the limit stopped the teacher.
+                ids = ids if completion.is_complete else [i for i in ids if i != self.engine.tokenizer.eos_token_id]
+                examples.append(Example(index, _fingerprint(row, self.settings), ids, sample, completion.text))
+        return examples
+
+    def _add_distributions(self, examples, prompts, start):
+        seeds = [(self.settings.seed << 40) + (example.row << 8) + example.sample for example in examples]
+        predictions = self.engine.predict(
+            [prompts[example.row - start] for example in examples],
+            [example.target_ids for example in examples],
+            self.settings.distributions,
+            seeds,
+        )
+        for example, prediction in zip(examples, predictions, strict=True):
+            example.ids, example.log_probs, example.counts = prediction
