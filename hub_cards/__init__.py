@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards of models, and repositories of the Hub."""
+"""Model cards, and publishing to the Hub."""
 
+from .model_cards import write_card
 from .publishing import PublishedRepository, publish
 
 
-__all__ = ["PublishedRepository", "publish"]
+__all__ = ["PublishedRepository", "publish", "write_card"]

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, TrainingArguments
 
 
-TEMPLATE = Path(__file__).parent / "model_card.md"
+TEMPLATE = Path(__file__).parent / "finetuned_card.md"
 DISTILLATION_TEMPLATE = Path(__file__).parent / "distillation_card.md"
 CONVERTED_TEMPLATE = Path(__file__).parent / "converted_card.md"
 # Speed of a machine is no property of the model.

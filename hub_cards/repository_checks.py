@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_folders import listed
+from ..errors import format_list
 
 
 SECRET_NAMES = (
@@ -61,15 +61,15 @@ def refuse_unsafe_files(folder: Path, paths: Iterable[Path], is_repository: bool
     Raises:
         ValueError: There is a secret, an absolute path, a state of a training, or a pickle.
     """
-    found = [f"{path.relative_to(folder).as_posix()} ({problem})" for path in paths if (problem := problem_of(path))]
+    found = [f"{path.relative_to(folder).as_posix()} ({problem})" for path in paths if (problem := find_problem(path))]
     if found:
         raise ValueError(
-            f"{str(folder)!r} has what must not get into a repository: {listed(found, 20)}. "
+            f"{str(folder)!r} has what must not get into a repository: {format_list(found, 20)}. "
             + ("Nothing was uploaded." if is_repository else ADVICE)
         )
 
 
-def problem_of(path: Path) -> str | None:
+def find_problem(path: Path) -> str | None:
     """What is wrong with a file for a repository, in words; `None` if nothing is."""
     if _is_named(path, SECRET_NAMES) and not _is_named(path, ("*.py",)):
         return "a file that holds secrets: keep it out, and replace the secret if it was shared"
@@ -79,7 +79,7 @@ def problem_of(path: Path) -> str | None:
         return None
     if is_pickle(path):
         return "a pickle, which can run code when it is loaded: save weights as safetensors"
-    return _problem_of_content(path)
+    return _find_problem_in_content(path)
 
 
 def is_pickle(path: Path) -> bool:
@@ -93,7 +93,7 @@ def is_pickle(path: Path) -> bool:
     return _is_named(path, PICKLES) and not is_ctranslate2
 
 
-def _problem_of_content(path):
+def _find_problem_in_content(path):
     if _is_named(path, UNSEARCHED):
         return None
     content = path.read_bytes()
@@ -137,7 +137,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(value, key)
 
 
-def without_local_paths(text: str) -> str:
+def remove_local_paths(text: str) -> str:
     """A text, such as a command, in which every absolute path has become the last name of it."""
     return PATH_IN_COMMAND.sub(lambda match: match["before"] + _last_name(match["path"]), text)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder to a repository on the Hub: one commit, none where nothing has changed, and resumable."""
+"""Upload a folder to the Hub: in one commit, in none if nothing has changed, and resumable."""
 
 import contextlib
 import logging
@@ -11,18 +11,22 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
-from ..checkpoint_folders import REPLACED_FILES, first_line
+from ..checkpoints import TOKENIZER_FILES
+from ..errors import summarize_error
 
 
 logger = logging.getLogger(__name__)
 
-# Of an earlier commit, these would be read together with the new files. What else lies there is the owner's.
-REPLACED_ON_THE_HUB = (*REPLACED_FILES, "*processor_config.json", "ctranslate2/*", "onnx/*", ".eval_results/*")
+# Files of an earlier commit that would be loaded together with the new ones; other files are the owner's.
+REPLACED_ON_THE_HUB = (
+    *("*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES),
+    *("*processor_config.json", "ctranslate2/*", "onnx/*", ".eval_results/*"),
+)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Where a folder has gone to on the Hub."""
+    """Where on the Hub a folder was uploaded to."""
 
     commit: str
     commit_url: str
@@ -33,29 +37,30 @@ class Upload:
 def upload(
     folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, message: str
 ) -> Upload:
-    """Uploads a folder in one commit; where the repository has it already, no commit is made.
+    """Upload a folder in one commit; no commit is made if the repository already has this content.
 
     Args:
-        folder (`Path`): All of it is uploaded.
-        repo_id (`str`): Created if there is none.
-        private (`bool`): Of a repository that is created; one that exists stays as it is.
-        revision (`str`, *optional*): A branch, created from the main one if there is none. `None` is the main one.
+        folder (`Path`): Folder to upload completely.
+        repo_id (`str`): Repository, created if it does not exist.
+        private (`bool`): Whether a repository that is created is private. Does not change an existing one.
+        revision (`str`, *optional*): Branch, created from the main branch if it does not exist. `None` is the main
+            branch.
         create_pr (`bool`): Open a pull request with the commit.
-        message (`str`): Of the commit.
+        message (`str`): Commit message.
 
     Raises:
-        ConnectionError: The Hub cannot be reached, or refuses; the message says why and how to go on.
+        ConnectionError: The Hub cannot be reached, or refuses the upload.
     """
     api = HfApi()
-    with _explained(folder, repo_id):
+    with _explain_errors(folder, repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         before = api.model_info(repo_id, revision=revision)
         if private and before.private is False:
-            logger.warning(f"{repo_id} exists and is public: what is uploaded now will be public too.")
-        # Not `upload_folder`: with hf_xet it makes as many commits as it likes. What an interrupted call has sent
-        # before its commit stays on the Hub and is not sent again.
+            logger.warning(f"The repository {repo_id} already exists and is public, so this upload is public too.")
+        # `upload_folder` can make several commits with hf_xet. Files that an interrupted call has sent before its
+        # commit stay on the Hub and are not sent again.
         commit = api.create_commit(
             repo_id,
             _operations(folder, api.list_repo_files(repo_id, revision=revision)),
@@ -81,17 +86,18 @@ def _operations(folder, names_on_the_hub):
 
 
 def _matches(name, pattern):
-    # `*` of fnmatch goes across folders, but a checkpoint's files lie at the top.
+    # `*` of fnmatch also matches slashes.
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
 @contextlib.contextmanager
-def _explained(folder, repo_id) -> Iterator[None]:
+def _explain_errors(folder, repo_id) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, LocalTokenNotFoundError, HTTPError, OSError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         raise ConnectionError(
-            f"{str(folder)!r} was built, but could not be uploaded to {repo_id!r}: {first_line(cause)}. Log in with "
-            "`hf auth login` if that is what is missing, and publish again: what has arrived is not sent twice."
+            f"{str(folder)!r} was written, but could not be uploaded to {repo_id!r}: {summarize_error(cause)}. Log in "
+            "with `hf auth login` if you are not logged in, and publish again: files that have arrived are not sent "
+            "again."
         ) from error

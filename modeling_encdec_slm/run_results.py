@@ -179,10 +179,13 @@ class RunResults:
         if self.saved_model not in names:
             raise ValueError(f"`saved_model` is {self.saved_model!r}, but must be one of {names}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the file that [`save`] writes."""
+        return {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+
     def save(self, path: str | Path) -> None:
         """Save as JSON."""
-        content = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
-        write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_file(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "RunResults":

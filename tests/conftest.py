@@ -22,7 +22,7 @@ from encdec_slm import (
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
 
 
-pytest_plugins = ("reference_files",)
+pytest_plugins = ("hub_server", "reference_files")
 # Matrices this small gain nothing from a second thread and lose much when cores are busy; nor do those of scripts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 
 LARGE = (".safetensors", ".bin", ".onnx", ".onnx_data")
@@ -304,3 +306,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             content = repository.git("cat-file", "blob", entry["oid"])
         self.send(content, 200, headers)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on localhost for this process; the user is `me`."""
+    with Hub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        yield hub

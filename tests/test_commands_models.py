@@ -21,6 +21,7 @@ from PIL import Image
 from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration, EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
+from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import list_tasks
 from encdec_slm.trainers.run_reports import preset_config
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
@@ -243,9 +244,9 @@ def test_an_export_without_its_runtime_is_answered_with_how_to_get_it(
 def test_a_checkpoint_is_evaluated(folder, rows_file, tmp_path, written):
     given = ["--task", "text", "--dataset-name", rows_file, "--max-samples", 3, "--max-new-tokens", 4]
     table = written("evaluate", folder, *given, "--output-dir", tmp_path / "out", "--num-bootstrap", 10)
-    assert "rougeL" in table
-    result = json.loads((tmp_path / "out" / "evaluation.json").read_text("utf-8"))
-    assert result["num_rows"] == 3 and set(result["metrics"]) >= {"rougeL", "exact"}
+    assert "ROUGE-L" in table
+    result = RunResults.load(tmp_path / "out" / "evaluation.json")
+    assert result.num_rows == {"test": 3} and set(result.saved.metrics) >= {"rougeL", "exact"}
     assert table == written("evaluate", "--model", folder, *given, "--num_bootstrap", 10)
 
 

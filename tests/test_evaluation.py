@@ -15,7 +15,8 @@ from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration, EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
 from encdec_slm.conversion import question_answering_prompt
-from encdec_slm.trainers.evaluation import evaluate_checkpoint, list_tasks, results_table
+from encdec_slm.run_results import DataSource, RunResults
+from encdec_slm.trainers.evaluation import evaluate_checkpoint, list_tasks
 from encdec_slm.trainers.evaluation import tasks as tasks_module
 from encdec_slm.trainers.evaluation.generation import Writer, load_checkpoint
 from encdec_slm.trainers.evaluation.task_rows import load_examples
@@ -103,19 +104,18 @@ def test_the_tasks_are_those_of_the_documentation():
 
 def test_a_result_says_what_was_measured_how_and_by_which_command(finished, text_checkpoint, rows_file):
     result, folder = finished
-    assert json.loads((folder / "evaluation.json").read_text("utf-8")) == result
-    assert result["task"] == "text" and result["num_rows"] == 11 and result["num_cut_rows"] == 0
-    assert result["model"] == "text" and result["device"] == "cpu" and result["confidence"] == 0.95
-    assert result["dataset"] == {"name": "rows.jsonl", "config": None, "split": None, "revision": None}
-    assert set(result["metrics"]) == {"rouge1", "rouge2", "rougeL", "exact"}
-    for metric in result["metrics"].values():
-        assert metric["low"] <= metric["value"] <= metric["high"] and metric["unit"] == "percent"
-    assert {"python", "torch", "transformers"} <= set(result["versions"])
-    words = shlex.split(result["command"])
+    assert RunResults.load(folder / "evaluation.json") == result
+    assert result.task == "text" and result.num_rows == {"test": 11} and result.num_cut_rows == {"test": 0}
+    assert result.saved.name == "text" and result.device == "cpu" and result.confidence == 0.95
+    assert result.dataset == DataSource("rows.jsonl")
+    assert set(result.saved.metrics) == {"rouge1", "rouge2", "rougeL", "exact"}
+    for metric in result.saved.metrics.values():
+        assert metric.low <= metric.value <= metric.high and metric.unit == "percent"
+    assert {"python", "torch", "transformers"} <= set(result.versions)
+    words = shlex.split(result.command)
     assert words[:6] == ["encdec-slm", "evaluate", "--model", "text", "--task", "text"]
     assert words[words.index("--dataset-name") + 1] == "rows.jsonl" and "--max-new-tokens" in words
     assert not any(word.startswith("/") for word in words)
-    assert "rougeL" in results_table(result)
 
 
 def test_predictions_stand_beside_their_rows_and_give_the_metrics(finished):
@@ -124,7 +124,7 @@ def test_predictions_stand_beside_their_rows_and_give_the_metrics(finished):
     assert [row["row"] for row in rows] == list(range(11))
     assert [row["source"] for row in rows] == [row["source"] for row in ROWS]
     scores = score_texts(texts(folder), [row["references"][0] for row in rows])
-    assert {name: result["metrics"][name]["value"] for name in scores} == scores
+    assert {name: result.saved.metrics[name].value for name in scores} == scores
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -165,10 +165,10 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
     result = evaluate_checkpoint(text_checkpoint, "text", batch_size=3, **options)
     assert [example.source for example in read] == [row["source"] for row in ROWS[4:]]
     assert (tmp_path / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
-    assert result["metrics"] == whole["metrics"]
+    assert result.saved.metrics == whole.saved.metrics
 
     monkeypatch.setattr(Writer, "write", None)  # nothing is left to write
-    assert evaluate_checkpoint(text_checkpoint, "text", **options)["metrics"] == whole["metrics"]
+    assert evaluate_checkpoint(text_checkpoint, "text", **options).saved.metrics == whole.saved.metrics
 
 
 def test_another_run_does_not_go_on_with_the_predictions(finished, text_checkpoint, rows_file, tmp_path):
@@ -210,7 +210,7 @@ def test_a_loaded_model_is_scored_like_its_folder(finished, text_checkpoint, row
     # What a checkpoint recommends for chatting must not make its scores a matter of chance.
     model.generation_config.update(do_sample=True, temperature=2.0, top_k=3, max_length=7)
     result = evaluate_checkpoint(model, "text", dataset_name=rows_file, processing_class=tokenizer, **QUIET)
-    assert result["metrics"] == finished[0]["metrics"] and result["model"] == "text"
+    assert result.saved.metrics == finished[0].saved.metrics and result.saved.name == "text"
     with pytest.raises(ValueError, match="`processing_class` is not set"):
         evaluate_checkpoint(model, "text", dataset_name=rows_file, **QUIET)
 
@@ -222,7 +222,7 @@ def test_other_families_are_scored_too(text_checkpoint, rows_file, tmp_path):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     result = evaluate_checkpoint(tmp_path / "t5", "text", dataset_name=rows_file, max_samples=3, **QUIET)
-    assert result["num_rows"] == 3
+    assert result.num_rows == {"test": 3}
 
 
 def test_squad_rows_are_asked_as_the_family_was_trained_and_cut_in_their_context(text_checkpoint, tmp_path):
@@ -233,8 +233,8 @@ def test_squad_rows_are_asked_as_the_family_was_trained_and_cut_in_their_context
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [row["references"] for row in rows] == [["I", "I."], [], ["I"]]
     assert rows[0]["source"] == question_answering_prompt("Who is it?", "It is I.")
-    assert [row["is_cut"] for row in rows] == [False, False, True] and result["num_cut_rows"] == 1
-    assert set(result["metrics"]) == {
+    assert [row["is_cut"] for row in rows] == [False, False, True] and result.num_cut_rows == {"test": 1}
+    assert set(result.saved.metrics) == {
         f"{whose}{name}" for whose in ("", "HasAns_", "NoAns_") for name in ("exact", "f1")
     }
 
@@ -297,7 +297,7 @@ def test_text_tasks_take_local_rows(text_checkpoint, tmp_path, task, row, metric
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row, row]))
     result = evaluate_checkpoint(text_checkpoint, task, dataset_name=path, **QUIET)
-    assert set(result["metrics"]) == metrics and result["num_rows"] == 2
+    assert set(result.saved.metrics) == metrics and result.num_rows == {"test": 2}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_text_tasks_take_local_rows(text_checkpoint, tmp_path, task, row, metric
 )
 def test_vision_tasks_take_local_rows(vision_checkpoint, pictures, task, metric):
     result = evaluate_checkpoint(vision_checkpoint, task, dataset_name=pictures, **QUIET)
-    assert set(result["metrics"]) == {metric} and result["num_rows"] == 3
+    assert set(result.saved.metrics) == {metric} and result.num_rows == {"test": 3}
 
 
 def test_answers_come_as_texts_or_as_the_hub_has_them(tmp_path):
@@ -325,10 +325,10 @@ def test_the_built_in_tasks_need_no_data(text_checkpoint, vision_checkpoint, mon
     # In the place of the standard library, which takes long to read.
     monkeypatch.setattr(tasks_module, "build_docstring_task", lambda: DatasetDict({"test": Dataset.from_list(ROWS)}))
     result = evaluate_checkpoint(text_checkpoint, "docstrings", max_samples=3, **QUIET)
-    assert result["num_rows"] == 3
-    assert result["dataset"] == {"name": "docstrings", "config": None, "split": "test", "revision": None}
+    assert result.num_rows == {"test": 3}
+    assert result.dataset == DataSource("docstrings", split="test")
     result = evaluate_checkpoint(vision_checkpoint, "digits", max_samples=2, **QUIET)
-    assert result["num_rows"] == 2 and set(result["metrics"]) == {"exact"}
+    assert result.num_rows == {"test": 2} and set(result.saved.metrics) == {"exact"}
     with pytest.raises(ValueError, match="docstrings have test"):
         evaluate_checkpoint(text_checkpoint, "docstrings", dataset_split="dev", **QUIET)
     with pytest.raises(ValueError, match="digits has train, validation, test"):
@@ -338,7 +338,7 @@ def test_the_built_in_tasks_need_no_data(text_checkpoint, vision_checkpoint, mon
 @pytest.mark.slow
 def test_the_standard_library_is_scored(text_checkpoint, vision_checkpoint):
     for checkpoint, task in ((text_checkpoint, "docstrings"), (vision_checkpoint, "lines")):
-        assert evaluate_checkpoint(checkpoint, task, max_samples=3, **QUIET)["num_rows"] == 3
+        assert evaluate_checkpoint(checkpoint, task, max_samples=3, **QUIET).num_rows == {"test": 3}
 
 
 def test_parquet_files_and_folders_give_what_json_gives(rows_file, tmp_path):
@@ -363,7 +363,7 @@ def test_pictures_in_parquet_are_read_when_they_are_needed(vision_checkpoint, tm
     rows = [{"image": PILImage.new("RGB", (16, 16), (9, 9, 9)), "question": "what?", "answer": "a"}]
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     result = evaluate_checkpoint(vision_checkpoint, "chartqa", dataset_name=tmp_path / "rows.parquet", **QUIET)
-    assert result["num_rows"] == 1
+    assert result.num_rows == {"test": 1}
 
 
 def test_fewer_rows_are_drawn_as_training_draws_them(rows_file):
@@ -377,8 +377,8 @@ def test_columns_of_your_own_are_named(text_checkpoint, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"code": "a", "comment": "b"}])
     names = {"source_column": "code", "target_column": "comment"}
     result = evaluate_checkpoint(text_checkpoint, "text", dataset_name=path, **names, **QUIET)
-    assert result["command"].endswith("--max-new-tokens 6 --device cpu --num-bootstrap 20")
-    assert "--source-column code --target-column comment" in result["command"]
+    assert result.command.endswith("--max-new-tokens 6 --device cpu --num-bootstrap 20")
+    assert "--source-column code --target-column comment" in result.command
     with pytest.raises(ValueError, match="reads document, summary"):
         evaluate_checkpoint(text_checkpoint, "xsum", dataset_name=path, **names, **QUIET)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from encdec_slm.trainers.evaluation import results_table
+from encdec_slm.run_results import Metric
 from encdec_slm.trainers.evaluation.metrics import (
     chart_scores,
     docstring_scores,
@@ -33,7 +33,7 @@ def test_squad_gives_the_values_of_the_metric_card():
     answers = ["1976", "Beyoncé and Bruno Mars", "climate change"]
     rows = [squad_scores(text, [answer]) for text, answer in zip(written, answers, strict=True)]
     metrics = mean_with_interval(rows)
-    assert {name: metric["value"] for name, metric in metrics.items()} == dict.fromkeys(
+    assert {name: metric.value for name, metric in metrics.items()} == dict.fromkeys(
         ("exact", "f1", "HasAns_exact", "HasAns_f1"), 66.67
     )
 
@@ -156,8 +156,8 @@ def test_the_interval_of_a_share_is_the_binomial_one():
     rows = [{"exact": float(number % 4 == 0)} for number in range(400)]
     metric = mean_with_interval(rows, num_bootstrap=4000)["exact"]
     half = 196 * math.sqrt(0.25 * 0.75 / 400)
-    assert metric["value"] == 25 and metric["unit"] == "percent"
-    assert (metric["low"], metric["high"]) == (pytest.approx(25 - half, abs=0.4), pytest.approx(25 + half, abs=0.4))
+    assert metric.value == 25 and metric.unit == "percent"
+    assert (metric.low, metric.high) == (pytest.approx(25 - half, abs=0.4), pytest.approx(25 + half, abs=0.4))
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -166,7 +166,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     for seed in range(100):
         rows = [{"x": value} for value in generator.random(60)]
         metric = mean_with_interval(rows, num_bootstrap=100, seed=seed)["x"]
-        covered += metric["low"] <= 50 <= metric["high"]
+        covered += metric.low <= 50 <= metric.high
     # 95 of 100, and what chance and the few rows take off.
     assert 86 <= covered <= 99
 
@@ -175,27 +175,13 @@ def test_the_same_seed_gives_the_same_interval_and_rows_left_out_count_nowhere()
     rows = [{"a": 1.0, "b": None, "c": None}, {"a": 0.0, "b": 0.5, "c": None}, {"a": 1.0, "b": 0.5, "c": None}]
     metrics = mean_with_interval(rows, num_bootstrap=50, seed=5)
     assert metrics == mean_with_interval(rows, num_bootstrap=50, seed=5)
-    assert metrics["a"] != mean_with_interval(rows, num_bootstrap=50, seed=6)["a"] or metrics["a"]["low"] == 0
-    assert metrics["b"] == {"value": 50, "low": 50, "high": 50, "unit": "percent"}
+    assert metrics["a"] != mean_with_interval(rows, num_bootstrap=50, seed=6)["a"] or metrics["a"].low == 0
+    assert metrics["b"] == Metric(50, 50, 50, "percent", num_rows=2)
     assert set(metrics) == {"a", "b"}
 
 
 def test_one_row_has_an_interval_of_no_width():
-    assert mean_with_interval([{"a": 1.0}], num_bootstrap=5)["a"] == {
-        "value": 100,
-        "low": 100,
-        "high": 100,
-        "unit": "percent",
-    }
-
-
-def test_a_table_has_a_line_per_metric():
-    metrics = {"exact": {"value": 5.0, "low": 4.25, "high": 6.0, "unit": "percent"}}
-    result = {"model": "small", "task": "text", "num_rows": 1200, "metrics": metrics}
-    lines = results_table([result, {**result, "task": "docstrings"}]).splitlines()
-    assert lines[0].split() == ["model", "task", "rows", "metric", "value", "interval"]
-    assert lines[1].split() == ["small", "text", "1,200", "exact", "5.00", "%", "4.25", "to", "6.00"]
-    assert len(lines) == 3 and results_table(result).splitlines()[1].split() == lines[1].split()
+    assert mean_with_interval([{"a": 1.0}], num_bootstrap=5)["a"] == Metric(100, 100, 100, "percent")
 
 
 def test_commands_leave_defaults_out_and_paths_of_the_machine_too(tmp_path, monkeypatch):

@@ -73,10 +73,11 @@ def evaluate(
     given = dict(locals())
     if (model is None) == (model_option is None):
         raise UsageError("Give one MODEL: a folder that save_pretrained wrote, or a name on the Hub.")
-    from encdec_slm.trainers.evaluation import evaluate_checkpoint, results_table
+    from encdec_slm.run_results import comparison_table, format_table
+    from encdec_slm.trainers.evaluation import evaluate_checkpoint
 
     options = {name: given[name] for name in given if name not in ("model", "model_option", "config", "debug")}
-    print(results_table(evaluate_checkpoint(model or model_option, **options)))
+    print(format_table(comparison_table(evaluate_checkpoint(model or model_option, **options))))
     if output_dir is not None:
         tell(f"Wrote {Path(output_dir, 'evaluation.json')}")
 

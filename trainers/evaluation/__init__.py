@@ -2,8 +2,7 @@
 """Scores of checkpoints on tasks, with confidence intervals."""
 
 from .evaluating import evaluate_checkpoint
-from .results import results_table
 from .tasks import list_tasks
 
 
-__all__ = ["evaluate_checkpoint", "list_tasks", "results_table"]
+__all__ = ["evaluate_checkpoint", "list_tasks"]

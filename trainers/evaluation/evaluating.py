@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a checkpoint on a task: from rows to predictions to metrics with confidence intervals."""
 
-import importlib.metadata
-import json
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..run_reports import versions, write_file
+from ...run_results import DataSource, ModelResults, RunResults, package_versions
 from .generation import Writer, check_is_count, check_kind, checkpoint_digest, declared_length, load_checkpoint
 from .predictions import Predictions
 from .results import mean_with_interval, public_path, reproducing_command
@@ -47,7 +43,7 @@ def evaluate_checkpoint(
     num_bootstrap: int = 1000,
     seed: int = 0,
     show_progress: bool = True,
-) -> dict[str, Any]:
+) -> RunResults:
     """The metrics of a checkpoint on a task, each with a confidence interval.
 
     With `output_dir`, every batch is written to `predictions.jsonl` there when it is done, and the same call goes on
@@ -82,9 +78,7 @@ def evaluate_checkpoint(
         show_progress (`bool`, *optional*, defaults to `True`): Whether there is a progress bar.
 
     Returns:
-        `dict`: `task`, `dataset`, `model`, `num_rows`, `num_cut_rows`, `metrics` (by name `value`, `low`, `high` and
-        `unit`), `confidence`, `num_bootstrap`, `settings`, `command`, `device`, `seconds`, `date` and
-        `versions`.
+        [`~encdec_slm.run_results.RunResults`]: The metrics of the model with their intervals.
 
     Raises:
         ValueError: There is no such task, model or data; they do not fit together; a number is out of range; or
@@ -113,35 +107,31 @@ def evaluate_checkpoint(
     _write_all(writer, examples, predictions, batch_size, show_progress)
     pairs = zip(predictions.texts, examples, strict=True)
     scores = [chosen.score(text, example.references) for text, example in pairs]
-    result = _result(given, chosen, model, predictions, scores, settings)
+    results = _build_results(given, chosen, model, predictions, scores, settings)
     if output_dir is not None:
-        _save(result, Path(output_dir))
-    return result
+        results.save(Path(output_dir) / RESULT_NAME)
+    return results
 
 
-def _result(given, task, model, predictions, scores, settings):
+def _build_results(given, task, model, predictions, scores, settings):
     num_bootstrap, seed = given["num_bootstrap"], given["seed"]
-    return {
-        "task": given["task"],
-        "dataset": _dataset(given, task),
-        "model": _model_name(given["model_or_path"]),
-        "num_rows": len(scores),
-        "num_cut_rows": predictions.num_cut,
-        "metrics": mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed),
-        "confidence": CONFIDENCE,
-        "num_bootstrap": num_bootstrap,
-        "settings": {**settings, "batch_size": given["batch_size"], "seed": seed},
-        "command": _command(given),
-        "device": _device_name(model),
-        "seconds": round(predictions.seconds, 1),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": _versions(),
-    }
-
-
-def _save(result, folder):
-    text = json.dumps(result, indent=2, ensure_ascii=False)
-    write_file(folder / RESULT_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    name = _model_name(given["model_or_path"])
+    metrics = mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed)
+    return RunResults(
+        kind="evaluation",
+        task=given["task"],
+        models=[ModelResults(name, metrics, model.num_parameters())],
+        saved_model=name,
+        dataset=_data_source(given, task),
+        num_rows={"test": len(scores)},
+        num_cut_rows={"test": predictions.num_cut},
+        confidence=CONFIDENCE,
+        settings={**settings, "batch_size": given["batch_size"], "num_bootstrap": num_bootstrap, "seed": seed},
+        command=_command(given),
+        device=_device_name(model),
+        seconds=round(predictions.seconds, 1),
+        versions=package_versions("datasets", "rouge-score"),
+    )
 
 
 def _check_numbers(given):
@@ -195,17 +185,17 @@ def _write_all(writer, examples, predictions, batch_size, show_progress):
             predictions.save_state()
 
 
-def _dataset(given, task):
-    """Where the rows came from, in words that can be published."""
+def _data_source(given, task):
+    """Return where the rows come from, without local paths."""
     own = given["dataset_name"] is None
     name = (task.dataset_name or given["task"]) if own else public_path(given["dataset_name"])
     is_file = not own and Path(given["dataset_name"]).is_file()
-    return {
-        "name": name,
-        "config": given["dataset_config"] or (task.dataset_config if own else None),
-        "split": given["dataset_split"] or (None if is_file else task.dataset_split),
-        "revision": given["dataset_revision"] or (task.dataset_revision if own else None),
-    }
+    return DataSource(
+        name,
+        config=given["dataset_config"] or (task.dataset_config if own else None),
+        split=given["dataset_split"] or (None if is_file else task.dataset_split),
+        revision=given["dataset_revision"] or (task.dataset_revision if own else None),
+    )
 
 
 def _model_name(model_or_path):
@@ -233,8 +223,3 @@ def _command(given):
 def _device_name(model):
     device = model.device
     return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
-
-
-def _versions():
-    libraries = ("datasets", "rouge-score")
-    return {**versions(), **{name: importlib.metadata.version(name) for name in libraries}}

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from ...run_results import Metric
+
 
 UNIT = "percent"
 
 
 def mean_with_interval(
     rows: Sequence[Mapping[str, float | None]], num_bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Metric]:
     """Means over rows in percent, with bootstrap intervals: how far other rows of the same kind may move them.
 
     Args:
@@ -24,7 +26,7 @@ def mean_with_interval(
         seed (`int`, *optional*, defaults to 0): The same seed gives the same intervals.
 
     Returns:
-        `dict`: For each metric that a row has `value`, `low`, `high` and `unit`.
+        `dict[str, Metric]`: For each metric that a row has.
     """
     names = list(rows[0])
     values = np.array([[np.nan if row[name] is None else row[name] for name in names] for row in rows], dtype=float)
@@ -42,36 +44,10 @@ def mean_with_interval(
         if present[:, place].any():
             low, high = np.nanpercentile(drawn[:, place], edges)
             value = values[:, place].sum() / present[:, place].sum()
-            metrics[name] = {
-                key: round(100 * float(x), 2) for key, x in (("value", value), ("low", low), ("high", high))
-            }
-            metrics[name]["unit"] = UNIT
+            numbers = (round(100 * float(number), 2) for number in (value, low, high))
+            num_rows = int(present[:, place].sum())
+            metrics[name] = Metric(*numbers, UNIT, num_rows if num_rows < len(rows) else None)
     return metrics
-
-
-def results_table(results: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-    """Results of [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] as lines of text, one per metric.
-
-    Args:
-        results (`dict` or `list[dict]`): One of them, or several.
-    """
-    results = [results] if isinstance(results, Mapping) else results
-    lines = [("model", "task", "rows", "metric", "value", "interval")]
-    for result in results:
-        for name, metric in result["metrics"].items():
-            value = f"{metric['value']:.2f}{' %' if metric['unit'] == UNIT else ''}"
-            interval = f"{metric['low']:.2f} to {metric['high']:.2f}"
-            lines.append((result["model"], result["task"], f"{result['num_rows']:,}", name, value, interval))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    is_number = (False, False, True, False, True, True)
-    shown = [
-        "  ".join(
-            cell.rjust(width) if to_the_right else cell.ljust(width)
-            for cell, width, to_the_right in zip(line, widths, is_number, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(shown)
 
 
 def reproducing_command(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
