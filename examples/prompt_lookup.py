@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from encdec_slm.trainers.docstring_task import build_docstring_task
+from encdec_slm.trainers.tasks.docstrings import build_docstring_task
 
 
 def write_text(model, source_ids, num_tokens, max_new_tokens):

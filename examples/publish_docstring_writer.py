@@ -164,7 +164,7 @@ def _format_distributions(provenance):
     lines += ["Licenses are those in the metadata of each distribution; other distributions were not read.", ""]
     lines += ["| distribution | version | license | functions |", "| --- | --- | --- | ---: |"]
     lines += [
-        f"| {entry['distribution']} | {entry['version']} | {entry['licence']} | {entry['functions']:,} |"
+        f"| {entry['distribution']} | {entry['version']} | {entry['license']} | {entry['functions']:,} |"
         for entry in sorted(files, key=lambda entry: -entry["functions"])
     ]
     held_out = sorted(

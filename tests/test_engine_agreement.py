@@ -12,10 +12,10 @@ from datasets import Dataset
 from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
-from encdec_slm.trainers import docstring_task
 from encdec_slm.trainers.engine_agreement import agreement
 from encdec_slm.trainers.run_reports import preset_config
 from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.tasks import docstrings
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "export_ctranslate2.py"
@@ -72,7 +72,7 @@ def test_the_script_exports_and_prints_the_agreement(model, tokenizer, tmp_path,
     arguments = [tmp_path / "model", tmp_path / "out", "--quantization", "int8_float32", "--agreement", "--rows", "4"]
     # The whole standard library would be read, which the test of the task does.
     rows = Dataset.from_list([{"source": text, "target": text} for text in SOURCES])
-    monkeypatch.setattr(docstring_task, "build_docstring_task", lambda: {"validation": rows})
+    monkeypatch.setattr(docstrings, "build_docstring_task", lambda: {"validation": rows})
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
     runpy.run_path(str(SCRIPT))["main"]()
     shown = capsys.readouterr().out

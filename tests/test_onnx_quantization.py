@@ -30,7 +30,7 @@ from encdec_slm.export import onnx_export, onnx_quantization
 from encdec_slm.export.bundles import MANIFEST
 from encdec_slm.export.onnx_export import export_onnx
 from encdec_slm.export.onnx_model import OrtEncDecSLM
-from encdec_slm.trainers import docstring_task
+from encdec_slm.trainers.tasks import docstrings
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "export_onnx.py"
@@ -171,7 +171,7 @@ def test_calibration_reads_texts_with_the_tokenizer_and_ids_as_they_are():
 
 def test_without_rows_calibration_reads_held_out_functions_of_the_docstring_task(monkeypatch):
     task = {split: {"source": [f"w{row % 93} {split}" for row in range(100)]} for split in ("train", "test")}
-    monkeypatch.setattr(docstring_task, "build_docstring_task", lambda: task)
+    monkeypatch.setattr(docstrings, "build_docstring_task", lambda: task)
     rows = onnx_quantization.calibration_rows(None, tiny_onnx_bundle()[0], word_tokenizer())
     firsts = [row[0, 0].item() - 4 for row in rows]
     assert len(rows) == 32 and firsts[:31] == list(range(0, 93, 3))
@@ -201,7 +201,7 @@ def test_the_script_exports_and_prints_the_agreement(tmp_path, monkeypatch, caps
     word_tokenizer().save_pretrained(tmp_path / "model")
     rows = Dataset.from_list([{"source": f"w{row} w3 w{row + 1}", "target": f"w{row}"} for row in range(40)])
     task = {"test": rows, "validation": rows}
-    monkeypatch.setattr(docstring_task, "build_docstring_task", lambda: task)
+    monkeypatch.setattr(docstrings, "build_docstring_task", lambda: task)
     monkeypatch.setattr(onnx_export, "_write_graphs", write_graphs_of_bundle)
     options = ["--quantization", "int8", "--agreement", "--rows", "6"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "model"), str(tmp_path / "out"), *options])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows from installed packages, on small folders of made-up ones: licences, provenance, and no copy in two places."""
+"""Rows from installed packages, on small folders: licenses, provenance and duplicates."""
 
 import json
+import sys
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,15 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict
 
-from encdec_slm.trainers import python_sources
-from encdec_slm.trainers.near_duplicates import NearDuplicates
-from encdec_slm.trainers.python_sources import (
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import python_sources
+from near_duplicates import NearDuplicates
+from python_sources import (
     MAX_ROWS_PER_TARGET,
     build_python_sources,
+    find_license,
     is_permissive,
-    licence_of,
     split_of_distribution,
 )
 
@@ -54,7 +57,7 @@ def site_packages(tmp_path, monkeypatch):
         words = " * ".join(f"{split}_{index}" for index in range(12))
         source = f"def {split}(rows):\n    return {words}"
         rows[split] = [{"source": source, "target": f"Return all rows of the {split} split here.", "name": split}]
-    task = DatasetDict({split: Dataset.from_list(of_split) for split, of_split in rows.items()})
+    task = DatasetDict({split: Dataset.from_list(split_rows) for split, split_rows in rows.items()})
     monkeypatch.setattr(python_sources, "build_docstring_task", lambda: task)
     folder = tmp_path / "site-packages"
     folder.mkdir()
@@ -70,11 +73,11 @@ def build(site_packages):
     return output, build_python_sources(output, site_packages)
 
 
-def test_the_packages_of_these_tests_lie_in_the_file_they_are_named_for():
+def test_the_packages_of_these_tests_belong_to_their_files():
     assert (split_of_distribution(TRAINED), split_of_distribution(HELD_OUT)) == ("train", "held_out")
 
 
-def test_rows_of_permissive_packages_follow_those_of_the_library_and_provenance_counts_both(site_packages):
+def test_rows_of_permissive_packages_are_added_and_counted_in_the_provenance(site_packages):
     install(site_packages, TRAINED, {"alpha/core.py": different(1, LONG_SENTENCE)}, License_Expression="MIT")
     install(site_packages, HELD_OUT, {"beta.py": different(2, "Return two.")}, License_Expression="BSD-3-Clause")
     install(site_packages, "copyleft", {"gamma.py": different(3, "Return three rows.")}, License="GPL-3.0")
@@ -82,21 +85,21 @@ def test_rows_of_permissive_packages_follow_those_of_the_library_and_provenance_
     assert names_in(output) == ["train", "alpha.core.f1"]
     assert names_in(output, "validation.jsonl") == ["validation"] and names_in(output, "test.jsonl") == ["test"]
     assert provenance == json.loads((output / "provenance.json").read_text(encoding="utf-8"))
-    of_alpha = {"distribution": "alpha", "version": "1.0", "licence": "MIT", "functions": 1, "file": "train.jsonl"}
-    assert of_alpha in provenance["read"]
-    assert [row["licence"] for row in provenance["read"] if row["file"] == "test.jsonl"] == ["PSF-2.0"]
-    skipped = {"distribution": "copyleft", "version": "1.0", "licence": "GPL-3.0", "reason": "not on the list"}
+    alpha = {"distribution": "alpha", "version": "1.0", "license": "MIT", "functions": 1, "file": "train.jsonl"}
+    assert alpha in provenance["read"]
+    assert [row["license"] for row in provenance["read"] if row["file"] == "test.jsonl"] == ["PSF-2.0"]
+    skipped = {"distribution": "copyleft", "version": "1.0", "license": "GPL-3.0", "reason": "not on the list"}
     assert provenance["skipped"] == [skipped]
 
 
-def test_packages_held_out_by_their_name_have_a_file_of_their_own(site_packages):
+def test_held_out_packages_have_their_own_file(site_packages):
     install(site_packages, HELD_OUT, {"beta.py": different(2, LONG_SENTENCE)}, License_Expression="MIT")
     output, _ = build(site_packages)
     assert names_in(output) == ["train"]
     assert names_in(output, "held_out_distributions.jsonl") == ["beta.f2"]
 
 
-def test_vendored_code_tests_and_files_outside_of_the_folder_are_not_read(site_packages):
+def test_vendored_code_tests_and_files_outside_of_the_folder_are_skipped(site_packages):
     paths = ("alpha/_vendor/other.py", "alpha/tests/test_core.py", "alpha/third_party/x.py", "../outside.py")
     files = {path: different(number, LONG_SENTENCE) for number, path in enumerate(paths)}
     install(site_packages, TRAINED, files, License_Expression="MIT")
@@ -104,7 +107,7 @@ def test_vendored_code_tests_and_files_outside_of_the_folder_are_not_read(site_p
     assert names_in(output) == ["train"]
 
 
-def test_copies_of_held_out_functions_are_left_out_though_names_and_comments_differ(site_packages):
+def test_copies_of_held_out_functions_are_skipped_even_with_other_names_and_comments(site_packages):
     words = " * ".join(f"test_{index}" for index in range(12))
     copied = f'def renamed(rows):\n    """Return something else."""\n    # a comment\n    return {words}\n'
     install(site_packages, TRAINED, {"alpha.py": copied + different(1, LONG_SENTENCE)}, License_Expression="MIT")
@@ -119,7 +122,7 @@ def test_long_sentences_of_held_out_functions_are_left_out(site_packages):
     assert names_in(output) == ["train", "alpha.f2"]
 
 
-def test_one_sentence_is_taken_a_few_times_and_what_is_no_sentence_never(site_packages):
+def test_repeated_sentences_are_limited_and_other_text_is_skipped(site_packages):
     text = "".join(different(number, LONG_SENTENCE) for number in range(MAX_ROWS_PER_TARGET + 3))
     text += different(98, "Args: the rows and the table") + different(99, "Return %(rows)s of the table.")
     install(site_packages, TRAINED, {"alpha.py": text}, License_Expression="MIT")
@@ -136,6 +139,15 @@ def test_the_same_packages_give_the_same_files(site_packages):
     assert before == {path.name: path.read_bytes() for path in output.iterdir()}
 
 
+def test_a_folder_with_other_files_is_left_alone(site_packages):
+    output = site_packages.parent / "rows"
+    output.mkdir()
+    (output / "train.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"train\.jsonl"):
+        build(site_packages)
+    assert (output / "train.jsonl").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("expression", "permissive"),
     [
@@ -150,12 +162,12 @@ def test_the_same_packages_give_the_same_files(site_packages):
         ("", False),
     ],
 )
-def test_a_licence_expression_is_permissive_if_it_can_be_met_by_permissive_licences(expression, permissive):
+def test_a_license_expression_is_permissive_if_it_can_be_met_by_permissive_licenses(expression, permissive):
     assert is_permissive(expression) is permissive
 
 
 @pytest.mark.parametrize(
-    ("fields", "licence", "is_read"),
+    ("fields", "license", "is_read"),
     [
         ({"License": "GPL", "License-Expression": "MIT"}, "MIT", True),
         ({"Classifier": "License :: OSI Approved :: BSD License"}, "BSD", True),
@@ -168,17 +180,17 @@ def test_a_licence_expression_is_permissive_if_it_can_be_met_by_permissive_licen
         ({}, None, False),
     ],
 )
-def test_licences_are_read_from_every_place_that_states_them(fields, licence, is_read):
+def test_licenses_are_read_from_every_metadata_field(fields, license, is_read):
     metadata = Message()
     for key, value in fields.items():
         metadata[key] = value
-    stated, reason = licence_of(SimpleNamespace(metadata=metadata))
+    stated, reason = find_license(SimpleNamespace(metadata=metadata))
     assert (reason is None) is is_read
-    if licence is not None:
-        assert stated == licence
+    if license is not None:
+        assert stated == license
 
 
-def test_near_duplicates_are_found_among_many_and_others_are_not():
+def test_near_duplicates_are_found():
     body = "\n".join(f"    total_{index} = first_{index} + second_{index}" for index in range(20))
     seen = NearDuplicates()
     for number in range(50):
@@ -189,12 +201,12 @@ def test_near_duplicates_are_found_among_many_and_others_are_not():
     assert seen.add_if_new(f"def f(x):\n{body.replace('+', '* third -')}")
 
 
-def test_pieces_of_code_shorter_than_what_is_compared_are_told_apart():
+def test_very_short_code_is_distinguished():
     seen = NearDuplicates()
     assert seen.add_if_new("a b") and seen.add_if_new("a c") and not seen.add_if_new("A b")
 
 
-def test_what_an_interrupted_installation_left_is_passed_over(site_packages):
+def test_leftovers_of_interrupted_installations_are_skipped(site_packages):
     (site_packages / "broken-1.0.dist-info").mkdir()
     output, provenance = build(site_packages)
     assert {Path(entry["file"]).stem for entry in provenance["read"]} == {"train", "validation", "test"}

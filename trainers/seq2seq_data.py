@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import format_list, summarize_error
 from .data_files import check_columns, check_data_folder, check_text, load_data_file
-from .docstring_task import SPLITS, build_docstring_task
+from .tasks.docstrings import SPLITS, build_docstring_task
 
 
 logger = logging.getLogger(__name__)

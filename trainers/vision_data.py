@@ -15,7 +15,7 @@ from .data_files import check_text
 from .distillation_data import undecoded
 from .distillation_images import image_list
 from .seq2seq_data import bounded, hold_out_missing, load_named_splits, target_ids
-from .visual_tasks import TASKS, build_visual_tasks
+from .tasks.visual import TASKS, build_visual_tasks
 
 
 class VisionTextCollator:

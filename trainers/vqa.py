@@ -55,7 +55,7 @@ class VqaArguments:
     """What [`train_vqa`] asks about, and what model it begins with.
 
     Args:
-        tasks (`list[str]`, *optional*): Of [`~encdec_slm.trainers.visual_tasks.build_visual_tasks`], made on the spot.
+        tasks (`list[str]`, *optional*): Of [`~encdec_slm.trainers.tasks.visual.build_visual_tasks`], made on the spot.
             `None`, without a `dataset_name`, means all.
         num_train_rows (`list[int]`, *optional*, defaults to 5000 each): Of each of `tasks`; one number for them all.
         dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it,

@@ -78,8 +78,8 @@ def _print_agreement(model, folder, loader, num_rows, static_lengths):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     from encdec_slm import export
-    from encdec_slm.trainers.docstring_task import build_docstring_task
     from encdec_slm.trainers.engine_agreement import agreement
+    from encdec_slm.trainers.tasks.docstrings import build_docstring_task
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = AutoModelForSeq2SeqLM.from_pretrained(model, dtype="float32").eval()

@@ -81,7 +81,7 @@ def calibration_rows(
 def _docstring_sources():
     # Imported here: it needs `datasets`, of another extra.
     required("datasets")
-    from ..trainers.docstring_task import build_docstring_task
+    from ..trainers.tasks.docstrings import build_docstring_task
 
     rows = build_docstring_task()["test"]["source"]
     return list(islice(rows, 0, None, max(1, len(rows) // NUM_CALIBRATION_ROWS)))[:NUM_CALIBRATION_ROWS]

@@ -9,9 +9,9 @@ from typing import Any
 from ...conversion import question_answering_prompt
 from ..data_files import check_text
 from ..distillation_images import image_list
-from ..docstring_task import build_docstring_task
-from ..visual_tasks import TASKS as VISUAL_TASKS
-from ..visual_tasks import build_visual_tasks
+from ..tasks.docstrings import build_docstring_task
+from ..tasks.visual import TASKS as VISUAL_TASKS
+from ..tasks.visual import build_visual_tasks
 from .metrics import (
     chart_scores,
     code_summary_scores,

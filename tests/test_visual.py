@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks made on the spot: answers are worked out anew, from what an image was made of or from its pixels."""
+"""The visual tasks: answers are checked against the origin of an image, or its pixels."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from matplotlib.colors import to_rgb
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from encdec_slm.trainers import visual_tasks
-from encdec_slm.trainers.docstring_task import SPLITS
-from encdec_slm.trainers.visual_tasks import (
-    COLOURS,
+from encdec_slm.trainers.tasks import visual
+from encdec_slm.trainers.tasks.docstrings import SPLITS
+from encdec_slm.trainers.tasks.visual import (
+    COLORS,
     MAX_LINE_CHARACTERS,
     ORDINALS,
     TASKS,
@@ -33,11 +33,11 @@ def docstrings(monkeypatch):
     """Three sentences per split instead of the standard library, which takes seconds to read."""
     sentences = ("Return the number of rows in use.", "Close the file.", "Say é.")
     rows = {s: [{"name": f"{s}.f{i}", "target": text} for i, text in enumerate(sentences)] for s in SPLITS}
-    fake = DatasetDict({split: Dataset.from_list(of_split) for split, of_split in rows.items()})
-    monkeypatch.setattr(visual_tasks, "build_docstring_task", lambda: fake)
-    visual_tasks._sentences.cache_clear()
+    fake = DatasetDict({split: Dataset.from_list(split_rows) for split, split_rows in rows.items()})
+    monkeypatch.setattr(visual, "build_docstring_task", lambda: fake)
+    visual._sentences.cache_clear()
     yield
-    visual_tasks._sentences.cache_clear()
+    visual._sentences.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def charts():
     return build_visual_tasks(120, 10, tasks=["charts"])["train"]
 
 
-def grid_of(row):
+def find_grid(row):
     return DIGITS.target[np.array(json.loads(row["origin"].removeprefix("samples ")))]
 
 
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others():
             assert image.tobytes() == same.tobytes()
 
 
-def test_every_task_has_as_many_rows_as_asked_for_and_held_out_ones_take_turns():
+def test_tasks_have_the_given_numbers_of_rows_and_alternate_in_held_out_splits():
     splits = build_visual_tasks([5, 4, 2], 3)
     assert [splits["train"]["task"].count(task) for task in TASKS] == [5, 4, 2]
     assert build_visual_tasks(2, 1)["train"].num_rows == 2 * len(TASKS)
@@ -70,11 +70,11 @@ def test_every_task_has_as_many_rows_as_asked_for_and_held_out_ones_take_turns()
     assert all(image.mode == "RGB" for image in splits["train"]["image"])
 
 
-def test_digits_are_where_the_question_says(digits):
-    num_places = num_neighbours = num_rows = 0
+def test_answers_about_digits_match_their_places(digits):
+    num_places = num_neighbors = num_rows = 0
     steps = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
     for row in digits:
-        grid = grid_of(row)
+        grid = find_grid(row)
         if match := re.fullmatch(r"what digit is in the (\w+) row, (\w+) column\?", row["question"]):
             place = tuple(ORDINALS.index(word) for word in match.groups())
             num_places += 1
@@ -85,14 +85,14 @@ def test_digits_are_where_the_question_says(digits):
         else:
             name, digit = re.fullmatch(r"what digit is (.+) the (\d)\?", row["question"]).groups()
             (place,) = np.argwhere(grid == int(digit))
-            num_neighbours += 1
+            num_neighbors += 1
             assert (place + steps[name] >= 0).all()
             assert row["answer"] == str(grid[tuple(place + steps[name])])
-    assert min(num_places, num_neighbours, num_rows) > 20
+    assert min(num_places, num_neighbors, num_rows) > 20
 
 
 def test_the_pixels_of_a_grid_are_those_of_its_samples(digits):
-    row = next(row for row in digits if grid_of(row).shape == (3, 3))
+    row = next(row for row in digits if find_grid(row).shape == (3, 3))
     samples = np.array(json.loads(row["origin"].removeprefix("samples ")))
     cell = np.asarray(row["image"])[26:46, 50:70, 0]  # second row, third column
     expected = 255 - DIGITS.images[samples[1, 2]] * 255 / 16
@@ -100,14 +100,14 @@ def test_the_pixels_of_a_grid_are_those_of_its_samples(digits):
     assert np.corrcoef(shrunk.ravel(), expected.ravel())[0, 1] > 0.9  # 20 pixels are no multiple of 8
 
 
-def test_the_colour_of_the_extreme_is_that_of_the_pixels(charts):
+def test_the_color_of_the_extreme_matches_the_pixels(charts):
     checked = set()
     for row in charts:
         if not (match := re.fullmatch(r"what colour is the (\w+) (bar|point|slice)\?", row["question"])):
             continue
         pixels = np.asarray(row["image"], dtype=int)
-        masks = {c: (abs(pixels - np.array(to_rgb(c)) * 255).max(-1) < 2) for c in COLOURS}
-        masks = {colour: mask for colour, mask in masks.items() if mask[: 2 * TILE_SIZE * 7 // 8].sum() > 20}
+        masks = {c: (abs(pixels - np.array(to_rgb(c)) * 255).max(-1) < 2) for c in COLORS}
+        masks = {color: mask for color, mask in masks.items() if mask[: 2 * TILE_SIZE * 7 // 8].sum() > 20}
         word, kind = match.groups()
         # Bars are equally wide, and images count from the top.
         height = {c: -np.argwhere(m)[:, 0].mean() if kind == "point" else m.sum() for c, m in masks.items()}
@@ -120,26 +120,26 @@ def test_the_colour_of_the_extreme_is_that_of_the_pixels(charts):
 def test_three_questions_of_one_chart_agree():
     rows = build_visual_tasks(1, 150, tasks=["charts"])["test"]
     num_checked = 0
-    for which, colour, listed in (rows.select(range(start, start + 3)) for start in range(0, 150, 3)):
-        assert which["image"].tobytes() == colour["image"].tobytes() == listed["image"].tobytes()
-        known = which if listed["question"].startswith("which ") else colour
+    for which, color, listed in (rows.select(range(start, start + 3)) for start in range(0, 150, 3)):
+        assert which["image"].tobytes() == color["image"].tobytes() == listed["image"].tobytes()
+        known = which if listed["question"].startswith("which ") else color
         assert known["answer"] in listed["answer"].split(", ")
-        if known is colour and " bar, " in listed["question"]:
+        if known is color and " bar, " in listed["question"]:
             pixels = np.asarray(listed["image"], dtype=int)[: 2 * TILE_SIZE * 7 // 8]
-            left = {c: np.argwhere(abs(pixels - np.array(to_rgb(c)) * 255).max(-1) < 2)[:, 1] for c in COLOURS}
+            left = {c: np.argwhere(abs(pixels - np.array(to_rgb(c)) * 255).max(-1) < 2)[:, 1] for c in COLORS}
             left = {c: places.min() for c, places in left.items() if len(places)}
             assert listed["answer"].split(", ") == sorted(left, key=left.get)
             num_checked += 1
     assert num_checked
 
 
-def test_questions_alone_do_not_give_away_which_group_is_highest(charts):
+def test_questions_alone_do_not_reveal_the_highest_group(charts):
     answers = {}
     for row in charts:
         if row["question"].startswith("which "):
             answers.setdefault(row["question"], []).append(row["answer"])
-    repeated = [of_question for of_question in answers.values() if len(of_question) > 1]
-    assert sum(len(set(of_question)) > 1 for of_question in repeated) > len(repeated) / 2 > 3
+    repeated = [answers_to_one for answers_to_one in answers.values() if len(answers_to_one) > 1]
+    assert sum(len(set(answers_to_one)) > 1 for answers_to_one in repeated) > len(repeated) / 2 > 3
 
 
 def test_lines_show_their_answers():
@@ -152,9 +152,9 @@ def test_lines_show_their_answers():
         assert 0 < len(row["answer"]) <= MAX_LINE_CHARACTERS and row["answer"].isascii()
 
 
-def test_held_out_images_are_made_of_nothing_that_training_images_show():
-    for of_split in (digit_samples, chart_columns):
-        parts = [set(of_split(split)) for split in SPLITS]
+def test_held_out_images_share_no_origin_with_training_images():
+    for split_rows in (digit_samples, chart_columns):
+        parts = [set(split_rows(split)) for split in SPLITS]
         assert all(parts) and sum(map(len, parts)) == len(set.union(*parts))
     assert sum(len(digit_samples(split)) for split in SPLITS) == 1797
     splits = build_visual_tasks(30, 30)
@@ -169,7 +169,7 @@ def test_held_out_images_are_made_of_nothing_that_training_images_show():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["digits", "maps"]}, "`tasks` has 'maps', but the tasks are digits, charts, lines"),
+        ({"tasks": ["digits", "maps"]}, "'maps'.*digits, charts, lines"),
         ({"tasks": []}, "`tasks` has 0 entries"),
         ({"num_train_rows": 0}, "`num_train_rows` is 0"),
         ({"num_train_rows": [1, 1]}, r"`tasks` has 3 entries, `num_train_rows` is \[1, 1\]"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code in, one sentence out: a summarisation task built from the standard library of the running interpreter."""
+"""The docstring task: summarize functions of Python's standard library, or of another folder, in one sentence."""
 
 import ast
 import hashlib
@@ -14,12 +14,12 @@ from datasets import Dataset, DatasetDict
 
 
 SPLITS = ("train", "validation", "test")
-# Module names alone decide the split. Of the salts up to 2000 this one spreads rows evenly: on Python 3.11 to 3.13 the
-# test split has 12 % of them, and no module holds more than a fifth of a held-out split.
+# Chosen from the numbers up to 2000 because it splits rows evenly: on Python 3.11 to 3.13, 12 % of the rows are test
+# rows, and no module has more than a fifth of a held-out split.
 SALT = "1780"
-# Tests, and what pip or a distributor put beside the standard library.
+# Tests, and packages that are installed beside the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Old or pure-Python twins of other modules: with them, held-out functions would be near-copies of training ones.
+# Old or pure-Python versions of other modules: held-out functions would be near-copies of training functions.
 SKIPPED_MODULES = frozenset({"_pydatetime", "_pydecimal", "_pyio", "_strptime", "distutils", "lib2to3"})
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 DEFINITIONS = FUNCTIONS | ast.ClassDef
@@ -28,21 +28,21 @@ MAX_TARGET_CHARACTERS = 300
 
 
 def build_docstring_task(folder: str | Path | None = None) -> DatasetDict:
-    """The docstring task: functions without their docstrings, and the first sentence of each docstring.
+    """Build rows of functions without their docstrings, and the first sentence of each docstring.
 
-    The same folder gives the same rows in the same order on every machine. A top-level module is in one split only,
-    so no file with a held-out function is trained on.
+    The same folder gives the same rows in the same order on every machine. Each top-level module belongs to one split,
+    so that no file with a held-out function is trained on.
 
     Args:
-        folder (`str` or `Path`, *optional*): Where the top-level modules lie. `None` means the standard library of
-            the running interpreter.
+        folder (`str` or `Path`, *optional*): Folder of the top-level modules, defaults to the standard library of the
+            running interpreter.
 
     Returns:
         [`~datasets.DatasetDict`]: Splits `train`, `validation` and `test` (about 80, 10 and 10 % of the modules) with
-        string columns `source`, `target` and `name` (dotted path of the function).
+        the text columns `source`, `target` and `name` (dotted path of the function).
 
     Raises:
-        ValueError: A split would be empty.
+        ValueError: A split is empty.
     """
     folder = Path(sysconfig.get_path("stdlib") if folder is None else folder)
     rows = {split: [] for split in SPLITS}
@@ -54,22 +54,22 @@ def build_docstring_task(folder: str | Path | None = None) -> DatasetDict:
             rows[split_of(row["name"].partition(".")[0])].append(row)
     if empty := [split for split in SPLITS if not rows[split]]:
         raise ValueError(
-            f"{folder} has no documented functions for the split(s) {', '.join(empty)}, but each split needs one. "
-            "Python's standard library must be installed as `.py` files; some small images leave them out."
+            f"{folder} has no functions with docstrings for the split(s) {', '.join(empty)}, but each split needs "
+            "one. Install Python's standard library as `.py` files; some small images leave them out."
         )
     return DatasetDict({split: Dataset.from_list(rows[split]) for split in SPLITS})
 
 
 def split_of(module: str) -> str:
-    """The split of a top-level module: a fixed hash of its name, the same in every process and Python version."""
+    """Return the split of a top-level module, by a fixed hash of its name."""
     percentile = int(hashlib.sha256(f"{SALT}{module}".encode()).hexdigest(), 16) % 100
     return "test" if percentile < 10 else "validation" if percentile < 20 else "train"
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring's first paragraph, on one line."""
+    """Return the first sentence of a docstring's first paragraph, on one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    # A period inside of a name or an abbreviation ("os.path", "e.g. this") does not end a sentence.
+    # A period in a name or an abbreviation ("os.path", "e.g. this") does not end a sentence.
     return re.split(r"(?<=[^.]\.)\s+(?=[A-Z`'\"*])", paragraph, maxsplit=1)[0]
 
 
@@ -89,11 +89,11 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def documented_functions(path: Path, parts: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of `source`, `target` and `name` of the functions in a file whose docstring is worth learning.
+    """Yield rows of `source`, `target` and `name` for the functions of a file with a usable docstring.
 
     Args:
-        path (`Path`): A Python file; one that does not parse gives no rows.
-        parts (`Iterable[str]`): Those of its dotted name; `__init__` is left out.
+        path (`Path`): Python file; yields nothing if it cannot be parsed.
+        parts (`Iterable[str]`): Parts of its dotted name; `__init__` is skipped.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     tree = _parse(text)
@@ -103,7 +103,7 @@ def documented_functions(path: Path, parts: Iterable[str]) -> Iterator[dict[str,
     prefix = ".".join(part for part in parts if part != "__init__")
     for qualified_name, function in _walk_functions(tree, prefix):
         target = first_sentence(ast.get_docstring(function) or "")
-        if not _is_worth_learning(target):
+        if not _is_usable(target):
             continue
         source = _without_docstrings(function, lines)
         if source is not None and target not in source:
@@ -113,7 +113,7 @@ def documented_functions(path: Path, parts: Iterable[str]) -> Iterator[dict[str,
 def _walk_functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            continue  # an expression holds no function that has a docstring
+            continue  # expressions contain no functions with docstrings
         name = f"{prefix}.{child.name}" if isinstance(child, DEFINITIONS) else prefix
         if isinstance(child, FUNCTIONS):
             yield name, child
@@ -121,7 +121,7 @@ def _walk_functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.Funct
 
 
 def _without_docstrings(function: ast.AST, lines: list[str]) -> str | None:
-    """The function's lines less every docstring in it; `None` where nothing that parses is left."""
+    """Return the lines of a function without any docstring; `None` if the rest cannot be parsed."""
     removed = set()
     for node in ast.walk(function):
         if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
@@ -133,7 +133,7 @@ def _without_docstrings(function: ast.AST, lines: list[str]) -> str | None:
     return source if tree is not None and tree.body else None
 
 
-def _is_worth_learning(target: str) -> bool:
+def _is_usable(target: str) -> bool:
     num_words = len(re.findall(r"[A-Za-z]{2,}", target))
     looks_like_code = target.startswith((">>>", "@")) or "->" in target
     return num_words >= MIN_TARGET_WORDS and len(target) <= MAX_TARGET_CHARACTERS and not looks_like_code
@@ -141,7 +141,7 @@ def _is_worth_learning(target: str) -> bool:
 
 def _parse(text: str) -> ast.Module | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in somebody else's strings
+        warnings.simplefilter("ignore")  # invalid escapes in the strings of others
         try:
             return ast.parse(text)
         except (SyntaxError, ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Near copies among many pieces of code: found by MinHash, confirmed by what they really share."""
+"""Near duplicates in code: candidates by MinHash, confirmed by Jaccard similarity."""
 
 import re
 import zlib
@@ -14,15 +14,13 @@ COMMENT = re.compile(r"#.*$", re.MULTILINE)
 
 
 class NearDuplicates:
-    """A set of code that answers whether a new piece is nearly one of its own.
+    """A set of code without near duplicates.
 
-    Two pieces are near duplicates if their sets of three tokens in a row, less comments and case, have at least
-    `threshold` of their union in common (Jaccard similarity). Order of insertion and code decide every answer, in any
-    process.
+    Near duplicates have a Jaccard similarity of at least `threshold` between their sets of three consecutive tokens,
+    without comments and case.
 
     Args:
-        threshold (`float`, *optional*, defaults to 0.75): In (0, 1]. Below 0.6 the candidates that MinHash offers
-            miss some pairs.
+        threshold (`float`, *optional*, defaults to 0.75): In (0, 1]. Below 0.6, MinHash misses some pairs.
     """
 
     def __init__(self, threshold: float = 0.75):
@@ -35,7 +33,7 @@ class NearDuplicates:
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
 
     def add_if_new(self, code: str) -> bool:
-        """Whether no near duplicate of `code` was there; then it is now."""
+        """Add code unless the set has a near duplicate; return whether it was added."""
         shingles = _shingles(code)
         keys = self._bucket_keys(shingles)
         candidates = {index for key in keys for index in self._buckets.get(key, ())}
@@ -53,7 +51,7 @@ class NearDuplicates:
 
 
 def _shingles(code):
-    """Sorted hashes of all runs of tokens; those of a text shorter than one run are the hash of all of it."""
+    """Return the sorted hashes of all runs of tokens; a shorter text has one hash."""
     tokens = TOKEN.findall(COMMENT.sub("", code).lower())
     runs = [tokens[start : start + SHINGLE_TOKENS] for start in range(max(1, len(tokens) - SHINGLE_TOKENS + 1))]
     return np.unique(np.array([zlib.crc32(" ".join(run).encode()) for run in runs], dtype=np.uint32))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The docstring task on small folders with known rows, and once on the standard library that runs the tests."""
+"""The docstring task on small folders with known rows, and on the standard library."""
 
 import ast
 
 import pytest
 
-from encdec_slm.trainers.docstring_task import SPLITS, build_docstring_task, first_sentence, split_of
+from encdec_slm.trainers.tasks.docstrings import SPLITS, build_docstring_task, first_sentence, split_of
 
 
 # One name per split, by the fixed hash.
-MODULE_OF = {"train": "alpha", "validation": "echo", "test": "bravo"}
+MODULES = {"train": "alpha", "validation": "echo", "test": "bravo"}
 
 
 def write_module(folder, name, text):
@@ -24,37 +24,37 @@ def documented(name, docstring="Return the number of rows in use."):
 
 @pytest.fixture
 def folder(tmp_path):
-    for split, module in MODULE_OF.items():
-        write_module(tmp_path, module, documented(f"rows_of_{split}"))
+    for split, module in MODULES.items():
+        write_module(tmp_path, module, documented(f"rows_in_{split}"))
     return tmp_path
 
 
-def rows_of(folder, split="train"):
+def build_rows(folder, split="train"):
     return {row["name"]: row for row in build_docstring_task(folder)[split]}
 
 
-def test_the_modules_of_these_tests_lie_in_the_split_they_are_named_for():
-    assert {split: split_of(module) for split, module in MODULE_OF.items()} == {split: split for split in SPLITS}
+def test_the_modules_of_these_tests_belong_to_their_splits():
+    assert {split: split_of(module) for split, module in MODULES.items()} == {split: split for split in SPLITS}
 
 
-def test_a_row_holds_the_source_without_docstring_its_first_sentence_and_the_dotted_name(folder):
+def test_a_row_has_the_source_without_docstring_the_first_sentence_and_the_dotted_name(folder):
     text = 'class Store:\n    @property\n    def size(self):\n        """Return the size. It\n        is cheap."""\n'
     write_module(folder, "alpha/store", text + "        return len(self.rows)\n")
-    assert rows_of(folder)["alpha.store.Store.size"] == {
+    assert build_rows(folder)["alpha.store.Store.size"] == {
         "source": "@property\ndef size(self):\n    return len(self.rows)",
         "target": "Return the size.",
         "name": "alpha.store.Store.size",
     }
 
 
-def test_docstrings_of_nested_functions_are_cut_too(folder):
+def test_docstrings_of_nested_functions_are_removed(folder):
     inner = '    def inner():\n        """Return one and only one."""\n        return 1\n'
     write_module(folder, "alpha", f'def outer():\n    """Return the inner function."""\n{inner}    return inner\n')
     assert (
-        rows_of(folder)["alpha.outer"]["source"]
+        build_rows(folder)["alpha.outer"]["source"]
         == "def outer():\n    def inner():\n        return 1\n    return inner"
     )
-    assert set(rows_of(folder)) == {"alpha.outer", "alpha.outer.inner"}
+    assert set(build_rows(folder)) == {"alpha.outer", "alpha.outer.inner"}
 
 
 @pytest.mark.parametrize(
@@ -71,23 +71,23 @@ def test_docstrings_of_nested_functions_are_cut_too(folder):
 )
 def test_functions_without_a_sentence_or_a_body_are_left_out(folder, function):
     write_module(folder, "alpha", documented("kept") + function)
-    assert set(rows_of(folder)) == {"alpha.kept"}
+    assert set(build_rows(folder)) == {"alpha.kept"}
 
 
 def test_test_folders_and_files_that_do_not_parse_are_left_out(folder):
     for name in ("test/alpha", "alpha/tests/cases", "site-packages/alpha"):
         write_module(folder, name, documented(f"from_{name.split('/')[0].replace('-', '_')}"))
     write_module(folder, "broken", "def f(:\n")
-    assert set(rows_of(folder)) == {"alpha.rows_of_train"}
+    assert set(build_rows(folder)) == {"alpha.rows_in_train"}
 
 
-def test_the_same_code_is_taken_once_even_across_splits(folder):
-    write_module(folder, MODULE_OF["test"], documented("rows_of_train") + documented("rows_of_test"))
-    assert set(rows_of(folder, "test")) == {f"{MODULE_OF['test']}.rows_of_test"}
+def test_equal_code_is_used_once_in_all_splits(folder):
+    write_module(folder, MODULES["test"], documented("rows_in_train") + documented("rows_in_test"))
+    assert set(build_rows(folder, "test")) == {f"{MODULES['test']}.rows_in_test"}
 
 
 def test_a_folder_without_documented_functions_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has no documented functions for the split\(s\) train, validation, test"):
+    with pytest.raises(ValueError, match="train, validation, test"):
         build_docstring_task(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_no_top_level_module_and_no_source_is_in_two_splits(standard_library):
         assert sum(map(len, seen)) == len(set.union(*seen))
 
 
-def test_no_source_of_the_standard_library_holds_its_docstring(standard_library):
+def test_no_source_of_the_standard_library_contains_its_docstring(standard_library):
     for row in standard_library["test"]:
         assert row["target"] not in row["source"]
         function = ast.parse(row["source"]).body[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions over images with computed answers: handwritten digits, charts of real numbers, and lines of real text."""
+"""Visual tasks: questions about images of handwritten digits, charts and lines of text, with computed answers."""
 
 import itertools
 import random
@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from .docstring_task import SPLITS, build_docstring_task
+from .docstrings import SPLITS, build_docstring_task
 
 
-# Drawn for tiles of this many pixels; charts are drawn twice as large, for people, and shrunk by the processor.
+# Pixels of a tile. Charts are drawn at twice this size, to be readable, and resized by the processor.
 TILE_SIZE = 72
 FEATURES = Features(
     {"image": Image(), "question": Value("string"), "answer": Value("string"), "task": Value("string")}
@@ -26,19 +26,19 @@ FEATURES = Features(
 )
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-NEIGHBOURS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+NEIGHBORS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
-# Of every table: what its groups are called, and the columns that no training chart shows.
+# Names of the groups of each table, and the columns that no training chart shows.
 GROUP_KINDS = {"wine": "class", "iris": "species", "diabetes": "age group"}
 HELD_OUT_COLUMNS = {
     "validation": frozenset({"ash", "total phenols", "sepal width", "s4"}),
     "test": frozenset({"alcohol", "flavanoids", "sepal length", "s5"}),
 }
-COLOURS = ("red", "green", "blue", "orange", "purple")
+COLORS = ("red", "green", "blue", "orange", "purple")
 CHART_KINDS = {"bar": "bar", "line": "point", "pie": "slice"}
 ROWS_PER_GROUP = 2
 MAX_DRAWS = 100
-# Between the value that is asked for and the next one, as a share of the highest: what can be seen.
+# Visible difference between the requested value and the next one, relative to the highest.
 MIN_GAP = 0.1
 
 # Pillow's bitmap font has glyphs of 6 x 11 pixels.
@@ -49,49 +49,49 @@ MAX_LINES = TILE_SIZE // 12
 def build_visual_tasks(
     num_train_rows: int | Sequence[int], num_held_out_rows: int, seed: int = 0, tasks: Sequence[str] | None = None
 ) -> DatasetDict:
-    """Images made on the spot, a question about each, and the answer, computed from what the image was made of.
+    """Draw images and build a question about each, with its answer.
 
-    `digits`: scikit-learn's handwritten digits in a grid; held-out images show samples that no training image shows.
-    `charts`: bar, line and pie charts of its tables; held-out ones show columns that no training chart shows.
-    `lines`: docstrings of the standard library; held-out ones come from modules that no training image quotes.
+    - `digits`: handwritten digits of scikit-learn in a grid. Held-out images use samples that no training image uses.
+    - `charts`: bar, line and pie charts of scikit-learn's tables. Held-out charts show other columns.
+    - `lines`: docstrings of the standard library as text. Held-out images quote other modules.
 
     Args:
-        num_train_rows (`int` or `Sequence[int]`): Training rows of every task, or of each in turn; at least 1.
-        num_held_out_rows (`int`): Rows of each task in `validation`, and as many in `test`; at least 1.
+        num_train_rows (`int` or `Sequence[int]`): Training rows of all tasks, or of each task; at least 1.
+        num_held_out_rows (`int`): Rows of each task in `validation`, and in `test`; at least 1.
         seed (`int`, *optional*, defaults to 0): The same seed gives the same rows in the same order.
-        tasks (`Sequence[str]`, *optional*): Which of `TASKS`. `None` means all.
+        tasks (`Sequence[str]`, *optional*): Some of `TASKS`. `None` means all.
 
     Returns:
-        [`~datasets.DatasetDict`]: Splits `train`, `validation` and `test`, with columns `image` (RGB), `question`,
-        `answer`, `task` and `origin` (what the image shows: rows of digit samples, a column, or a function). Training
-        rows are shuffled; held-out ones take the tasks in turn.
+        [`~datasets.DatasetDict`]: Splits `train`, `validation` and `test` with the columns `image` (RGB), `question`,
+        `answer`, `task` and `origin` (the digit samples, column or function in the image). Training rows are shuffled;
+        held-out rows alternate between the tasks.
 
     Raises:
         ValueError: There is no such task, or a number of rows is less than 1.
     """
     tasks = tuple(TASKS) if tasks is None else tuple(tasks)
     if unknown := [task for task in tasks if task not in TASKS]:
-        raise ValueError(f"`tasks` has {', '.join(map(repr, unknown))}, but the tasks are {', '.join(TASKS)}.")
+        raise ValueError(f"`tasks` has {', '.join(map(repr, unknown))}, but must only have {', '.join(TASKS)}.")
     counts = [num_train_rows] * len(tasks) if isinstance(num_train_rows, int) else list(num_train_rows)
     if not tasks or len(counts) != len(tasks) or min(*counts, num_held_out_rows) < 1:
         raise ValueError(
             f"`tasks` has {len(tasks)} entries, `num_train_rows` is {num_train_rows} and `num_held_out_rows` is "
-            f"{num_held_out_rows}, but there must be a task, and at least one row of each: one number for all "
-            "tasks, or as many numbers as tasks. Correct what is not so."
+            f"{num_held_out_rows}. Give at least one task, and numbers of at least 1: one for all tasks, or one for "
+            "each task."
         )
     splits = {}
     for split in SPLITS:
         num_rows = counts if split == "train" else [num_held_out_rows] * len(tasks)
-        of_tasks = [_rows_of(task, split, number, seed) for task, number in zip(tasks, num_rows, strict=True)]
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*of_tasks))
-        rows = [row for row in in_turn if row is not None]
+        task_rows = [_draw_rows(task, split, number, seed) for task, number in zip(tasks, num_rows, strict=True)]
+        alternating = itertools.chain.from_iterable(itertools.zip_longest(*task_rows))
+        rows = [row for row in alternating if row is not None]
         if split == "train":
             random.Random(seed).shuffle(rows)
         splits[split] = Dataset.from_list(rows, features=FEATURES)
     return DatasetDict(splits)
 
 
-def _rows_of(task, split, num_rows, seed):
+def _draw_rows(task, split, num_rows, seed):
     rows = TASKS[task](split, random.Random(f"{task} {split} {seed}"))
     return [{**row, "task": task} for row in itertools.islice(rows, num_rows)]
 
@@ -102,7 +102,7 @@ def _row(image: PILImage.Image, question: str, answer: str, origin: str) -> dict
 
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of shape (1797, 8, 8) from 0 to 255, and the digits they show."""
+    """Load pixels of shape (1797, 8, 8) from 0 to 255, and the digits that they show."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -110,7 +110,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_samples(split: str) -> list[int]:
-    """Indices of the digits that images of a split are made of: a fixed 80, 10 and 10 % of scikit-learn's."""
+    """Return the indices of a split's digits: a fixed 80, 10 and 10 % of scikit-learn's."""
     indices = list(range(len(_digits()[1])))
     random.Random(0).shuffle(indices)
     first, last = len(indices) * 8 // 10, len(indices) * 9 // 10
@@ -118,7 +118,7 @@ def digit_samples(split: str) -> list[int]:
 
 
 def _digit_rows(split: str, generator: random.Random) -> Iterator[dict[str, Any]]:
-    """Grids of one to nine digits: small ones teach to read a digit, large ones to find it."""
+    """Yield grids of one to nine digits: small grids teach to read a digit, large grids to find it."""
     samples = digit_samples(split)
     pixels, values = _digits()
     while True:
@@ -129,7 +129,7 @@ def _digit_rows(split: str, generator: random.Random) -> Iterator[dict[str, Any]
 
 
 def _digit_grid(pixels):
-    """Digits of 20 x 20 pixels in cells of 24 x 24, from the top left."""
+    """Draw digits of 20 x 20 pixels in cells of 24 x 24 pixels, from the top left."""
     cell = TILE_SIZE // 3
     image = PILImage.new("RGB", (TILE_SIZE, TILE_SIZE), "white")
     for row, column in np.ndindex(pixels.shape[:2]):
@@ -139,7 +139,7 @@ def _digit_grid(pixels):
 
 
 def _digit_question(grid, generator):
-    """About a whole row, a place by its row and column, or beside a digit that is there once."""
+    """Ask about a row, a place by row and column, or the neighbor of a digit that occurs once."""
     row, column = (generator.randrange(size) for size in grid.shape)
     kind = generator.choice(("row", "place", "beside"))
     beside = _digits_beside(grid) if kind == "beside" else []
@@ -154,14 +154,14 @@ def _digits_beside(grid):
     num_rows, num_columns = grid.shape
     return [
         (f"what digit is {name} the {grid[row, column]}?", str(grid[row + down, column + right]))
-        for (row, column), (name, (down, right)) in itertools.product(np.ndindex(grid.shape), NEIGHBOURS.items())
+        for (row, column), (name, (down, right)) in itertools.product(np.ndindex(grid.shape), NEIGHBORS.items())
         if 0 <= row + down < num_rows and 0 <= column + right < num_columns and (grid == grid[row, column]).sum() == 1
     ]
 
 
 @cache
 def _tables() -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Table -> column -> group -> values."""
+    """Load the tables: table -> column -> group -> values."""
     from sklearn.datasets import load_diabetes, load_iris, load_wine
 
     tables = {}
@@ -185,7 +185,7 @@ def _grouped(data, names, groups):
 
 
 def chart_columns(split: str) -> list[tuple[str, str]]:
-    """Tables and columns that charts of a split show."""
+    """Return the tables and columns that the charts of a split show."""
     held_out = frozenset().union(*HELD_OUT_COLUMNS.values())
     return [
         (table, column)
@@ -196,7 +196,7 @@ def chart_columns(split: str) -> list[tuple[str, str]]:
 
 
 def _chart_rows(split: str, generator: random.Random) -> Iterator[dict[str, Any]]:
-    """Three questions of each chart, which shows means over a few rows of each group."""
+    """Yield three questions about each chart, which shows means over a few rows of each group."""
     columns = chart_columns(split)
     while True:
         table, column = generator.choice(columns)
@@ -207,19 +207,19 @@ def _chart_rows(split: str, generator: random.Random) -> Iterator[dict[str, Any]
         if means is None:
             continue
         kind = generator.choice(tuple(CHART_KINDS))
-        colours = dict(zip(means, generator.sample(COLOURS, len(means)), strict=True))
-        image, extreme = _chart(kind, means, colours), pick(means, key=means.get)
+        colors = dict(zip(means, generator.sample(COLORS, len(means)), strict=True))
+        image, extreme = _chart(kind, means, colors), pick(means, key=means.get)
         origin = f"{table}: {column}"
         yield _row(image, f"which {GROUP_KINDS[table]} has the {word} mean {column}?", extreme, origin)
         size = {"highest": "largest", "lowest": "smallest"}[word] if kind == "pie" else word
-        yield _row(image, f"what colour is the {size} {CHART_KINDS[kind]}?", colours[extreme], origin)
-        yield _row(image, *_list_question(kind, GROUP_KINDS[table], colours, generator), origin)
+        yield _row(image, f"what colour is the {size} {CHART_KINDS[kind]}?", colors[extreme], origin)
+        yield _row(image, *_list_question(kind, GROUP_KINDS[table], colors, generator), origin)
 
 
 def _means_with(groups, wanted, pick, generator):
-    """Means of a few rows each, so drawn that the wanted group is picked; `None` where that hardly ever happens.
+    """Draw means of a few rows each until the wanted group is picked; `None` after too many attempts.
 
-    Of all rows one group would mostly be the highest: the question would give away the answer.
+    With the means of all rows, one group would mostly be the highest, and the question would reveal the answer.
     """
     for _ in range(MAX_DRAWS):
         means = {group: sum(generator.sample(values, ROWS_PER_GROUP)) / ROWS_PER_GROUP for group, values in groups}
@@ -229,22 +229,22 @@ def _means_with(groups, wanted, pick, generator):
     return None
 
 
-def _list_question(kind, group_kind, colours, generator):
-    """About all that is there, in order: many words of answer teach what the other questions take for granted."""
+def _list_question(kind, group_kind, colors, generator):
+    """Ask for all groups or colors in order; long answers teach faster than the other questions."""
     order = "clockwise from the top" if kind == "pie" else "from the left"
     if generator.random() < 0.5:
-        return f"which {group_kind} is each {CHART_KINDS[kind]}, {order}?", ", ".join(colours)
-    return f"what colour is each {CHART_KINDS[kind]}, {order}?", ", ".join(colours.values())
+        return f"which {group_kind} is each {CHART_KINDS[kind]}, {order}?", ", ".join(colors)
+    return f"what colour is each {CHART_KINDS[kind]}, {order}?", ", ".join(colors.values())
 
 
-def _chart(kind, means, colours):
-    """A chart without a frame, its groups named beneath it or around it."""
+def _chart(kind, means, colors):
+    """Draw a chart without a frame and the names of its groups below."""
     size = 2 * TILE_SIZE
     figure = Figure(figsize=(size / 100, size / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0.12, 1, 0.86))
     axes.set_axis_off()
-    shades, places = [colours[group] for group in means], range(len(means))
+    shades, places = [colors[group] for group in means], range(len(means))
     if kind == "pie":
         axes.pie(list(means.values()), colors=shades, startangle=90, counterclock=False, radius=1.2)
     else:
@@ -257,14 +257,14 @@ def _chart(kind, means, colours):
         axes.scatter(places, list(means.values()), color=shades, s=120, zorder=2)
     for place, group in enumerate(means):
         where = ((place + 0.5) / len(means), 0.02)
-        figure.text(*where, group, ha="center", fontsize=6.5, color=colours[group] if kind == "pie" else "black")
+        figure.text(*where, group, ha="center", fontsize=6.5, color=colors[group] if kind == "pie" else "black")
     canvas.draw()
     return PILImage.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 @cache
 def _sentences() -> dict[str, list[tuple[str, list[str]]]]:
-    """Of each split, names of functions and the first sentences of their docstrings in lines that fit."""
+    """Return names of functions of each split, and first sentences of their docstrings in lines that fit."""
     return {
         split: [
             (name, textwrap.wrap(text, MAX_LINE_CHARACTERS)[:MAX_LINES])
