@@ -273,7 +273,7 @@ class EncDecVLMForConditionalGeneration(EncDecVLMPreTrainedModel, EncDecSLMForCo
         self.model = EncDecVLMModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.lm_head_bias)
         self.loss_type = "ForMaskedLM"
-        self.generation_config.max_length = text_config.max_position_embeddings
+        self._set_default_length()
         self.post_init()
 
     def get_image_features(self, pixel_values, image_sizes):

@@ -27,6 +27,13 @@ pytest_plugins = ("hub_server", "reference_files")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# What `save_pretrained` copies beside a checkpoint.
+TEXT_CODE_FILES = {f"{name}_encdec_slm.py" for name in ("configuration", "generation", "modeling", "pipeline")}
+VISION_CODE_FILES = TEXT_CODE_FILES | {f"{name}_encdec_vlm.py" for name in ("configuration", "modeling")}
+PROCESSOR_CODE_FILES = {
+    *("configuration_encdec_slm.py", "configuration_encdec_vlm.py"),
+    *("image_processing_encdec_vlm.py", "processing_encdec_vlm.py"),
+}
 # Ids 0 to 3, the defaults of the configs.
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 # Under 1M parameters, two layers per stack; sizes that differ in meaning differ in number.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
+from conftest import TEXT_CODE_FILES
 from encdec_slm.conversion import convert_reference_checkpoint
 
 
@@ -18,7 +19,7 @@ MU_CONFIG = {
 HEADS = {"n_head": 4, "n_kv_head": 2}
 MODEL_FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "README.md"),
-    *("configuration_encdec_slm.py", "modeling_encdec_slm.py", "pipeline_encdec_slm.py"),
+    *TEXT_CODE_FILES,
 }
 TOKENIZER_CONFIG = {
     **{"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "add_eos_token": False},

@@ -11,7 +11,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from conftest import randomised
+from conftest import build_model, randomised
 from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from encdec_slm.modeling_encdec_slm import EncDecSLMEncoderLayer, EncDecSLMRMSNorm, EncDecSLMRotaryEmbedding
 
@@ -427,23 +427,11 @@ def test_source_and_cross_keys_are_computed_once_per_input(tiny_model, source, n
     assert calls == {"encoder": 1, "cross_keys": 1, "decoder": 8}
 
 
-def test_generation_is_not_cut_at_transformers_default_of_20_tokens(tiny_model, source):
-    tiny_model.generation_config.eos_token_id = None
-    ids = tiny_model.generate(source["input_ids"][:1])
-    assert ids.shape[1] == tiny_model.config.max_position_embeddings
-    assert tiny_model.generation_config.decoder_start_token_id == tiny_model.config.decoder_start_token_id
-
-
 def test_new_tokens_of_the_caller_replace_the_familys_bound_without_a_warning(tiny_model, source, capfd):
     tiny_model.generation_config.eos_token_id = None
     assert tiny_model.generate(**source, max_new_tokens=3).shape == (3, 4)
     assert tiny_model.generate(**source, max_length=3).shape == (3, 3)
     assert "max_length" not in capfd.readouterr().err
-
-
-def test_a_quantized_cache_is_refused_with_what_to_use_instead(tiny_model, source):
-    with pytest.raises(ValueError, match=r"quantized.*decoder-only.*static"):
-        tiny_model.generate(**source, cache_implementation="quantized")
 
 
 @torch.no_grad()
@@ -490,6 +478,22 @@ def test_ids_outside_of_the_vocabulary_are_named(tiny_model, source, target_ids)
 def test_labels_of_another_length_than_the_decoder_input_are_refused(tiny_model, source, target_ids):
     with pytest.raises(ValueError, match=r"`labels` has shape \(3, 5\), `decoder_input_ids` \(3, 6\)"):
         tiny_model(**source, decoder_input_ids=target_ids, labels=target_ids[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "decoder_start_token_id"])
+def test_a_missing_token_of_the_config_is_named_only_where_it_is_needed(tiny_config, source, target_ids, name):
+    model = build_model(**{name: None})
+    labels = target_ids.clone()
+    shifted = build_model().prepare_decoder_input_ids_from_labels(labels)
+    if name == "pad_token_id":
+        assert torch.equal(model.prepare_decoder_input_ids_from_labels(labels), shifted)
+        labels[:, -1] = -100  # the last label is not part of the decoder's input
+        assert model(**source, labels=labels).loss.isfinite()
+    labels[:, 2] = -100
+    with pytest.raises(ValueError, match=name):
+        model(**source, labels=labels)
+    assert model(**source, labels=labels, decoder_input_ids=shifted).loss.isfinite()
+    assert model.generate(**source, max_new_tokens=2).shape[0] == 3
 
 
 def test_a_missing_source_or_target_is_named(tiny_model, source, target_ids):

@@ -16,15 +16,13 @@ from transformers import (
 )
 
 import encdec_slm
+from conftest import PROCESSOR_CODE_FILES, VISION_CODE_FILES
 from encdec_slm.configuration import load_preset
 
 
 ROOT = Path(__file__).parent.parent
 # What save_pretrained copies beside a checkpoint.
-SHIPPED = (
-    *("configuration_encdec_slm", "modeling_encdec_slm", "pipeline_encdec_slm"),
-    *("configuration_encdec_vlm", "modeling_encdec_vlm", "image_processing_encdec_vlm", "processing_encdec_vlm"),
-)
+SHIPPED = sorted(name.removesuffix(".py") for name in VISION_CODE_FILES | PROCESSOR_CODE_FILES)
 
 
 def test_all_equals_the_public_names():

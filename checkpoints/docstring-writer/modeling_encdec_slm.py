@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -30,6 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_encdec_slm import EncDecSLMConfig
+from .generation_encdec_slm import EncDecSLMGenerationMixin
 
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
             OSError: A weight file is missing or damaged.
         """
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
             # Known by name, since a file that ships with checkpoints imports nothing beyond transformers' own needs.
             if type(error).__name__ != "SafetensorError":
@@ -316,11 +316,6 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
                 "while it was downloaded or copied, or it is a Git LFS pointer. Fetch it again; from the Hub with "
                 "`force_download=True`."
             ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.can_generate() and model.generation_config.max_length is None:
-            # There was no generation_config.json: the folder was saved from a model without a head.
-            model.generation_config.max_length = model.config.get_text_config().max_position_embeddings
-        return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, config, generation config and the code files that load them, as one Hub folder.
@@ -383,7 +378,7 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
                 "`encoder_outputs` instead."
             )
         if inputs_embeds is None:
-            _check_token_ids(input_ids, self.embed_tokens.num_embeddings, "input_ids")
+            _check_token_ids(input_ids, self.config.vocab_size, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -584,7 +579,7 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
             return decoder_inputs_embeds
         # Generated ids are the model's own; on an accelerator, checking them would wait for it at every token.
         if past_key_values is None or decoder_input_ids.device.type == "cpu":
-            _check_token_ids(decoder_input_ids, self.get_input_embeddings().num_embeddings, "decoder_input_ids")
+            _check_token_ids(decoder_input_ids, self.config.get_text_config().vocab_size, "decoder_input_ids")
         return self.get_input_embeddings()(decoder_input_ids)
 
 
@@ -625,7 +620,7 @@ class EncDecSLMEncoderModel(EncDecSLMPreTrainedModel):
         return self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
 
 
-class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixin):
+class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGenerationMixin):
     """Encoder and decoder with an output head over the vocabulary; trains on `labels` and generates.
 
     Args:
@@ -642,8 +637,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         # The base class guesses a loss from the class name, one that would shift the labels a second time.
         self.loss_type = "ForMaskedLM"
-        # transformers stops after 20 tokens where nothing is said.
-        self.generation_config.max_length = config.max_position_embeddings
+        self._set_default_length()
         self.post_init()
 
     @can_return_tuple
@@ -726,72 +720,30 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, GenerationMixi
         return self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Decoder input of the labels' shape: the start token, then all labels but the last; -100 becomes padding."""
+        """Shift labels to the right: the start token, then all labels but the last; -100 becomes padding.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, target_length)`): Unshifted; -100 is not supervised.
+
+        Raises:
+            ValueError: The config has no `decoder_start_token_id`, or no `pad_token_id` although it is needed.
+        """
         config = self.config.get_text_config()
+        if config.decoder_start_token_id is None:
+            raise ValueError(_missing_token_message(config, "decoder_start_token_id", "starts every target"))
+        if config.pad_token_id is None and (labels[:, :-1] == -100).any():
+            raise ValueError(_missing_token_message(config, "pad_token_id", "replaces labels of -100"))
         start_ids = labels.new_full((labels.shape[0], 1), config.decoder_start_token_id)
-        return torch.cat((start_ids, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)), 1)
-
-    def _prepare_generated_length(self, generation_config, *args, **kwargs):
-        # A caller's `max_new_tokens` replaces the bound of this family; that is no conflict to warn of.
-        if generation_config.max_new_tokens and generation_config.max_length == self.generation_config.max_length:
-            generation_config.max_length = None
-        return super()._prepare_generated_length(generation_config, *args, **kwargs)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        if generation_config.cache_implementation == "quantized":
-            raise ValueError(
-                '`cache_implementation="quantized"` was given, but transformers quantizes the caches of decoder-only '
-                'models only. Leave it out, or use "static" or "offloaded"; the cache is small already, since only '
-                f"{self.config.get_text_config().decoder_num_hidden_layers} decoder layers keep one."
-            )
-        if "static" in (generation_config.cache_implementation or ""):
-            _pad_source_to_bucket(model_kwargs)
-            max_cache_length = _bucket_length(max_cache_length)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
-
-    def _get_candidate_generator(self, *, inputs_tensor, model_kwargs, **kwargs):
-        generator = super()._get_candidate_generator(inputs_tensor=inputs_tensor, model_kwargs=model_kwargs, **kwargs)
-        if isinstance(generator, PromptLookupCandidateGenerator) and not inputs_tensor.is_floating_point():
-            mask = model_kwargs.get("attention_mask")
-            source_ids = inputs_tensor if mask is None else inputs_tensor[mask.bool()][None]
-            generator = EncDecSLMSourceLookup(generator, source_ids.to(kwargs["input_ids"].device))
-        return generator
+        previous = labels[:, :-1]
+        if config.pad_token_id is not None:
+            previous = previous.masked_fill(previous == -100, config.pad_token_id)
+        return torch.cat((start_ids, previous), dim=1)
 
 
-class EncDecSLMSourceLookup(CandidateGenerator):
-    """Prompt lookup in the source and the text so far; transformers' own looks into the latter alone."""
-
-    def __init__(self, lookup, source_ids):
-        self.lookup, self.source_ids = lookup, source_ids
-        lookup.max_length += source_ids.shape[1]
-        # They would count source tokens as written ones; the model's own choice obeys them, whatever is proposed.
-        lookup.logits_processor = None
-
-    def get_candidates(self, input_ids):
-        candidates, _ = self.lookup.get_candidates(torch.cat((self.source_ids, input_ids), dim=1))
-        return candidates[:, self.source_ids.shape[1] :], None
-
-
-def _bucket_length(length):
-    """The next power of two, at least 64: few enough that a step compiled for each stays below torch's limit of 8."""
-    return max(64, 1 << (length - 1).bit_length())
-
-
-def _pad_source_to_bucket(model_kwargs):
-    """Gives the decoder an encoded source of a bucket's length: static caches have one shape for all lengths in it."""
-    encoder_outputs = model_kwargs["encoder_outputs"]
-    if not isinstance(encoder_outputs, BaseModelOutput):
-        encoder_outputs = BaseModelOutput(*encoder_outputs)
-    hidden_states = encoder_outputs.last_hidden_state  # (B, S, D)
-    batch_size, length = hidden_states.shape[:2]
-    mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        mask = hidden_states.new_ones((batch_size, length), dtype=torch.long)
-    missing = _bucket_length(length) - length
-    # Made even when nothing is missing, and a copy, since the caller's encoding stays as it is.
-    model_kwargs["attention_mask"] = F.pad(mask, (0, missing))
-    model_kwargs["encoder_outputs"] = BaseModelOutput(
-        **{**encoder_outputs, "last_hidden_state": F.pad(hidden_states, (0, 0, 0, missing))}
+def _missing_token_message(config, name, use):
+    return (
+        f"`{name}` of the {type(config).__name__} is None, but it {use} when the decoder's input is made from "
+        f"`labels`. Set it to a token id, or pass `decoder_input_ids` beside `labels`."
     )
 
 

@@ -11,6 +11,8 @@ from transformers import __version__ as transformers_version
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import ModelOutput
 
+from .generation_encdec_slm import generated_lengths
+
 
 RESTORED_TASKS = ("text2text-generation", "summarization", "translation")
 # A tokenizer that declares no length says 1e30.
@@ -185,24 +187,18 @@ class Text2TextGenerationPipeline(Pipeline):
         settings = self._beneath(generate_kwargs)
         output = self.model.generate(**model_inputs, **settings)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
-        lengths = _lengths(sequences, self._setting("pad_token_id", settings), self._setting("eos_token_id", settings))
+        eos_token_id, pad_token_id = (self._setting(name, settings) for name in ("eos_token_id", "pad_token_id"))
+        lengths = generated_lengths(sequences, eos_token_id, pad_token_id)
         rows = input_ids.shape[0]
         return {"output_ids": sequences.reshape(rows, -1, sequences.shape[-1]), "lengths": lengths.view(rows, -1)}
 
     def _check_token_ids(self, input_ids):
-        num_embeddings = self._num_embeddings()
-        highest = input_ids.max().item()
-        if highest >= num_embeddings:
+        highest, vocab_size = input_ids.max().item(), _stack_config(self.model.config, "encoder").vocab_size
+        if highest >= vocab_size:
             raise ValueError(
-                f"The tokenizer made token id {highest}, but the model has ids 0 to {num_embeddings - 1}. Use the "
+                f"The tokenizer made token id {highest}, but the model has ids 0 to {vocab_size - 1}. Use the "
                 "tokenizer of this checkpoint, or `model.resize_token_embeddings` after adding tokens to it."
             )
-
-    def _num_embeddings(self):
-        if not hasattr(self.model, "get_input_embeddings"):
-            # An exported model has no modules.
-            return self.model.config.get_text_config().vocab_size
-        return self.model.get_input_embeddings().weight.shape[0]
 
     def _beneath(self, generate_kwargs):
         """The caller's generation arguments on top of what the config recommends and what nobody else sets."""
@@ -229,10 +225,12 @@ class Text2TextGenerationPipeline(Pipeline):
         return {key: value for key, value in self._task_params.items() if key not in replaced}
 
     def _setting(self, name, settings):
-        """What `generate` will use for one of its settings; `None` where neither call, pipeline nor model says."""
+        """What `generate` will use for one of its settings; `None` if no argument, pipeline or model sets it."""
+        if name in settings:
+            return settings[name]
         configs = (settings.get("generation_config"), self.model.generation_config)
-        given = (settings.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in given if value is not None), None)
+        values = (getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
 
     def postprocess(self, model_outputs, return_text=None, return_tensors=False, clean_up_tokenization_spaces=None):
         if return_text is None:
@@ -257,10 +255,16 @@ def _without_none(params):
     return {key: value for key, value in params.items() if value is not None}
 
 
-def _declared_lengths(config, stack):
-    """The most tokens that a config allows in the encoder or the decoder, by the field that says so."""
+def _stack_config(config, stack):
+    """The config of the encoder's or decoder's text model; `config` itself if it is flat."""
     for part in (stack, "text_config"):
         config = getattr(config, part, None) or config
+    return config
+
+
+def _declared_lengths(config, stack):
+    """The most tokens that a config allows in the encoder or the decoder, by the field that says so."""
+    config = _stack_config(config, stack)
     fields = (f"max_{stack}_position_embeddings", "max_position_embeddings")
     return {f"`{field}` of the config": value for field in fields if (value := getattr(config, field, None) or 0) > 0}
 
@@ -272,20 +276,6 @@ def _check_is_text(text, name):
             'For a column of a dataset pass `KeyDataset(dataset, "column")`.'
         )
     return text
-
-
-def _lengths(sequences, pad_token_id, eos_token_id):
-    """Tokens of each row without the padding that a longer row in its batch brought."""
-    if pad_token_id is None:
-        return torch.full(sequences.shape[:1], sequences.shape[1])
-    eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    positions = torch.arange(1, sequences.shape[1] + 1, device=sequences.device)
-    lengths = (positions * (sequences != pad_token_id)).amax(-1).clamp(min=1)
-    if pad_token_id in eos_token_ids:
-        # The first of the padding is then the end of the text, unless another end-of-text token stands before it.
-        last = sequences.gather(1, lengths[:, None] - 1)[:, 0]
-        lengths = lengths + ~torch.isin(last, last.new_tensor(eos_token_ids))
-    return lengths.clamp(max=sequences.shape[1])
 
 
 class _TaskAliases(dict):
