@@ -212,7 +212,7 @@ def load_checkpoint(
             "`save_pretrained` wrote, or the name of a model on the Hub."
         ) from error
     model.eval()
-    return (model if device is None else _to_device(model, device)), processing_class
+    return (model if device is None else move_to_device(model, device)), processing_class
 
 
 def load_processing_class(
@@ -296,7 +296,12 @@ def _check_config(config: PreTrainedConfig, name, family_only):
         )
 
 
-def _to_device(model, device):
+def move_to_device(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """Move a model to a device.
+
+    Raises:
+        ValueError: This machine does not have the device.
+    """
     try:
         return model.to(torch.device(device))
     # torch raises an AssertionError if it was built without the device.
@@ -535,6 +540,7 @@ __all__ = [
     "load_checkpoint",
     "load_processing_class",
     "matches_any",
+    "move_to_device",
     "read_config",
     "write_file",
     "write_folder",

@@ -17,8 +17,8 @@ from encdec_slm.trainers.evaluation.metrics import (
     squad_scores,
     summary_scores,
 )
-from encdec_slm.trainers.evaluation.results import mean_with_interval, public_path, reproducing_command
-from encdec_slm.trainers.evaluation.vqa_answers import normalised_answer, vqa_accuracy
+from encdec_slm.trainers.evaluation.results import build_command, mean_with_interval, public_path
+from encdec_slm.trainers.evaluation.vqa_answers import normalize_answer, vqa_accuracy
 
 
 def test_rouge_is_that_of_the_rouge_score_package():
@@ -117,11 +117,11 @@ def test_vqa_accuracy_is_that_of_the_challenge_for_so_many_of_ten_people(num_peo
     ],
 )
 def test_answers_are_normalised_as_the_challenge_does(text, expected):
-    assert normalised_answer(text) == expected
+    assert normalize_answer(text) == expected
 
 
 def test_one_answer_is_too_few_for_vqa_accuracy():
-    with pytest.raises(ValueError, match="1 answers were given"):
+    with pytest.raises(ValueError, match="at least 2"):
         vqa_accuracy("yes", ["yes"])
 
 
@@ -189,5 +189,5 @@ def test_commands_leave_defaults_out_and_paths_of_the_machine_too(tmp_path, monk
     assert public_path("outputs/model") == "outputs/model"
     assert public_path(tmp_path / "a b") == "a b"
     assert public_path("/somewhere/else/model") == "model"
-    command = reproducing_command({"model": "a b", "batch_size": 8, "num_beams": 2}, {"batch_size": 8})
+    command = build_command({"model": "a b", "batch_size": 8, "num_beams": 2}, {"batch_size": 8})
     assert command == "encdec-slm evaluate --model 'a b' --num-beams 2"

@@ -47,9 +47,12 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=1, help="Longest source, in tokens; default: the model's.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest answer; default: the task's.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer; default: that of the model, else of the task."),
     ] = None,
-    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beam search; 1 is greedy.")] = 1,
+    num_beams: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Beams; 1 is greedy; default: those of the model.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows at once.")] = 8,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, ...; default: an accelerator where there is one.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of checkpoints on tasks, with confidence intervals."""
+"""Evaluate checkpoints on tasks, with confidence intervals."""
 
 from .evaluating import evaluate_checkpoint
 from .tasks import list_tasks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores a checkpoint on a task: from rows to predictions to metrics with confidence intervals."""
+"""Evaluate a checkpoint on a task: rows, predictions, and metrics with confidence intervals."""
 
 import time
 from pathlib import Path
@@ -9,15 +9,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...run_results import DataSource, ModelResults, RunResults, package_versions
-from .generation import Writer, check_is_count, check_kind, checkpoint_digest, declared_length, load_checkpoint
+from .generation import AnswerGenerator, check_model_fits_task, compute_digest, load_model
 from .predictions import Predictions
-from .results import mean_with_interval, public_path, reproducing_command
-from .task_rows import data_digest, load_examples
+from .results import build_command, mean_with_interval, public_path
+from .task_rows import compute_data_digest, load_examples
 from .tasks import find_task
 
 
 CONFIDENCE = 0.95
 RESULT_NAME = "evaluation.json"
+COUNTS = ("batch_size", "num_bootstrap", "num_beams", "max_samples", "max_new_tokens", "max_source_length")
 
 
 def evaluate_checkpoint(
@@ -36,7 +37,7 @@ def evaluate_checkpoint(
     model_revision: str | None = None,
     max_source_length: int | None = None,
     max_new_tokens: int | None = None,
-    num_beams: int = 1,
+    num_beams: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
@@ -44,180 +45,172 @@ def evaluate_checkpoint(
     seed: int = 0,
     show_progress: bool = True,
 ) -> RunResults:
-    """The metrics of a checkpoint on a task, each with a confidence interval.
+    """Compute the metrics of a checkpoint on a task, with confidence intervals.
 
-    With `output_dir`, every batch is written to `predictions.jsonl` there when it is done, and the same call goes on
-    with an interrupted run; the result is written to `evaluation.json`. Answers are the most probable ones: greedy, or
-    of a beam search.
+    Answers are generated with the settings of the checkpoint's generation config, but never sampled. Settings that are
+    replaced are logged and listed under `settings["overridden"]`.
+
+    With `output_dir`, each batch is appended to `predictions.jsonl` there, and the same call resumes an interrupted
+    run; the results are saved as `evaluation.json`.
 
     Args:
         model_or_path (`str`, `Path` or [`~transformers.PreTrainedModel`]): A folder, a model on the Hub, or a loaded
-            model. An encoder-decoder of any family for text, of this family for images.
-        task (`str`): One of [`list_tasks`]. `"text"` is for rows of your own.
-        output_dir (`str` or `Path`, *optional*): One folder for each model and task. `None` writes nothing.
-        dataset_name (`str` or `Path`, *optional*): A JSON, JSONL or parquet file, a folder of data files, or a data
-            set on the Hub, with the columns of the task. `None` takes the task's own.
-        dataset_config (`str`, *optional*): Its configuration; of CodeXGLUE the programming language.
-        dataset_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
-        dataset_split (`str`, *optional*): Its split. `None` takes the one that the task is measured on.
+            model: any encoder-decoder for text, or a vision-text model of this family.
+        task (`str`): One of [`list_tasks`]. `"text"` is for other rows of text.
+        output_dir (`str` or `Path`, *optional*): Folder of this model and task. `None` saves nothing.
+        dataset_name (`str` or `Path`, *optional*): A data file, a folder of data files, or a data set on the Hub, with
+            the columns of the task. `None` takes the rows of the task.
+        dataset_config (`str`, *optional*): Configuration of the data set; for CodeXGLUE the programming language.
+        dataset_revision (`str`, *optional*): Branch, tag or commit of the data set on the Hub.
+        dataset_split (`str`, *optional*): Split of the data set. `None` takes the split that the task is measured on.
         source_column (`str`, *optional*, defaults to `"source"`): For the tasks `text` and `docstrings`.
         target_column (`str`, *optional*, defaults to `"target"`): Likewise.
-        max_samples (`int`, *optional*): At most so many rows, drawn by `seed`. `None` takes all; of tasks that are
-            drawn on the spot, 200.
+        max_samples (`int`, *optional*): At most so many rows, drawn by `seed`. `None` takes all rows, or 200 rows of
+            tasks with generated images.
         processing_class (*optional*): Tokenizer or processor of a loaded model.
         model_revision (`str`, *optional*): Branch, tag or commit of a model on the Hub.
-        max_source_length (`int`, *optional*): Longest source, in tokens; the rest is cut and the rows are counted.
-            `None` takes what tokenizer and config allow.
-        max_new_tokens (`int`, *optional*): Longest answer. `None` takes the task's.
-        num_beams (`int`, *optional*, defaults to 1): Of the beam search; 1 is greedy.
-        batch_size (`int`, *optional*, defaults to 8): Rows at once.
-        device (`str`, *optional*): As torch names it. `None` takes an accelerator where there is one.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. `None` leaves weights as they are.
-        num_bootstrap (`int`, *optional*, defaults to 1000): How often rows are drawn anew for the intervals.
-        seed (`int`, *optional*, defaults to 0): Decides which rows are drawn, and the intervals.
-        show_progress (`bool`, *optional*, defaults to `True`): Whether there is a progress bar.
+        max_source_length (`int`, *optional*): Longest source, in tokens. Longer ones are truncated and counted. `None`
+            takes the limit of tokenizer and config.
+        max_new_tokens (`int`, *optional*): Longest answer, in tokens. `None` takes the limit of the generation config,
+            or that of the task if it has none.
+        num_beams (`int`, *optional*): Beams of the search; 1 is greedy. `None` takes the number of the generation
+            config.
+        batch_size (`int`, *optional*, defaults to 8): Rows per batch.
+        device (`str`, *optional*): Such as `"cpu"`. `None` takes an accelerator if there is one.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. `None` takes that of the weights.
+        num_bootstrap (`int`, *optional*, defaults to 1000): Resamples of the rows for the intervals.
+        seed (`int`, *optional*, defaults to 0): Draws rows and resamples.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
-        [`~encdec_slm.run_results.RunResults`]: The metrics of the model with their intervals.
+        [`~encdec_slm.run_results.RunResults`]: The metrics and how they were measured.
 
     Raises:
-        ValueError: There is no such task, model or data; they do not fit together; a number is out of range; or
+        ValueError: There is no such task, model or data, they do not fit together, a number is out of range, or
             `output_dir` holds predictions of another run.
-        TypeError: A row holds something else than the text that is needed.
+        TypeError: A value of a row is not text.
     """
-    given = dict(locals())
-    chosen = find_task(task)
-    _check_numbers(given)
+    arguments = dict(locals())
+    found = find_task(task)
+    for name in COUNTS:
+        check_count(name, arguments[name])
     examples = load_examples(
         task,
-        chosen,
-        columns=_columns(given, chosen),
-        **{
-            name: given[name]
-            for name in ("dataset_config", "dataset_revision", "dataset_split", "max_samples", "seed")
-        },
+        found,
         dataset_name=None if dataset_name is None else str(dataset_name),
+        dataset_config=dataset_config,
+        dataset_revision=dataset_revision,
+        dataset_split=dataset_split,
+        columns=_named_columns(task, found, source_column, target_column),
+        max_samples=max_samples,
+        seed=seed,
     )
-    model, processing_class = load_checkpoint(model_or_path, processing_class, model_revision, dtype, device)
-    check_kind(model, task, chosen)
-    writer = Writer(model, processing_class, _new_tokens(max_new_tokens, chosen, model), num_beams, max_source_length)
-    settings = _settings(writer, num_beams)
-    run = {"task": task, "model": checkpoint_digest(writer), "data": data_digest(examples), **settings}
+    model, processing_class = load_model(model_or_path, processing_class, model_revision, dtype, device)
+    check_model_fits_task(model, task, found)
+    limits = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "max_source_length": max_source_length}
+    generator = AnswerGenerator(model, processing_class, found.max_new_tokens, **limits)
+    settings = {
+        "max_new_tokens": generator.generation_config.max_new_tokens,
+        "num_beams": generator.generation_config.num_beams,
+        "max_source_length": generator.max_source_length,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    run = {"task": task, "model": compute_digest(generator), "data": compute_data_digest(examples), **settings}
     predictions = Predictions(None if output_dir is None else Path(output_dir), run, len(examples))
-    _write_all(writer, examples, predictions, batch_size, show_progress)
+    _generate_missing(generator, examples, predictions, batch_size, show_progress)
     pairs = zip(predictions.texts, examples, strict=True)
-    scores = [chosen.score(text, example.references) for text, example in pairs]
-    results = _build_results(given, chosen, model, predictions, scores, settings)
+    scores = [found.score(text, example.references) for text, example in pairs]
+    settings |= {"batch_size": batch_size, "num_bootstrap": num_bootstrap, "seed": seed}
+    settings["overridden"] = generator.overridden
+    name = _model_name(model_or_path)
+    results = RunResults(
+        kind="evaluation",
+        task=task,
+        models=[
+            ModelResults(name, mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed), model.num_parameters())
+        ],
+        saved_model=name,
+        dataset=_data_source(arguments, found),
+        num_rows={"test": len(examples)},
+        num_cut_rows={"test": predictions.num_cut},
+        confidence=CONFIDENCE,
+        settings=settings,
+        command=_build_command(arguments),
+        device=_device_name(model),
+        seconds=round(predictions.seconds, 1),
+        versions=package_versions("datasets", "rouge-score"),
+    )
     if output_dir is not None:
         results.save(Path(output_dir) / RESULT_NAME)
     return results
 
 
-def _build_results(given, task, model, predictions, scores, settings):
-    num_bootstrap, seed = given["num_bootstrap"], given["seed"]
-    name = _model_name(given["model_or_path"])
-    metrics = mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed)
-    return RunResults(
-        kind="evaluation",
-        task=given["task"],
-        models=[ModelResults(name, metrics, model.num_parameters())],
-        saved_model=name,
-        dataset=_data_source(given, task),
-        num_rows={"test": len(scores)},
-        num_cut_rows={"test": predictions.num_cut},
-        confidence=CONFIDENCE,
-        settings={**settings, "batch_size": given["batch_size"], "num_bootstrap": num_bootstrap, "seed": seed},
-        command=_command(given),
-        device=_device_name(model),
-        seconds=round(predictions.seconds, 1),
-        versions=package_versions("datasets", "rouge-score"),
-    )
+def check_count(name: str, value: int | None) -> None:
+    """Check that an argument is a whole number of at least 1, or `None`.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"`{name}` is {value!r}, but must be a whole number of at least 1.")
 
 
-def _check_numbers(given):
-    for name in ("batch_size", "num_bootstrap", "num_beams", "max_samples", "max_new_tokens", "max_source_length"):
-        if given[name] is not None:
-            check_is_count(name, given[name])
-
-
-def _columns(given, task):
-    names = (given["source_column"], given["target_column"])
+def _named_columns(task_name, task, source_column, target_column):
+    names = (source_column, target_column)
     if names == ("source", "target"):
         return None
     if not task.columns_can_be_named:
-        columns = ", ".join(alternatives[0] for alternatives in task.columns)
         raise ValueError(
-            f"`source_column` and `target_column` are {names[0]!r} and {names[1]!r}, but the task {given['task']!r} "
-            f"reads {columns}. Leave them out, or take the task 'text'."
+            f"`source_column` and `target_column` are {names[0]!r} and {names[1]!r}, but the task {task_name!r} reads "
+            f"the columns {', '.join(alternatives[0] for alternatives in task.columns)}. Leave them out, or use the "
+            "task 'text'."
         )
     return names
 
 
-def _new_tokens(asked, task, model):
-    """What was asked for, or the task's number, which a short decoder lowers."""
-    if asked is not None:
-        return asked
-    longest = declared_length(model.config, "decoder")
-    return task.max_new_tokens if longest is None else max(1, min(task.max_new_tokens, longest - 1))
-
-
-def _settings(writer, num_beams):
-    return {
-        "max_new_tokens": writer.generation_config.max_new_tokens,
-        "num_beams": num_beams,
-        "max_source_length": writer.limit,
-        "dtype": str(writer.model.dtype).removeprefix("torch."),
-    }
-
-
-def _write_all(writer, examples, predictions, batch_size, show_progress):
+def _generate_missing(generator, examples, predictions, batch_size, show_progress):
     first, seconds = len(predictions.texts), predictions.seconds
     started = time.perf_counter()
-    bar = tqdm(total=len(examples), initial=first, desc="Writing", unit="row", disable=not show_progress)
-    with bar:
+    with tqdm(total=len(examples), initial=first, desc="Generating", unit="row", disable=not show_progress) as bar:
         try:
             for start in range(first, len(examples), batch_size):
                 batch = examples[start : start + batch_size]
-                predictions.append(batch, *writer.write(batch))
+                predictions.append(batch, *generator.generate(batch))
                 bar.update(len(batch))
-        finally:  # an interrupted run counts its time too
+        finally:  # the time of an interrupted run counts
             predictions.seconds = seconds + time.perf_counter() - started
             predictions.save_state()
 
 
-def _data_source(given, task):
+def _data_source(arguments, task):
     """Return where the rows come from, without local paths."""
-    own = given["dataset_name"] is None
-    name = (task.dataset_name or given["task"]) if own else public_path(given["dataset_name"])
-    is_file = not own and Path(given["dataset_name"]).is_file()
-    return DataSource(
-        name,
-        config=given["dataset_config"] or (task.dataset_config if own else None),
-        split=given["dataset_split"] or (None if is_file else task.dataset_split),
-        revision=given["dataset_revision"] or (task.dataset_revision if own else None),
-    )
+    name = arguments["dataset_name"]
+    options = {key: arguments[f"dataset_{key}"] for key in ("config", "split", "revision")}
+    if name is not None:
+        options["split"] = options["split"] or (None if Path(name).is_file() else task.dataset_split)
+        return DataSource(public_path(name), **options)
+    defaults = {key: getattr(task, f"dataset_{key}") for key in options}
+    name = task.dataset_name or arguments["task"]
+    return DataSource(name, **{key: value or defaults[key] for key, value in options.items()})
 
 
 def _model_name(model_or_path):
-    if isinstance(model_or_path, PreTrainedModel):
-        path = model_or_path.name_or_path or type(model_or_path).__name__
-    else:
-        path = str(model_or_path)
-    return Path(path).resolve().name if Path(path).is_dir() else path
+    path = model_or_path
+    if isinstance(path, PreTrainedModel):
+        path = path.name_or_path or type(path).__name__
+    return Path(path).resolve().name if Path(path).is_dir() else str(path)
 
 
-def _command(given):
-    model = given["model_or_path"]
-    path = (
-        getattr(model, "name_or_path", None) or type(model).__name__ if isinstance(model, PreTrainedModel) else model
-    )
-    arguments = {"model": public_path(path) or str(path)}
+def _build_command(arguments):
+    model = arguments["model_or_path"]
+    if isinstance(model, PreTrainedModel):
+        model = model.name_or_path or type(model).__name__
     skipped = ("model_or_path", "processing_class", "show_progress")
-    arguments |= {name: value for name, value in given.items() if name not in skipped}
+    options = {"model": public_path(model) or str(model)}
+    options |= {name: value for name, value in arguments.items() if name not in skipped}
     for name in ("output_dir", "dataset_name"):
-        if arguments[name] is not None:
-            arguments[name] = public_path(arguments[name])
-    return reproducing_command(arguments, evaluate_checkpoint.__kwdefaults__)
+        options[name] = None if options[name] is None else public_path(options[name])
+    return build_command(options, evaluate_checkpoint.__kwdefaults__)
 
 
 def _device_name(model):

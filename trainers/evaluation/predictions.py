@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of predictions that grows while a model writes, so that an interrupted run goes on where it stopped."""
+"""Predictions of a run, appended to a file batch by batch so that an interrupted run can be resumed."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..run_reports import write_file
+from ...checkpoints import write_file
 from .tasks import Example
 
 
@@ -15,38 +15,38 @@ RUN_NAME = "evaluation_run.json"
 
 
 class Predictions:
-    """The texts that a model has written so far, in the order of the rows.
+    """The predictions of a run so far, in the order of the rows.
 
     Args:
-        folder (`Path`, *optional*): Where `predictions.jsonl` grows, and `evaluation_run.json` says which run it
-            belongs to. `None` keeps the texts in memory only.
-        run (`dict`): What decides the texts: a run that differs in it must not go on with them.
-        num_rows (`int`): Of the run.
+        folder (`Path`, *optional*): Folder of `predictions.jsonl`, which grows with each batch, and of
+            `evaluation_run.json`, which identifies the run. `None` keeps the predictions in memory only.
+        run (`dict`): Everything that decides the predictions. A run that differs in it cannot be resumed.
+        num_rows (`int`): Number of rows of the run.
 
     Raises:
-        ValueError: The folder is a file, or holds predictions of another run or of something else.
+        ValueError: The folder is a file, or holds predictions of another run or other files of these names.
     """
 
     def __init__(self, folder: Path | None, run: dict[str, Any], num_rows: int):
         self.folder, self.run = folder, run
         self.texts: list[str] = []
-        self.num_cut = 0  # rows that were longer than the model reads
+        self.num_cut = 0  # rows whose source was truncated
         self.seconds = 0.0
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {str(folder)!r} is a file, but must be a folder. Give another path.")
+            raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file. Give the path of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         self._resume(num_rows)
         self.save_state()
 
     @property
     def path(self) -> Path:
-        """The file with one row per line."""
+        """The file with one prediction per line."""
         return self.folder / PREDICTIONS_NAME
 
     def append(self, examples: Sequence[Example], texts: Sequence[str], were_cut: Sequence[bool]) -> None:
-        """Adds the texts for the next rows, and writes them down at once."""
+        """Append the predictions for the next rows, also to the file."""
         first = len(self.texts)
         self.texts += texts
         self.num_cut += sum(were_cut)
@@ -60,10 +60,10 @@ class Predictions:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def save_state(self) -> None:
-        """Writes down which run this is, and how long it has taken."""
+        """Save what identifies the run, and how long it has taken."""
         if self.folder is not None:
             state = {"run": self.run, "seconds": round(self.seconds, 1)}
-            write_file(self.folder / RUN_NAME, lambda path: path.write_text(json.dumps(state, indent=2), "utf-8"))
+            write_file(self.folder / RUN_NAME, json.dumps(state, indent=2))
 
     def _resume(self, num_rows):
         if not self.path.is_file():
@@ -71,8 +71,8 @@ class Predictions:
         state = self._state()
         if state is None:
             raise ValueError(
-                f"{self.path} is there, but no readable {RUN_NAME} beside it says that it belongs to this run. Give "
-                "another `output_dir`, or remove the file."
+                f"{self.path} exists, but without a readable {RUN_NAME} that identifies its run. Give another "
+                "`output_dir`, or remove the file."
             )
         before = state["run"]
         if before != self.run:
@@ -82,8 +82,8 @@ class Predictions:
                 if before.get(name) != self.run.get(name)
             )
             raise ValueError(
-                f"{self.path} belongs to another run ({changes}), and its rows cannot be mixed with this one's. Give "
-                "another `output_dir`, or remove the file."
+                f"{self.path} belongs to another run ({changes}), which cannot be resumed by this one. Give another "
+                "`output_dir`, or remove the file."
             )
         self.seconds = state["seconds"]
         rows = self._read()[:num_rows]
@@ -98,7 +98,7 @@ class Predictions:
             return None
 
     def _read(self):
-        """The rows of whole lines; half a line, which an interrupted run may leave at the end, is cut off."""
+        """Read the rows of complete lines; an incomplete line at the end, of an interrupted run, is removed."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         rows = []
@@ -110,8 +110,8 @@ class Predictions:
                 rows.append(row)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{self.path}, line {number + 1}, is not the prediction for row {number} that this run would have "
-                    "written. Give another `output_dir`, or remove the file."
+                    f"{self.path}, line {number + 1}, is not the prediction for row {number} of this run. Give "
+                    "another `output_dir`, or remove the file."
                 ) from None
         if len(whole) < len(content):
             with self.path.open("r+b") as file:

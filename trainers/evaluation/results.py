@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics with confidence intervals, and how a result is shown and reproduced."""
+"""Confidence intervals, and the command that reproduces an evaluation."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,16 @@ UNIT = "percent"
 def mean_with_interval(
     rows: Sequence[Mapping[str, float | None]], num_bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Metric]:
-    """Means over rows in percent, with bootstrap intervals: how far other rows of the same kind may move them.
+    """Compute means over rows in percent, with bootstrap confidence intervals.
 
     Args:
-        rows (`Sequence[Mapping]`): Of each row its metrics, from 0 to 1; `None` leaves a row out of a metric.
-        num_bootstrap (`int`, *optional*, defaults to 1000): How often rows are drawn anew, with replacement.
-        confidence (`float`, *optional*, defaults to 0.95): Share of the drawn means that the interval holds.
-        seed (`int`, *optional*, defaults to 0): The same seed gives the same intervals.
+        rows (`Sequence[Mapping]`): Metrics of each row, from 0 to 1; `None` if a metric does not apply to a row.
+        num_bootstrap (`int`, *optional*, defaults to 1000): Resamples of the rows, with replacement.
+        confidence (`float`, *optional*, defaults to 0.95): Share of the resampled means in the interval.
+        seed (`int`, *optional*, defaults to 0): Draws the resamples.
 
     Returns:
-        `dict[str, Metric]`: For each metric that a row has.
+        `dict[str, Metric]`: The metrics that apply to at least one row.
     """
     names = list(rows[0])
     values = np.array([[np.nan if row[name] is None else row[name] for name in names] for row in rows], dtype=float)
@@ -50,25 +50,17 @@ def mean_with_interval(
     return metrics
 
 
-def reproducing_command(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The command line of a run: what was given, less what is so anyway.
-
-    Args:
-        arguments (`Mapping`): Options by their names.
-        defaults (`Mapping`): What they are when left out.
-    """
+def build_command(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Build the command line of an evaluation from its options; those that equal their default are left out."""
     words = ["encdec-slm", "evaluate"]
-    for name, value in arguments.items():
+    for name, value in options.items():
         if value != defaults.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
 def public_path(path: str | Path) -> str:
-    """A path that can be published: as it was given where it is relative, else from the working directory.
-
-    Of an absolute path that lies elsewhere the last part is left: the rest says things of a machine.
-    """
+    """Return a path for publication: relative to the working directory, or else only its last part."""
     path = Path(path)
     if not path.is_absolute():
         return path.as_posix()

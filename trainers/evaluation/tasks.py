@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint can be scored on: where the rows come from, what the model reads of them, and the metric."""
+"""Evaluation tasks: where their rows come from, what the model reads, and the metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...conversion import question_answering_prompt
 from ..data_files import check_text
-from ..distillation_images import image_list
+from ..image_rows import as_image_list
 from ..tasks.docstrings import build_docstring_task
 from ..tasks.visual import TASKS as VISUAL_TASKS
 from ..tasks.visual import build_visual_tasks
@@ -29,15 +29,15 @@ DEFAULT_VISUAL_ROWS = 200
 
 @dataclass(frozen=True)
 class Example:
-    """What a model reads of a row, and what is right.
+    """The input of a model and the right answers.
 
     Args:
-        text (`str`): The part that is cut where the whole is too long.
-        references (`tuple[str, ...]`): What the metric compares with.
-        before (`str`, *optional*, defaults to `""`): What the model reads before `text`.
-        after (`str`, *optional*, defaults to `""`): What it reads behind it.
-        images (`Callable`, *optional*): Gives what it sees, as [`~encdec_slm.image_processing_encdec_vlm.load_images`]
-            takes it.
+        text (`str`): The part of the source that is truncated if the source is too long.
+        references (`tuple[str, ...]`): Right answers that the metric compares with.
+        before (`str`, *optional*, defaults to `""`): Text of the source before `text`.
+        after (`str`, *optional*, defaults to `""`): Text of the source after `text`.
+        images (`Callable`, *optional*): Returns the images of the source, as
+            [`~encdec_slm.image_processing_encdec_vlm.load_images`] reads them.
     """
 
     text: str
@@ -48,28 +48,28 @@ class Example:
 
     @property
     def source(self) -> str:
-        """All that the model reads, images aside."""
+        """The text of the source."""
         return self.before + self.text + self.after
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A task that [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] knows.
+    """A task of [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`].
 
     Args:
-        about (`str`): One line that says what is measured.
-        columns (`tuple[tuple[str, ...], ...]`): Those that a row needs; of several names of one the first that it has.
-        read (`Callable`): From the values of `columns` and the words "row 3" to an [`Example`].
-        score (`Callable`): From a text and its references to metrics from 0 to 1.
-        max_new_tokens (`int`): What an answer may have, unless the caller says otherwise.
-        needs_images (`bool`, *optional*, defaults to `False`): Whether it is for vision-text models.
-        build (`Callable`, *optional*): Makes rows of a split on the spot, from its name, a number and a seed.
-        dataset_name (`str`, *optional*): A data set on the Hub.
-        dataset_config (`str`, *optional*): Its configuration.
-        dataset_revision (`str`, *optional*): Its branch, tag or commit.
-        dataset_split (`str`, *optional*, defaults to `"test"`): The split that has answers and is not trained on.
-        columns_can_be_named (`bool`, *optional*, defaults to `False`): Whether `source_column` and `target_column` of
-            the caller name its columns.
+        about (`str`): One line about the task and its metrics.
+        columns (`tuple[tuple[str, ...], ...]`): Required columns; of several names, the first that a row has is read.
+        read (`Callable`): Builds an [`Example`] from the values of `columns` and a name of the row for messages.
+        score (`Callable`): Computes metrics from 0 to 1 from an answer and its references.
+        max_new_tokens (`int`): Longest answer if neither the caller nor the checkpoint has a limit.
+        needs_images (`bool`, *optional*, defaults to `False`): Whether the task is for vision-text models.
+        build (`Callable`, *optional*): Builds rows from the name of a split, a number of rows and a seed.
+        dataset_name (`str`, *optional*): Data set on the Hub.
+        dataset_config (`str`, *optional*): Configuration of the data set.
+        dataset_revision (`str`, *optional*): Branch, tag or commit of the data set.
+        dataset_split (`str`, *optional*, defaults to `"test"`): Split that has answers and is not trained on.
+        columns_can_be_named (`bool`, *optional*, defaults to `False`): Whether the caller can name the columns by
+            `source_column` and `target_column`.
     """
 
     about: str
@@ -87,37 +87,37 @@ class EvaluationTask:
 
 
 def list_tasks() -> list[str]:
-    """Names of the tasks that [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`] takes."""
+    """Return the names of the tasks of [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`]."""
     return list(TASKS)
 
 
 def find_task(name: str) -> EvaluationTask:
-    """A task by its name.
+    """Return a task by its name.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: There is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"`task` is {name!r}, but the tasks are {', '.join(TASKS)}. Name one of them.")
+        raise ValueError(f"`task` is {name!r}, but must be one of {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def _build_docstrings(split, num_rows, seed):
-    splits = build_docstring_task()
-    if split not in splits:
-        raise ValueError(f"`dataset_split` is {split!r}, but docstrings have {', '.join(splits)}. Name one of them.")
-    return splits[split]
+    return _find_split(build_docstring_task(), split)
 
 
 def _visual_builder(task):
     def build(split, num_rows, seed):
         num_rows = DEFAULT_VISUAL_ROWS if num_rows is None else num_rows
-        splits = build_visual_tasks(num_rows if split == "train" else 1, num_rows, seed, [task])
-        if split not in splits:
-            raise ValueError(f"`dataset_split` is {split!r}, but {task} has {', '.join(splits)}. Name one of them.")
-        return splits[split]
+        return _find_split(build_visual_tasks(num_rows if split == "train" else 1, num_rows, seed, [task]), split)
 
     return build
+
+
+def _find_split(splits, split):
+    if split not in splits:
+        raise ValueError(f"`dataset_split` is {split!r}, but must be one of {', '.join(splits)}.")
+    return splits[split]
 
 
 def _read_text(values, where):
@@ -131,7 +131,7 @@ def _read_code(values, where):
     code, docstring = (" ".join(value) if _is_text_list(value) else value for value in values)
     check_text(code, "code_tokens", where)
     check_text(docstring, "docstring_tokens", where)
-    # CodeXGLUE's baselines read the function on one line.
+    # The baselines of CodeXGLUE read a function as one line.
     return Example(code.replace("\n", " "), (docstring.replace("\n", " "),))
 
 
@@ -141,34 +141,32 @@ def _read_squad(values, where):
     check_text(context, "context", where)
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
-    # A mark where the context goes, so that a long one can be cut without losing what stands behind it.
+    # Split the prompt at the context, so that a long context can be truncated without losing what follows it.
     before, _, after = question_answering_prompt(question, "\0").partition("\0")
-    return Example(context, _checked_texts(texts, "answers", where), before, after)
+    return Example(context, _check_texts(texts, "answers", where), before, after)
 
 
 def _read_visual(values, where):
     image, question, answers = values
     check_text(question, "question", where)
-    references = _checked_texts(_answer_texts(answers), "answer", where)
+    references = _check_texts(_answer_texts(answers), "answer", where)
     if not references:
-        raise ValueError(
-            f"{where} has no answer, but it is compared with one. Name a split whose answers are not withheld."
-        )
-    return Example(question, references, images=image if callable(image) else partial(image_list, image))
+        raise ValueError(f"{where} has no answer, but at least one is required. Use a split that has answers.")
+    return Example(question, references, images=image if callable(image) else partial(as_image_list, image))
 
 
 def _read_many_answers(values, where):
     example = _read_visual(values, where)
     if len(example.references) < 2:
         raise ValueError(
-            f"{where} has 1 answer, but VQA accuracy compares with those of several people. Give `answers` as a list, "
-            "of 10 in VQAv2 and TextVQA; or take the task 'chartqa' for data with one answer."
+            f"{where} has 1 answer, but VQA accuracy requires those of several people (10 in VQAv2 and TextVQA). Give "
+            "`answers` as a list, or use the task 'chartqa' for data with one answer."
         )
     return example
 
 
 def _answer_texts(answers):
-    """Texts of a cell: a text, a list of them, or as in VQAv2 of dicts (or a dict of lists) with `answer`."""
+    """Return the answers of a cell: a text, texts, or as in VQAv2 dicts (or a dict of lists) with `answer`."""
     if isinstance(answers, Mapping):
         answers = answers.get("answer")
     if answers is None or isinstance(answers, str):
@@ -178,7 +176,7 @@ def _answer_texts(answers):
     return [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
 
 
-def _checked_texts(texts, column, where):
+def _check_texts(texts, column, where):
     for text in texts:
         check_text(text, column, where)
     return tuple(texts)
@@ -193,7 +191,7 @@ ONE_ANSWER_COLUMNS = (*IMAGE_COLUMNS, ("answer", "label", "answers"))
 MANY_ANSWERS_COLUMNS = (*IMAGE_COLUMNS, ("answers", "answer"))
 TASKS = {
     "text": EvaluationTask(
-        about="rows of your own: ROUGE and equal texts",
+        about="other rows of text: ROUGE and exact match",
         columns=(("source",), ("target",)),
         read=_read_text,
         score=text_scores,
@@ -201,7 +199,7 @@ TASKS = {
         columns_can_be_named=True,
     ),
     "docstrings": EvaluationTask(
-        about="first docstring sentences of Python's standard library: ROUGE, equal texts and smoothed BLEU",
+        about="first docstring sentences of Python's standard library: ROUGE, exact match and smoothed BLEU",
         columns=(("source",), ("target",)),
         read=_read_text,
         score=docstring_scores,
@@ -210,7 +208,7 @@ TASKS = {
         columns_can_be_named=True,
     ),
     "squad_v2": EvaluationTask(
-        about="SQuAD 2.0, questions about a text that may not answer them: exact match and F1",
+        about="SQuAD 2.0, questions about a text, some without an answer: exact match and F1",
         columns=(("question",), ("context",), ("answers",)),
         read=_read_squad,
         score=squad_scores,
@@ -225,12 +223,12 @@ TASKS = {
         score=summary_scores,
         max_new_tokens=64,
         dataset_name="EdinburghNLP/xsum",
-        # The Hub's copy without a loading script, which `datasets` no longer runs.
+        # Converted by the Hub, because `datasets` no longer runs loading scripts.
         dataset_revision="refs/convert/parquet",
     ),
     "code_x_glue_ct_code_to_text": EvaluationTask(
         about="CodeXGLUE, docstrings for functions in six languages: smoothed BLEU-4",
-        # `code` has the docstring in it where the language keeps it inside, as Python does; its tokens have not.
+        # `code` contains the docstring in languages such as Python; `code_tokens` do not.
         columns=(("code_tokens", "code"), ("docstring_tokens", "docstring")),
         read=_read_code,
         score=code_summary_scores,
@@ -269,7 +267,7 @@ TASKS = {
     ),
     **{
         name: EvaluationTask(
-            about=f"{name} drawn on the spot, with computed answers: equal texts",
+            about=f"generated images of {name} with computed answers: exact match",
             columns=ONE_ANSWER_COLUMNS,
             read=_read_visual,
             score=exact_scores,

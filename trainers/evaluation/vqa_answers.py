@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VQA accuracy: how many people gave an answer, once all answers are written as the VQA challenge compares them."""
+"""VQA accuracy (arXiv 1505.00468), and the normalization of answers in the VQA challenge."""
 
 import re
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {**{word: str(value) for value, word in enumerate(NUMBERS)}, "none": "0"}
 ARTICLES = frozenset({"a", "an", "the"})
-# The challenge's list; without the colon and the apostrophe. Periods have a rule of their own.
+# The challenge's list, which has no colon and no apostrophe. Periods are handled separately.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# Words that are often written without one of their apostrophes. "it's", "she'd", "we'll" and the like are left out, as
-# in the challenge's list: without the apostrophe they are words too.
+# Words that are often written without an apostrophe. As in the challenge's list, those that are other words without it
+# are missing, such as "it's", "she'd" and "we'll".
 CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -32,37 +32,36 @@ PERIOD_OUTSIDE_OF_NUMBER = re.compile(r"\.(?!\d)")
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The VQA accuracy of an answer, from 0 to 1.
+    """Compute the VQA accuracy of an answer, from 0 to 1.
 
-    A third for each person who gave this answer, at most 1; averaged over all ways to leave one person out, so that
-    people can be scored in the same way.
+    It is a third for each person who gave this answer, at most 1, averaged over all ways to leave one person out.
 
     Args:
-        prediction (`str`): What a model answered.
-        answers (`Sequence[str]`): What each person answered, 10 of them in VQAv2 and TextVQA; at least 2.
+        prediction (`str`): Answer of the model.
+        answers (`Sequence[str]`): Answers of people, 10 in VQAv2 and TextVQA; at least 2.
 
     Raises:
         ValueError: There are fewer than 2 answers.
     """
     if len(answers) < 2:
         raise ValueError(
-            f"{len(answers)} answers were given, but VQA accuracy leaves one out and compares with the rest. Give at "
-            "least 2, as a list of what each person answered."
+            f"VQA accuracy requires the answers of at least 2 people, got {len(answers)}. Give a list with the answer "
+            "of each person."
         )
-    prediction = normalised_answer(prediction)
-    agrees = [normalised_answer(answer) == prediction for answer in answers]
+    prediction = normalize_answer(prediction)
+    agrees = [normalize_answer(answer) == prediction for answer in answers]
     return sum(min(1.0, (sum(agrees) - left_out) / 3) for left_out in agrees) / len(answers)
 
 
-def normalised_answer(text: str) -> str:
-    """An answer in lower case, without articles and most punctuation, with digits for number words and apostrophes."""
+def normalize_answer(text: str) -> str:
+    """Lower-case an answer, remove articles and punctuation, write numbers as digits and restore apostrophes."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    words = [DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
+    words = [DIGITS.get(word, word) for word in _remove_punctuation(text).lower().split()]
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
-def _without_punctuation(text):
-    """Punctuation at the edge of a word goes; within one it becomes a space, unless there are numbers like 1,000."""
+def _remove_punctuation(text):
+    """Remove punctuation at the edge of words; within words replace it by a space, if no number is like 1,000."""
     has_number_with_comma = NUMBER_WITH_COMMA.search(text) is not None
     stripped = text
     for mark in PUNCTUATION:
