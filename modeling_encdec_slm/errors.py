@@ -14,6 +14,9 @@ EXTRAS = {
     **dict.fromkeys(("ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"), "export"),
     **dict.fromkeys(("bashlex", "sacrebleu"), "evaluation"),
     "gradio": "demo",
+    "vllm": "vllm",
+    "openai": "openai",
+    "ray": "ray",
 }
 MAX_SUMMARY_LENGTH = 600
 

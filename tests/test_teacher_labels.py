@@ -15,7 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import build_tokenizer
 from encdec_slm.trainers.teacher_cache import DistributionSpec, TeacherCache
-from encdec_slm.trainers.teacher_engines import CompletionSettings, TransformersEngine, batch_by_length
+from encdec_slm.trainers.teacher_engines import (
+    CompletionSettings,
+    CTranslate2Engine,
+    TransformersEngine,
+    batch_by_length,
+)
 from encdec_slm.trainers.teacher_labels import LabelSettings, label_dataset
 
 
@@ -33,6 +38,14 @@ def engine():
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return TransformersEngine(LlamaForCausalLM(config), build_tokenizer(ends_sources=False), batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def ctranslate2_engine(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    engine.model.save_pretrained(folder)
+    engine.tokenizer.save_pretrained(folder)
+    return CTranslate2Engine(folder, engine.tokenizer, batch_tokens=64, quantization="float32")
 
 
 def log_probs_of(engine, prompt_ids, target_ids):
@@ -106,6 +119,19 @@ def test_completions_are_what_the_model_generates(engine, tmp_path):
         assert example["completion"] == text
         assert (example["label_target_ids"][-1:] == [2]) == is_complete
         assert len(example["label_num_ids"]) == len(example["label_target_ids"])
+
+
+def test_ctranslate2_predicts_and_generates_as_transformers(engine, ctranslate2_engine):
+    prompts = [engine.tokenizer(row["prompt"])["input_ids"] for row in ROWS]
+    targets = [[*engine.tokenizer(row["completion"])["input_ids"], 2] for row in ROWS]
+    spec, seeds = DistributionSpec("topk", 97), [0] * len(ROWS)
+    pairs = [one.predict(prompts, targets, spec, seeds) for one in (engine, ctranslate2_engine)]
+    for expected, found in zip(*pairs, strict=True):
+        for ids, values, other_ids, other_values in zip(*expected[:2], *found[:2], strict=True):
+            order, other_order = np.argsort(ids), np.argsort(other_ids)
+            np.testing.assert_allclose(other_values[other_order], values[order], atol=1e-4)
+    settings = CompletionSettings(max_new_tokens=6)
+    assert ctranslate2_engine.generate(prompts, settings) == engine.generate(prompts, settings)
 
 
 def test_several_completions_are_drawn_for_each_prompt(engine, tmp_path):
