@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 FUNCTION ?= textwrap.shorten
+SOURCE := def is_empty(items): return len(items) == 0
 
 # The oldest transformers that setup.cfg allows.
 OLDEST_TRANSFORMERS := 5.18.0
@@ -28,8 +29,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 
 # Threads of so small a model mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/distill.py --config configuration/recipes/distill_docstrings.yaml
-	$(BIN)/python examples/generate.py outputs/distill_docstrings
+	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_docstrings
+	$(BIN)/encdec-slm generate outputs/distill_docstrings "$(SOURCE)"
 	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
 
 # The second part alone, for any function: make docstring FUNCTION=json.dumps, or FUNCTION=file.py:name
@@ -37,7 +38,7 @@ docstring: $(READY)
 	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
 
 demo-vision: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/vqa.py --config configuration/recipes/vqa_synthetic.yaml
+	OMP_NUM_THREADS=1 $(BIN)/encdec-slm finetune --config vqa_synthetic
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
@@ -65,7 +66,7 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 benchmark: $(READY)
-	$(BIN)/encdec-slm bench --preset 330m --settings 512:64 2048:128
+	$(BIN)/encdec-slm bench --preset 330m --settings 512:64 --settings 2048:128
 	$(BIN)/python examples/benchmark_training.py
 	$(BIN)/python examples/benchmark_vision.py --preset 800m-vlm --images 1 4
 

@@ -1,55 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training recipes: YAML files whose keys are fields of the dataclasses that a script parses them into."""
+"""Recipes: YAML files whose keys are fields of the dataclasses of a run, or options of a command."""
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+
 RECIPES = Path(__file__).parent / "recipes"
-# TRL's parser sets environment variables from this key; it is no field of any dataclass.
-ENVIRONMENT_KEY = "env"
+# Keys that no dataclass has: environment variables of the run, and what `encdec-slm finetune` trains.
+RESERVED_KEYS = ("env", "task")
 
 
 def list_recipes() -> list[str]:
-    """Names of all recipes, in alphabetical order: the stems of `recipes/*.yaml`."""
+    """Return the names of all recipes of this package, in alphabetical order."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name_or_path: str | Path, dataclass_types: Iterable[type] = ()) -> dict[str, Any]:
-    """The keys and values of a recipe.
+    """Read a recipe.
 
     Args:
         name_or_path (`str` or `Path`): One of [`list_recipes`], or the path of a YAML file.
-        dataclass_types (`Iterable[type]`, *optional*): Dataclasses that the recipe is parsed into; each key must be a
-            field of one of them. Empty means that keys are not checked.
+        dataclass_types (`Iterable[type]`, *optional*): Each key must be a field of one of these dataclasses. Empty
+            means that keys are not checked.
 
     Raises:
-        ValueError: There is no such recipe, it is no YAML mapping, or a key is no field of `dataclass_types`.
+        ValueError: There is no such recipe, it is not a YAML mapping, or a key is unknown.
     """
-    path = recipe_path(name_or_path)
+    path = find_recipe(name_or_path)
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"{path} is not YAML ({problem}). Write one `key: value` per line.") from None
+        raise ValueError(f"{path} is not YAML ({problem}). Write one `key: value` per line, in UTF-8.") from error
     if not isinstance(recipe, dict):
         raise ValueError(
-            f"{path} holds a {type(recipe).__name__}, but a recipe is a mapping: write `key: value` lines."
+            f"{path} holds a {type(recipe).__name__}, but a mapping is required. Write `key: value` lines."
         )
-    dataclass_types = tuple(dataclass_types)
-    if dataclass_types:
-        _refuse_unknown(recipe, dataclass_types, str(path))
+    if dataclass_types := tuple(dataclass_types):
+        check_keys(recipe, _field_names(dataclass_types), str(path))
     return recipe
 
 
-def recipe_path(name_or_path: str | Path) -> Path:
-    """The file of a recipe, given by its name or its path.
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Return the path of a recipe.
 
     Raises:
         ValueError: There is no such recipe.
@@ -58,47 +61,72 @@ def recipe_path(name_or_path: str | Path) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"Unknown recipe {str(name_or_path)!r}: neither a file nor one of the names {', '.join(list_recipes())}. Give "
-        "one of these, or the path of a YAML file."
+        f"Unknown recipe {os.fspath(name_or_path)!r}. Give the path of a YAML file, or one of the names "
+        f"{', '.join(list_recipes())}."
     )
 
 
-def parse_recipe(dataclass_types: Sequence[type], args: Sequence[str] | None = None) -> tuple:
-    """One instance of every dataclass, from the recipe behind `--config` and the command line, which wins.
+def check_keys(keys: Iterable[str], valid_keys: Collection[str], origin: str) -> None:
+    """Check that keys are known, and name the nearest valid key if one is not.
 
     Args:
-        dataclass_types (`Sequence[type]`): As TRL's parser takes them; no field is in two of them.
-        args (`Sequence[str]`, *optional*): The command line, such as `["--config", "finetune_xsum", "--seed", "1"]`.
-            `None` means that of this process.
+        keys (`Iterable[str]`): Keys of a recipe or of a command line.
+        valid_keys (`Collection[str]`): At least one.
+        origin (`str`): Where the keys are from, for the message.
 
     Raises:
-        ValueError: There is no such recipe, or a key of the recipe or of the command line is no field.
+        ValueError: A key is unknown.
     """
-    from trl import TrlParser  # slow to import, and an optional dependency of this package
+    for key in keys:
+        if key not in valid_keys:
+            nearest = difflib.get_close_matches(str(key), sorted(valid_keys), n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown key `{key}` in {origin}. The nearest valid key is `{nearest}`.")
 
-    args = list(sys.argv[1:] if args is None else args)
-    if "--config" in args[:-1]:
-        position = args.index("--config") + 1
-        path = recipe_path(args[position])
-        load_recipe(path, dataclass_types)
-        args[position] = str(path)
+
+def recipe_parser(dataclass_types: Sequence[type]) -> "TrlParser":
+    """Build the parser of a run's command line. Its errors are `ValueError`s."""
+    from trl import TrlParser  # slow to import, and an optional dependency
+
     parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE [--key value ...]", allow_abbrev=False)
-    *parsed, remaining = parser.parse_args_and_config(args, return_remaining_strings=True)
+    parser.error = _raise_value_error
+    return parser
+
+
+def parse_recipe(dataclass_types: Sequence[type], args: Sequence[str]) -> tuple:
+    """Parse a command line, whose `--config` gives a recipe, into dataclasses. The command line overrides the recipe.
+
+    Args:
+        dataclass_types (`Sequence[type]`): Dataclasses without common fields.
+        args (`Sequence[str]`): Such as `["--config", "finetune_xsum", "--seed", "1"]`.
+
+    Returns:
+        `tuple`: One instance of each dataclass.
+
+    Raises:
+        ValueError: There is no such recipe, a key is unknown, or a value does not fit.
+    """
+    parser, args = recipe_parser(dataclass_types), list(args)
+    if "--config" in args[:-1]:
+        position = args.index("--config")
+        recipe = load_recipe(args[position + 1], dataclass_types)
+        del args[position : position + 2]
+        os.environ.update({name: str(value) for name, value in (recipe.get("env") or {}).items()})
+        parser.set_defaults_with_config(**recipe)
+    *parsed, remaining = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if remaining:
-        keys = [word.removeprefix("--").replace("-", "_") for word in remaining if word.startswith("--")]
-        _refuse_unknown(keys, dataclass_types, "the command line")
-        raise ValueError(f"The command line has {remaining[0]!r}, which belongs to no key. Write `--key value`.")
+        keys = [word[2:].partition("=")[0].replace("-", "_") for word in remaining if word.startswith("--")]
+        check_keys(keys, _field_names(dataclass_types), "the command line")
+        raise ValueError(f"{remaining[0]!r} on the command line belongs to no key. Write `--key value`.")
     return tuple(parsed)
 
 
-def _refuse_unknown(keys, dataclass_types, origin):
-    valid = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
-    for key in keys:
-        if key not in valid | {ENVIRONMENT_KEY}:
-            nearest = difflib.get_close_matches(str(key), sorted(valid), n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"Unknown key `{key}` in {origin}. The nearest valid key is `{nearest}`: use it or leave `{key}` out."
-            )
+def _field_names(dataclass_types):
+    fields = (field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init)
+    return {*RESERVED_KEYS, *(field.name for field in fields)}
 
 
-__all__ = ["list_recipes", "load_recipe", "parse_recipe", "recipe_path"]
+def _raise_value_error(message) -> NoReturn:
+    raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+
+
+__all__ = ["check_keys", "find_recipe", "list_recipes", "load_recipe", "parse_recipe", "recipe_parser"]

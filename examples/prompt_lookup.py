@@ -68,7 +68,7 @@ def describe(name, runs, plain):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of examples/finetune.py or examples/distill.py")
+    parser.add_argument("model", help="folder of `encdec-slm finetune` or `distill`")
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[2, 5, 10], help="most candidates per step")
     parser.add_argument("--rows", type=int, default=100, help="held-out functions")
     parser.add_argument("--max-source-length", type=int, default=96, help="tokens; longer sources are cut")

@@ -3,11 +3,9 @@
 
 import builtins
 import json
-import logging
 import os
 import pickle
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encdec_slm_cli import main
 from reference_files import HEADS, MODEL_FILES, MU_CONFIG, make_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -562,19 +561,12 @@ def test_the_card_works_in_a_process_without_the_package(checkpoint, tokenizer_f
     assert written and run.stdout == f"{written}\n"
 
 
-def test_the_example_converts_and_says_how_to_load(
-    checkpoint, tokenizer_folder, monkeypatch, capsys, caplog, tmp_path
-):
-    caplog.set_level(logging.INFO, logger="encdec_slm")  # and back at the end, which the script does not do
-    script = str(ROOT / "examples" / "convert_reference.py")
-    arguments = [str(checkpoint), str(tmp_path / "output"), "--tokenizer", str(tokenizer_folder)]
-    monkeypatch.setattr("sys.argv", [script, *arguments])
-    runpy.run_path(script, run_name="__main__")
+def test_the_command_converts_and_says_how_to_load(checkpoint, tokenizer_folder, capsys, tmp_path):
+    arguments = ["convert", str(checkpoint), str(tmp_path / "output"), "--tokenizer", str(tokenizer_folder)]
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "tokenizer.json" in printed
     load = printed.splitlines()[-1].strip()
     assert type(eval(load, {"AutoModelForSeq2SeqLM": AutoModelForSeq2SeqLM})) is EncDecSLMForConditionalGeneration
-    with pytest.raises(SystemExit, match="not empty"):
-        runpy.run_path(script, run_name="__main__")
-    monkeypatch.setattr("sys.argv", [script, *arguments, "--overwrite"])
-    runpy.run_path(script, run_name="__main__")
+    assert main(arguments) == 1
+    assert main([*arguments, "--overwrite"]) == 0

@@ -2,20 +2,16 @@
 """A teacher, its student and a student without it: two steps each, from rows to a saved folder and a table."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from encdec_slm_cli import main
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from encdec_slm.trainers import Seq2SeqDistillationConfig, distilling
 from encdec_slm.trainers.distilling import DistillArguments, distill
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(40)]
 SCORES = {"loss", "rougeL", "rougeL_other_rows", "exact", "teacher_agreement", "num_parameters", "train_seconds"}
 NAMES = ("run", "run_teacher")
@@ -115,29 +111,14 @@ def test_a_student_can_be_cut_from_the_teacher_that_is_trained_for_it_and_both_g
     assert steps == {"run": {1, 2, 3}, "run_teacher": {1, 2, 3, 4}}
 
 
-def test_the_script_prints_the_table_and_who_won(finished, tmp_path):
+def test_the_command_prints_the_table_and_who_won(finished, tmp_path, capsys):
     _, _, rows_file = finished
-    command = [
-        sys.executable,
-        str(EXAMPLES / "distill.py"),
-        "--config",
-        "distill_docstrings",
-        "--train_file",
-        rows_file,
-    ]
+    command = ["distill", "--config", "distill_docstrings", "--train_file", rows_file]
     command += ["--max_steps", "2", "--preset", "tiny", "--teacher_preset", "tiny", "--vocab_size", "300"]
     command += ["--teacher_num_train_epochs", "0.25", "--max_eval_samples", "3", "--max_completion_length", "8"]
     command += ["--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    assert main(command) == 0
+    shown = capsys.readouterr().out
     for name in ("teacher", "distilled student", "student without teacher"):
-        assert any(line.startswith(name) for line in run.stdout.splitlines())
-    assert "After 2 steps each on the same rows, distillation" in run.stdout
-
-
-def test_the_script_says_what_is_wrong_with_its_input():
-    command = [sys.executable, str(EXAMPLES / "distill.py"), "--config", "distill_docstrings", "--kd_ration", "1"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert "`kd_ratio`" in run.stderr
+        assert any(line.startswith(name) for line in shown.splitlines())
+    assert "After 2 steps each on the same rows, distillation" in shown

@@ -19,12 +19,13 @@ from encdec_slm.configuration.recipe_files import list_recipes
 from encdec_slm.trainers import Seq2SeqDistillationConfig
 from encdec_slm.trainers.distilling import DistillArguments
 from encdec_slm.trainers.finetuning import FinetuneArguments
+from encdec_slm.trainers.vqa import VqaArguments
 
 
 ROOT = Path(__file__).parent.parent
 TRAINING_ARGUMENTS = (
     *(FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig),
-    *(DistillArguments, Seq2SeqDistillationConfig),
+    *(DistillArguments, Seq2SeqDistillationConfig, VqaArguments),
 )
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
 NAMES = ("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq")
@@ -86,7 +87,8 @@ def test_links_files_and_recipes_exist(path):
 def test_commands_and_their_options_exist(path):
     commands = typer.main.get_command(app).commands
     keys = {field.name for kind in TRAINING_ARGUMENTS for field in dataclasses.fields(kind)}
-    for line in re.findall(r"^    encdec-slm (.*?)(?:  +#.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^    encdec-slm (.*?)(?:  +#.*)?$", text, re.MULTILINE):
         name, *words = shlex.split(line)
         options = {option for parameter in commands[name].params for option in parameter.opts}
         for word in words:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an export writes beside what the model writes."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
+from encdec_slm_cli import main
 
 from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration
@@ -18,7 +15,6 @@ from encdec_slm.trainers.seq2seq_data import train_tokenizer
 from encdec_slm.trainers.tasks import docstrings
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "export_ctranslate2.py"
 SOURCES = [f"def function_{number}(x):\n    return x + {number}" for number in range(8)]
 REFERENCES = [f"Add {number} to x." for number in range(8)]
 
@@ -66,18 +62,16 @@ def test_a_float32_export_agrees_wholly(model, tokenizer, tmp_path):
     assert scores["rougeL_model"] == scores["rougeL_exported"]
 
 
-def test_the_script_exports_and_prints_the_agreement(model, tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_command_exports_and_prints_the_agreement(model, tokenizer, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = [tmp_path / "model", tmp_path / "out", "--quantization", "int8_float32", "--agreement", "--rows", "4"]
     # The whole standard library would be read, which the test of the task does.
     rows = Dataset.from_list([{"source": text, "target": text} for text in SOURCES])
     monkeypatch.setattr(docstrings, "build_docstring_task", lambda: {"validation": rows})
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT))["main"]()
+    assert main(["export", *map(str, arguments)]) == 0
     shown = capsys.readouterr().out
     assert "MB in int8_float32 to" in shown
     assert "On 4 held-out rows of the docstring task" in shown
-    assert "equal tokens" in shown
-    assert "in int8_float32," in shown
+    assert "equal tokens" in shown and "(export)" in shown
     assert CT2EncDecSLM.from_pretrained(tmp_path / "out").config.vocab_size == model.config.vocab_size

@@ -15,7 +15,6 @@ from trl import ModelConfig
 from encdec_slm.trainers.finetuning import LORA_TARGET_MODULES, FinetuneArguments, finetune
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(40)]
 WRITTEN = {"results.json", "predictions.jsonl", "loss.png", "model.safetensors", "config.json", "tokenizer.json"}
 # PEFT 0.21 asks for `is_gradient_checkpointing`, a name that transformers 5.23 deprecates.
@@ -135,22 +134,19 @@ def test_two_sources_of_data_are_refused():
         FinetuneArguments(train_file="a.jsonl", dataset_name="b")
 
 
-def run_script(name, *args, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf_home")}
-    command = [sys.executable, str(EXAMPLES / name), *args]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+WITHOUT_THE_PACKAGE = """
+import sys
+from hub_worker import PackageIsNotInstalled
+sys.meta_path.insert(0, PackageIsNotInstalled())
+from transformers import pipeline
+pipe = pipeline("text2text-generation", model=sys.argv[1], trust_remote_code=True)
+print(pipe("def f(): return 1")[0]["generated_text"])
+"""
 
 
-def test_the_script_answers_bad_input_in_one_line(tmp_path):
-    (tmp_path / "mine.yaml").write_text("learning_rat: 0.1\n", encoding="utf-8")
-    result = run_script("finetune.py", "--config", "mine.yaml", cwd=tmp_path)
-    assert result.returncode == 1
-    # torchao, where it is installed, tells of kernels that it has not for this machine.
-    (line,) = (one for one in result.stderr.splitlines() if "torchao" not in one and "_pytree" not in one)
-    assert line.startswith("finetune.py: Unknown key `learning_rat` in mine.yaml. The nearest valid key is")
-
-
-def test_a_saved_folder_writes_in_a_process_that_never_imports_this_package(finished, tmp_path):
-    result = run_script("generate.py", str(finished[0]), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "def remove_suffix" in result.stdout and "\n-> " in result.stdout
+@pytest.mark.slow
+def test_a_saved_folder_generates_in_a_process_without_this_package(finished, tmp_path):
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(finished[0])]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.strip(), run.stderr

@@ -3,9 +3,6 @@
 
 import json
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from encdec_slm.trainers.vqa import VqaArguments, train_vqa
 from encdec_slm.trainers.vqa_reports import contact_sheet, report, shown_places, task_table
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 WRITTEN = {"results.json", "predictions.jsonl", "loss.png", "contact_sheet.png", "model.safetensors", "config.json"}
 SMALL = {"tasks": ["digits"], "num_train_rows": [12], "max_eval_samples": 4, "vocab_size": 300, "max_target_length": 4}
 
@@ -141,12 +137,6 @@ def test_the_recipe_parses_and_fits_the_tasks():
     )
     for key, value in load_recipe("vqa_synthetic", (VqaArguments, Seq2SeqTrainingArguments)).items():
         assert not hasattr(args, key) or getattr(args, key) == value
-
-
-def test_the_script_answers_bad_input_in_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["vqa.py", "--config", "vqa_synthetic", "--tasks", "maps"])
-    with pytest.raises(SystemExit, match=r"^vqa.py: .*'maps'.*digits, charts, lines"):
-        runpy.run_path(str(EXAMPLES / "vqa.py"), run_name="__main__")
 
 
 def test_the_report_shows_each_task_beside_what_is_earned_without_looking(finished):

@@ -17,137 +17,123 @@ from typing import Annotated
 
 import typer
 
-from .adapting import adapt, convert
-from .benchmarking import bench, presets
-from .exporting import export
-from .generating import generate
-from .publishing import demo, evaluate, publish
-from .shared import Command, CommandError, missing_extra, one_line, set_up_output, tell
-from .training import TrainingCommand, distill, finetune
+from .console import UsageError, describe_error, handle_signals, prepare_streams, print_status, set_up_logging
+from .generation import generate
+from .measurement import bench, evaluate, presets
+from .models import adapt, convert, export
+from .publication import demo, publish
+from .training import distill, finetune
 
 
 PROGRAM = "encdec-slm"
-# Of a shell for a process that Ctrl-C ended.
+# Exit codes that shells use: SIGNALED plus the number of the signal; Ctrl-C sends SIGINT, number 2.
+SIGNALED = 128
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Small encoder-decoder language models: train, distil, adapt, evaluate, export, publish and use them.",
-    epilog="`encdec-slm COMMAND --help` shows examples. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    help="Small encoder-decoder language models: train, distill, adapt, evaluate, export, publish and use them.",
+    epilog="`encdec-slm COMMAND --help` shows examples. `--debug` anywhere shows the stack trace of an error. "
+    "Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": lambda word: word.replace("_", "-"), "max_content_width": 110},
+    context_settings={
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
 )
-for function, kind in (
-    *((finetune, TrainingCommand), (distill, TrainingCommand), (adapt, Command), (convert, Command)),
-    *((evaluate, Command), (export, Command), (bench, Command), (generate, Command), (publish, Command)),
-    *((demo, Command), (presets, Command)),
-):
-    takes_other_keys = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(
-        cls=kind,
-        epilog=function.examples,
-        context_settings=takes_other_keys if function in (finetune, distill, adapt) else None,
-    )(function)
+for function in (finetune, distill, adapt):  # their keys of a recipe are parsed by TRL
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(function)
+for function in (convert, evaluate, export, bench, generate, publish, demo, presets):
+    app.command()(function)
 
 
-def _show_version(is_asked: bool):
-    if is_asked:
+def _show_version(is_requested: bool):
+    if is_requested:
         print(f"{PROGRAM} {version('encdec-slm')}")
         raise typer.Exit
 
 
 @app.callback(invoke_without_command=True)
-def options_of_all_commands(
+def _without_command(
     ctx: typer.Context,
-    shows_version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")] = False,
 ):
     if ctx.invoked_subcommand is None:
-        tell(ctx.get_help())
+        print_status(ctx.get_help())
         raise typer.Exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of one command line: 0, 1 for what failed, 2 for wrong usage, 130 for what Ctrl-C ended.
+    """Run one command line and return its exit code: 0, 1 for failure, 2 for wrong usage, 130 after Ctrl-C.
 
     Args:
         arguments (`Sequence[str]`, *optional*): Such as `["generate", "outputs/model", "a text"]`. `None` means those
-            of this process.
+            of this process, which then ends itself on SIGTERM (exit code 143).
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        handle_signals()
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    arguments = [word for word in arguments[:end] if word != "--debug"] + list(arguments[end:])
     try:
-        set_up_output(shows_everything=debug)
-        run(arguments)
-        sys.stdout.flush()
+        try:
+            prepare_streams()
+            set_up_logging(debug)
+            return _run(arguments, debug)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        tell(f"{PROGRAM}: Interrupted.")
+        print_status(f"{PROGRAM}: Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read has gone, as `head` does; what is still buffered has nowhere to go either.
+    except OSError as error:  # of standard output; Python flushes it again when it exits, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_status(f"{PROGRAM}: Standard output could not be written ({error.strerror}).")
         return 1
     except SystemExit as error:
-        return _code_of(error)
+        if isinstance(error.code, str):
+            print_status(f"{PROGRAM}: {error.code}")
+            return 1
+        if (error.code or 0) > SIGNALED:
+            print_status(f"{PROGRAM}: Terminated.")
+        return error.code or 0
+
+
+def _run(arguments, debug):
+    group = typer.main.get_command(app)
+    if "_ENCDEC_SLM_COMPLETE" in os.environ:  # a shell asks for completions
+        group.main(arguments, prog_name=PROGRAM)
+    name = None
+    try:
+        with group.make_context(PROGRAM, arguments) as ctx:
+            try:
+                group.invoke(ctx)
+            finally:
+                name = ctx.invoked_subcommand
+        return 0
+    except typer.Exit as error:
+        return error.exit_code
+    except UsageError as error:
+        _print_usage_error(error, error.ctx.command_path if error.ctx else f"{PROGRAM} {name}")
+        return 2
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
-        tell(f"{PROGRAM}: {one_line(error)}")
+        print_status(f"{PROGRAM}: {describe_error(error, group.commands.get(name))}")
         return 1
-    return 0
 
 
-def _code_of(error):
-    if error.code is None or isinstance(error.code, int):
-        return error.code or 0
-    tell(f"{PROGRAM}: {error.code}")
-    return 1
+def _print_usage_error(error, command_path):
+    message = " ".join(error.format_message().split())
+    message += "" if message.endswith((".", "?")) else "."
+    if getattr(error, "option_name", None):  # an unknown option, or a text that looks like one
+        message += " Put `--` before a value that begins with a dash."
+    print_status(f"{command_path}: {message} See `{command_path} --help`.")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs a command line; errors of the command leave it as they are.
-
-    Raises:
-        SystemExit: With code 2, after a line that says so, for wrong usage.
-    """
-    _call(_command(), list(arguments), PROGRAM)
-
-
-def run_command(name: str, *options: str) -> None:
-    """Runs one of the commands as a script of its own, on this process's arguments; as [`run`] does.
-
-    Args:
-        name (`str`): Such as `"export"`.
-        options (`str`): Options that the script adds, such as `"--format", "onnx"`.
-    """
-    _call(_command().commands[name], [*options, *sys.argv[1:]], os.path.basename(sys.argv[0]))
-
-
-def _command():
-    return typer.main.get_command(app)
-
-
-def _call(command, arguments, program):
-    try:
-        code = command.main(arguments, prog_name=program, standalone_mode=False)
-    except CommandError as error:
-        cause = error.__cause__
-        if advice := missing_extra(cause, error.command):
-            raise SystemExit(advice) from cause
-        raise cause from None
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        path = error.ctx.command_path if getattr(error, "ctx", None) else program
-        message = " ".join(error.format_message().split())
-        tell(f"{path}: {message}{'' if message.endswith(('.', '?')) else '.'} See `{path} --help`.")
-        raise SystemExit(2) from error
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
-        raise SystemExit(code)
-
-
-__all__ = ["app", "main", "run", "run_command"]
+__all__ = ["app", "main"]

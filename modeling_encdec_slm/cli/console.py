@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard streams, signals, log levels and error messages of the command line."""
+
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+
+# click's class, which typer does not export; newer versions of typer come with their own copy of click.
+UsageError = typer.BadParameter.__base__
+# Bars of steps that end sooner are not shown.
+PROGRESS_DELAY_SECONDS = 3
+# transformers imports torchao, which logs which of its kernels this machine does not have.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+# What library functions call the positional arguments of the commands.
+POSITIONAL_ARGUMENTS = {"model_or_path": "MODEL", "model_or_dir": "MODEL", "output_dir": "OUTPUT"}
+
+
+def print_status(text: str) -> None:
+    """Print a status message to standard error; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def prepare_streams() -> None:
+    """Replace characters that a console cannot show, instead of failing.
+
+    Raises:
+        SystemExit: Standard output is closed.
+    """
+    is_closed = sys.stdout is None
+    if is_closed:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if is_closed:
+        raise SystemExit(
+            "Standard output is closed, but results are printed there. Redirect it, as in `> result.txt`."
+        )
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def handle_signals() -> None:
+    """End the process by an exception, so that files in progress are cleaned up, when it is asked to terminate."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit)
+
+
+def _exit(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # once is enough: do not interrupt the cleanup
+    sys.exit(128 + number)
+
+
+def set_up_logging(debug: bool) -> None:
+    """Show the log of this package; hide the notes of libraries unless `debug`. Call it before they are imported."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("encdec_slm").setLevel(logging.INFO)
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DELAY", str(PROGRESS_DELAY_SECONDS))
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def describe_error(error: BaseException, command: Any) -> str:
+    """Return an error as one line.
+
+    Messages of this package are kept and name the options of the command. Others are summarized after the name of
+    their class.
+
+    Args:
+        error (`BaseException`): What ended the command.
+        command: The typer command, or `None`.
+    """
+    from encdec_slm.errors import missing_package_message, summarize_error
+
+    cause = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and (message := missing_package_message(cause)):
+            return message
+        cause = cause.__cause__
+    text = " ".join(str(error).split())
+    if text and _is_raised_by_this_package(error):
+        return name_options(text, command)
+    summary = summarize_error(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{summary}."
+    name = type(error).__name__
+    return f"{name if summary == name else f'{name}: {summary}'} (`--debug` shows the stack trace)."
+
+
+def _is_raised_by_this_package(error):
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "encdec_slm"
+
+
+def name_options(message: str, command: Any) -> str:
+    """Replace the arguments of library functions in a message by the options of a command.
+
+    Names in backticks, such as `overwrite=True` or `num_beams`, become `--overwrite` or `--num-beams`. Commands that
+    take keys of a recipe keep other names: `lmbda=1` becomes `--lmbda 1`.
+    """
+    if command is None:
+        return message
+    options = {param.name: param.opts[0] for param in command.params if param.param_type_name == "option"}
+    takes_keys = command.context_settings.get("allow_extra_args", False)
+
+    def replace(match):
+        name, value = match.groups()
+        if name in POSITIONAL_ARGUMENTS:
+            return f"`{POSITIONAL_ARGUMENTS[name]}`"
+        if name not in options and not (takes_keys and value):
+            return match[0]
+        option = options.get(name, f"--{name}")
+        if value is None or (name in options and value == "True"):
+            return f"`{option}`"
+        value = value.lower() if value in ("True", "False") else shlex.quote(value.strip("\"'"))
+        return f"`{option} {value}`"
+
+    return re.sub(r"`(\w+)(?:=([^`]+))?`", replace, message)
+
+
+def read_config(ctx: typer.Context, name_or_path: str | None) -> str | None:
+    """Use the values of a YAML file as defaults of a command's options."""
+    if name_or_path is not None and not ctx.resilient_parsing:
+        from encdec_slm.configuration.recipe_files import check_keys, load_recipe
+
+        try:
+            values = {str(key).replace("-", "_"): value for key, value in load_recipe(name_or_path).items()}
+            check_keys(values, {param.name for param in ctx.command.params} - {"config", "help"}, name_or_path)
+        except ValueError as error:
+            raise UsageError(str(error), ctx) from error
+        ctx.default_map = {name: value for name, value in values.items() if value is not None}
+    return name_or_path
+
+
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        is_eager=True,
+        callback=read_config,
+        help="A YAML file with values for these arguments and options. The command line overrides it.",
+    ),
+]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in OUTPUT.")]
+
+__all__ = [
+    *("Config", "Output", "Overwrite", "UsageError"),
+    *("describe_error", "handle_signals", "name_options", "prepare_streams", "print_status", "set_up_logging"),
+]
