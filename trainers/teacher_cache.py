@@ -139,17 +139,19 @@ class Example:
     Args:
         row (`int`): Index of its row in the data set.
         row_fingerprint (`str`): From [`row_fingerprint`].
-        target_ids (`np.ndarray` of shape `(N,)`): Ids of the target in the teacher's vocabulary, end token included.
+        target_ids (`np.ndarray` of shape `(N,)`, *optional*): Ids of the target in the teacher's vocabulary, end token
+            included. `None` if only the text is stored, for students with any tokenizer.
         sample (`int`, *optional*, defaults to 0): Number of the completion, if there are several for a row.
         completion (`str`, *optional*): Text that the teacher generated.
-        ids (list of N `np.ndarray`, *optional*): Token ids for each position: the most probable first.
+        ids (list of N `np.ndarray`, *optional*): Token ids for each position: the most probable first. A position
+            without ids has no distribution.
         log_probs (list of N `np.ndarray`, *optional*): Their log-probabilities over the full vocabulary, in nats.
         counts (list of N `np.ndarray`, *optional*): How often each was drawn.
     """
 
     row: int
     row_fingerprint: str
-    target_ids: np.ndarray
+    target_ids: np.ndarray | None
     sample: int = 0
     completion: str | None = None
     ids: list[np.ndarray] | None = None
@@ -160,7 +162,9 @@ class Example:
         """Return the example as a row of [`SCHEMA`]."""
         columns = dict.fromkeys(SCHEMA.names)
         columns |= {"row": self.row, "sample": self.sample, "row_fingerprint": self.row_fingerprint}
-        columns |= {"completion": self.completion, "label_target_ids": np.asarray(self.target_ids, np.uint32)}
+        columns["completion"] = self.completion
+        if self.target_ids is not None:
+            columns["label_target_ids"] = np.asarray(self.target_ids, np.uint32)
         if self.ids is not None:
             columns["label_num_ids"] = np.array([len(ids) for ids in self.ids], np.uint16)
             columns["label_ids"] = _concatenate(self.ids, np.uint32)

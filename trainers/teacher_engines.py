@@ -7,7 +7,7 @@ B batch, N target tokens, D width, V vocabulary.
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -65,14 +65,26 @@ class CompletionSettings:
 
 
 class Completion(NamedTuple):
-    """A generated text, and whether the teacher ended it (rather than the limit of its length)."""
+    """A generated target.
+
+    Args:
+        text (`str`): Without the end token.
+        is_complete (`bool`): Whether the teacher ended it, rather than the limit of its length.
+        target_ids (`list[int]`, *optional*): Its tokens, if the engine returns their distributions at once.
+        prediction ([`Prediction`], *optional*): The distributions of these tokens.
+    """
 
     text: str
     is_complete: bool
+    target_ids: list[int] | None = None
+    prediction: "Prediction | None" = None
 
 
 class Prediction(NamedTuple):
-    """The stored distributions of one target; see [`~encdec_slm.trainers.teacher_cache.Example`]."""
+    """The stored distributions of one target; see [`~encdec_slm.trainers.teacher_cache.Example`].
+
+    A position without ids has no distribution.
+    """
 
     ids: list[np.ndarray]
     log_probs: list[np.ndarray] | None
@@ -348,11 +360,3 @@ class VLLMEngine:
             ids = [np.array([token_id for _, token_id in one]) for one in best]
             predictions.append(Prediction(ids, [np.array([value for value, _ in one]) for one in best], None))
         return predictions
-
-
-# Each takes the teacher (a model, a folder or a name, as it needs) and its tokenizer.
-ENGINES: dict[str, Callable] = {
-    "transformers": TransformersEngine,
-    "ctranslate2": CTranslate2Engine,
-    "vllm": VLLMEngine,
-}

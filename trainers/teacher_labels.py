@@ -77,7 +77,7 @@ def label_dataset(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With `prompt` (text or messages) and, unless
             completions are generated, `completion`.
-        engine: One of [`~encdec_slm.trainers.teacher_engines.ENGINES`].
+        engine: Such as [`~encdec_slm.trainers.teacher_engines.TransformersEngine`].
         output_dir (`str` or `Path`): Folder of the cache. Shards that are there already are kept.
         settings ([`LabelSettings`]): What to label.
         teacher (`str`): Name of the teacher, for messages.
@@ -112,7 +112,7 @@ def label_dataset(
         examples = labeler.label(batch, start)
         write_shard(folder, header, *span, examples)
         num_rows += len(batch)
-        num_tokens += sum(len(example.target_ids) for example in examples)
+        num_tokens += sum(len(example.target_ids or ()) for example in examples)
         seconds = time.perf_counter() - started
         logger.info(
             f"Labeled rows {start:,} to {span[1] - 1:,}: {num_rows / seconds:.1f} rows/s, {num_tokens / seconds:.0f} "
@@ -123,13 +123,14 @@ def label_dataset(
 
 def build_header(engine, settings: LabelSettings, teacher: str, chat_template_kwargs=None) -> CacheHeader:
     """Build the header of the shards that a run writes."""
-    template = [engine.tokenizer.chat_template, chat_template_kwargs or {}, settings.max_target_length, settings.seed]
+    chat_template = getattr(engine.tokenizer, "chat_template", None)
+    template = [chat_template, chat_template_kwargs or {}, settings.max_target_length, settings.seed]
     digest = hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()
     completions = settings.completions
     return CacheHeader(
         teacher=teacher,
         teacher_fingerprint=engine.fingerprint,
-        tokenizer_fingerprint=tokenizer_fingerprint(engine.tokenizer),
+        tokenizer_fingerprint="" if engine.tokenizer is None else tokenizer_fingerprint(engine.tokenizer),
         template_fingerprint=digest[:32],
         vocab_size=engine.vocab_size,
         distributions=None if settings.distributions is None else str(settings.distributions),
@@ -182,7 +183,11 @@ class _Labeler:
         self.encoder = RowEncoder(engine.tokenizer, max_target_length=settings.max_target_length)
 
     def label(self, rows: Sequence[dict], start: int) -> list[Example]:
-        prompts = [self._encode_prompt(row, index) for index, row in enumerate(rows, start=start)]
+        reads_text = getattr(self.engine, "reads_text", False)
+        prompts = [self._check_prompt(row, index) if reads_text else self._encode_prompt(row, index)
+                   for index, row in enumerate(rows, start=start)]  # fmt: skip
+        if reads_text:
+            return self._from_text(rows, prompts, start)
         if self.settings.completions is None:
             examples = [self._given(row, index) for index, row in enumerate(rows, start=start)]
         else:
@@ -191,14 +196,34 @@ class _Labeler:
             self._add_distributions(examples, prompts, start)
         return examples
 
-    def _encode_prompt(self, row, index):
+    def _from_text(self, rows, prompts, start):
+        """Label by an engine that reads text and returns distributions together with completions."""
+        if self.settings.completions is None:
+            raise ValueError("This engine cannot score given targets. Let it generate them: `completions`.")
+        generated = self.engine.generate(
+            prompts, self.settings.completions, seed=self.settings.seed, distributions=self.settings.distributions
+        )
+        examples = []
+        for index, (row, completions) in enumerate(zip(rows, generated, strict=True), start=start):
+            for sample, (text, _, ids, prediction) in enumerate(completions):
+                stored = {} if prediction is None else prediction._asdict()
+                examples.append(Example(index, _fingerprint(row, self.settings), ids, sample, text, **stored))
+        return examples
+
+    @staticmethod
+    def _check_prompt(row, index):
         if "prompt" not in row:
             raise ValueError(f"Row {index} has the columns {', '.join(row)}, but `prompt` is required. Rename one.")
+        if not row["prompt"]:
+            raise ValueError(f"The prompt of row {index} is empty, but the teacher needs a text to continue.")
+        return row["prompt"]
+
+    def _encode_prompt(self, row, index):
         ids = self.encoder.encode_prompt(
-            row["prompt"], where=f"`prompt` of row {index}", chat_template_kwargs=self.chat_template_kwargs
+            self._check_prompt(row, index),
+            where=f"`prompt` of row {index}",
+            chat_template_kwargs=self.chat_template_kwargs,
         ).input_ids
-        if not ids:
-            raise ValueError(f"The prompt of row {index} is empty, but the teacher needs a token to continue.")
         limit, completions = self.engine.context_length, self.settings.completions
         num_new = completions.max_new_tokens if completions is not None else 1
         if limit is not None and len(ids) + num_new > limit:
@@ -224,8 +249,9 @@ class _Labeler:
         for index, (row, completions) in enumerate(zip(rows, generated, strict=True), start=start):
             for sample, completion in enumerate(completions):
                 ids, _ = self.encoder.encode_target(completion.text, as_continuation=True)
-                # The student must not learn to stop where only the limit stopped the teacher.
-                ids = ids if completion.is_complete else [i for i in ids if i != self.engine.tokenizer.eos_token_id]
+                if not completion.is_complete:  # the student must not learn to stop where only the limit was reached
+                    ids = [token_id for token_id in ids if token_id != self.engine.tokenizer.eos_token_id]
+                ids = None if self.settings.distributions is None else ids
                 examples.append(Example(index, _fingerprint(row, self.settings), ids, sample, completion.text))
         return examples
 
