@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import ast
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +14,10 @@ from transformers import (
 )
 
 import encdec_slm
-from conftest import PROCESSOR_CODE_FILES, VISION_CODE_FILES
 from encdec_slm.configuration import load_preset
 
 
 ROOT = Path(__file__).parent.parent
-# What save_pretrained copies beside a checkpoint.
-SHIPPED = sorted(name.removesuffix(".py") for name in VISION_CODE_FILES | PROCESSOR_CODE_FILES)
 
 
 def test_all_equals_the_public_names():
@@ -49,15 +44,3 @@ def test_the_package_has_one_name_only(folder):
     run = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert "Import this package as `encdec_slm`" in run.stderr
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_files_import_only_what_every_downloader_has(name):
-    path = Path(importlib.import_module(f"encdec_slm.{name}").__file__)
-    allowed = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
-        elif isinstance(node, ast.ImportFrom):
-            sibling = node.level == 1 and node.module in SHIPPED
-            assert sibling or (node.level == 0 and node.module.split(".")[0] in allowed)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way: models <- configuration <- trainers <- command line, with three leaves beside trainers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+# Where the packages lie, the longest names first.
+FOLDERS = {
+    "encdec_slm_cli": ROOT / "modeling_encdec_slm" / "cli",
+    "encdec_slm.configuration": ROOT / "configuration",
+    "encdec_slm.trainers": ROOT / "trainers",
+    "encdec_slm.hub_cards": ROOT / "hub_cards",
+    "encdec_slm": ROOT / "modeling_encdec_slm",
+}
+LEAVES = ("export", "benchmarks", "hub_cards")
+MAY_IMPORT = {
+    "models": ("models",),
+    "configuration": ("models", "configuration"),
+    "trainers": ("models", "configuration", "trainers"),
+    **{leaf: ("models", "configuration", leaf) for leaf in LEAVES},
+    "cli": ("models", "configuration", "trainers", "cli", *LEAVES),
+}
+CORE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
+INSTALLED = {*CORE, "safetensors", "tokenizers", "yaml", "typer", "filelock", "tqdm"}
+# pyarrow and pandas come with datasets.
+TRAIN = {"accelerate", "datasets", "matplotlib", "pandas", "peft", "pyarrow", "rouge_score", "sklearn", "trl"}
+EXPORT = {"ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"}
+PACKAGES = {
+    "models": INSTALLED | {"peft"},
+    "configuration": INSTALLED | {"trl"},
+    "trainers": INSTALLED | TRAIN | {"sacrebleu", "scipy"},
+    "export": INSTALLED | EXPORT,
+    "benchmarks": INSTALLED | EXPORT | {"matplotlib"},
+    "hub_cards": INSTALLED | {"gradio"},
+    "cli": INSTALLED | {"trl"},
+}
+# Arrows that run the wrong way today. Remove an entry with its arrow; add none.
+EXCEPTIONS = {
+    ("encdec_slm.auto_classes", "export"),
+    ("encdec_slm.benchmarks.decoder_only", "export"),
+    ("encdec_slm.benchmarks.engines", "export"),
+    ("encdec_slm.conversion", "hub_cards"),
+    ("encdec_slm.export.onnx_quantization", "trainers"),
+    ("encdec_slm.hub_cards.publishing", "export"),
+    ("encdec_slm.hub_cards.space.twin", "benchmarks"),
+    ("encdec_slm.trainers.distillation_trainer", "hub_cards"),
+    ("encdec_slm.trainers.distilling", "benchmarks"),
+    ("encdec_slm.trainers.finetuning", "hub_cards"),
+}
+SHIPPED = sorted(
+    path.stem for path in FOLDERS["encdec_slm"].glob("*_encdec_*.py") if path.stem.endswith(("_slm", "_vlm"))
+)
+
+
+def module_names():
+    """The path of every module, by its name."""
+    modules = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            if path not in modules.values():
+                parts = path.relative_to(folder).with_suffix("").parts
+                modules[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return modules
+
+
+MODULES = module_names()
+
+
+def layer(module):
+    if module.startswith("encdec_slm_cli"):
+        return "cli"
+    part = module.split(".")[1] if "." in module else ""
+    return part if part in MAY_IMPORT else "models"
+
+
+def imports(module):
+    """Names of all modules that a module imports, inside of functions too."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *filter(None, [node.module])])
+            submodules = [f"{name}.{alias.name}" for alias in node.names]
+            yield from [one if one in MODULES else name for one in submodules]
+
+
+def test_imports_point_one_way():
+    wrong = {
+        (module, layer(imported))
+        for module in MODULES
+        for imported in imports(module)
+        if imported in MODULES and layer(imported) not in MAY_IMPORT[layer(module)]
+    }
+    assert sorted(wrong - EXCEPTIONS) == []
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_layer_needs_only_the_packages_of_its_extra(name):
+    allowed = PACKAGES[name] | sys.stdlib_module_names
+    wrong = {
+        (module, imported)
+        for module in MODULES
+        if layer(module) == name
+        for imported in imports(module)
+        if imported not in MODULES and imported.partition(".")[0] not in allowed
+    }
+    assert sorted(wrong) == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_files_that_ship_import_only_core_packages_and_each_other(name):
+    path = FOLDERS["encdec_slm"] / f"{name}.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.partition(".")[0] for alias in node.names} <= CORE | sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in SHIPPED
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.partition(".")[0] in CORE | sys.stdlib_module_names
+
+
+def test_importing_the_package_loads_no_optional_package():
+    code = "import sys, encdec_slm; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {module.partition(".")[0] for module in run.stdout.split()}
+    # Those that torch and transformers load where they are installed.
+    known = {"accelerate", "pandas", "sklearn", "torchao"}
+    known |= {"ctranslate2"}  # still
+    assert loaded & (TRAIN | EXPORT | {"gradio"}) <= known
