@@ -11,9 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoints import check_hub_name, find_checkpoint_folder
+from ..errors import summarize_error
+from .data_files import read_data_file
+from .prompt_templates import load_prompt_template
 from .row_encoding import RowEncoder
 from .teacher_cache import (
     CacheHeader,
@@ -27,7 +33,8 @@ from .teacher_cache import (
     row_fingerprint,
     write_shard,
 )
-from .teacher_engines import CompletionSettings
+from .teacher_endpoint import OpenAIEngine
+from .teacher_engines import CompletionSettings, CTranslate2Engine, TransformersEngine, VLLMEngine
 
 
 logger = logging.getLogger(__name__)
@@ -70,19 +77,22 @@ def label_dataset(
     *,
     teacher: str,
     rows: tuple[int, int] | None = None,
+    prompt_template: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> TeacherCache | None:
     """Label a data set and write the labels as shards of a teacher cache; resume a run that was stopped.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With `prompt` (text or messages) and, unless
-            completions are generated, `completion`.
+            completions are generated, `completion`. A `source`, if there is one, identifies the row instead of the
+            prompt that was rendered from it.
         engine: Such as [`~encdec_slm.trainers.teacher_engines.TransformersEngine`].
         output_dir (`str` or `Path`): Folder of the cache. Shards that are there already are kept.
         settings ([`LabelSettings`]): What to label.
         teacher (`str`): Name of the teacher, for messages.
         rows (`tuple[int, int]`, *optional*): First row and the row after the last one, to divide the work between
             machines; the first must be a multiple of `rows_per_shard`. `None` labels all rows.
+        prompt_template (`str`, *optional*): How prompts were rendered; labels of other templates are refused.
         chat_template_kwargs (`dict`, *optional*): Variables of the teacher's chat template.
 
     Returns:
@@ -93,7 +103,7 @@ def label_dataset(
             teacher, or its predictions are not numbers.
     """
     folder = Path(output_dir)
-    header = build_header(engine, settings, teacher, chat_template_kwargs)
+    header = build_header(engine, settings, teacher, [prompt_template, chat_template_kwargs or {}])
     done = {(start, stop): path for start, stop, path in find_shards(folder)}
     for path in done.values():
         check_header(read_header(path), header, path)
@@ -121,10 +131,10 @@ def label_dataset(
     return TeacherCache(folder) if rows is None else None
 
 
-def build_header(engine, settings: LabelSettings, teacher: str, chat_template_kwargs=None) -> CacheHeader:
-    """Build the header of the shards that a run writes."""
+def build_header(engine, settings: LabelSettings, teacher: str, prompt_settings: Any = None) -> CacheHeader:
+    """Build the header of the shards that a run writes; `prompt_settings` is what prompts depend on."""
     chat_template = getattr(engine.tokenizer, "chat_template", None)
-    template = [chat_template, chat_template_kwargs or {}, settings.max_target_length, settings.seed]
+    template = [chat_template, prompt_settings, settings.max_target_length, settings.seed]
     digest = hashlib.sha256(json.dumps(template, sort_keys=True, default=str).encode()).hexdigest()
     completions = settings.completions
     return CacheHeader(
@@ -171,7 +181,8 @@ def _check_labeled_rows(path, batch, start, settings):
 
 
 def _fingerprint(row, settings):
-    return row_fingerprint(row["prompt"], None if settings.completions is not None else row.get("completion"))
+    completion = None if settings.completions is not None else row.get("completion")
+    return row_fingerprint(row.get("source", row["prompt"]), completion)
 
 
 class _Labeler:
@@ -265,3 +276,89 @@ class _Labeler:
         )
         for example, prediction in zip(examples, predictions, strict=True):
             example.ids, example.log_probs, example.counts = prediction
+
+
+def load_label_rows(
+    data: str,
+    source_column: str,
+    target_column: str | None,
+    split: str = "train",
+    prompt_template: str | None = None,
+    chat: bool = False,
+) -> Dataset:
+    """Load the rows to label as `source`, `prompt` and, if they have a target, `completion`.
+
+    Args:
+        data (`str`): A data file, or the name of a data set on the Hub.
+        source_column (`str`): Column with the prompt.
+        target_column (`str`, *optional*): Column with the target; `None` if the teacher generates it.
+        split (`str`, *optional*, defaults to `"train"`): Split of a data set on the Hub.
+        prompt_template (`str`, *optional*): Template of the prompt; its fields are the columns.
+        chat (`bool`, *optional*, defaults to `False`): Make the prompt a message of the user.
+
+    Raises:
+        ValueError: The data cannot be read, or lacks a column.
+    """
+    if Path(data).suffix and not Path(data).is_dir():
+        dataset = Dataset.from_list(list(read_data_file(data, "data")))
+    else:
+        try:
+            dataset = load_dataset(data, split=split)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise ValueError(f"The data set {data!r} could not be loaded ({summarize_error(error)}).") from error
+    if len(dataset) == 0:
+        raise ValueError(f"{data!r} has no rows.")
+    for column in (source_column, target_column):
+        if column is not None and column not in dataset.column_names:
+            raise ValueError(f"{data!r} has the columns {', '.join(dataset.column_names)}, but not `{column}`.")
+    render = None if prompt_template is None else load_prompt_template(prompt_template)
+
+    def convert(row):
+        prompt = row[source_column] if render is None else render(row)
+        prompt = [{"role": "user", "content": prompt}] if chat else prompt
+        target = {} if target_column is None else {"completion": row[target_column]}
+        return {"source": row[source_column], "prompt": prompt, **target}
+
+    return Dataset.from_list([convert(row) for row in dataset])
+
+
+def build_engine(
+    name: str,
+    teacher: str,
+    *,
+    batch_tokens: int = 2048,
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    base_url: str | None = None,
+    requests_per_minute: float | None = None,
+) -> Any:
+    """Load a teacher into an engine.
+
+    Args:
+        name (`str`): `"transformers"`, `"ctranslate2"`, `"vllm"` or `"openai"`.
+        teacher (`str`): Folder or name of the teacher.
+        batch_tokens (`int`, *optional*): Most tokens of a batch.
+        dtype (`str`, *optional*): Of the weights in transformers.
+        tokenizer (`str`, *optional*): Folder or name of the tokenizer; the teacher's own by default.
+        base_url (`str`, *optional*): Of an endpoint.
+        requests_per_minute (`float`, *optional*): Rate limit of an endpoint.
+
+    Raises:
+        ValueError: The teacher cannot be loaded, or is not a causal language model.
+    """
+    if name == "openai":
+        loaded = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+        return OpenAIEngine(teacher, loaded, base_url, requests_per_minute=requests_per_minute)
+    if not Path(teacher).is_dir():
+        check_hub_name(teacher)
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer or teacher)
+        if name == "ctranslate2":
+            return CTranslate2Engine(find_checkpoint_folder(teacher), loaded, batch_tokens)
+        if name == "vllm":
+            return VLLMEngine(teacher, loaded)
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}).") from error
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return TransformersEngine(model.to(device), loaded, batch_tokens)

@@ -19,6 +19,7 @@ import typer
 
 from .console import UsageError, describe_error, handle_signals, prepare_streams, print_status, set_up_logging
 from .generation import generate
+from .labeling import label
 from .measurement import bench, evaluate, presets
 from .models import adapt, convert, export
 from .publication import demo, publish
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 for function in (finetune, distill, adapt):  # their keys of a recipe are parsed by TRL
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(function)
-for function in (convert, evaluate, export, bench, generate, publish, demo, presets):
+for function in (label, convert, evaluate, export, bench, generate, publish, demo, presets):
     app.command()(function)
 
 

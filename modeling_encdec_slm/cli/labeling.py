@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`label`: a teacher labels a data set once, into a teacher cache."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from .console import Config, Output, UsageError
+
+
+def label(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or name of a decoder-only model.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="JSON, CSV or Parquet file, or a data set on the Hub.")],
+    output: Output,
+    distributions: Annotated[
+        str | None,
+        typer.Option(metavar="topk:K|sampled:N", help="Store the K most probable tokens, or N drawn ones."),
+    ] = None,
+    completions: Annotated[
+        bool, typer.Option("--completions", help="Let the teacher generate the targets, instead of the data's.")
+    ] = False,
+    engine: Annotated[
+        Literal["transformers", "ctranslate2", "vllm", "openai"],
+        typer.Option(help="What runs the teacher; openai is any compatible endpoint."),
+    ] = "transformers",
+    source_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "source",
+    target_column: Annotated[str, typer.Option(help="Column with the given target.")] = "target",
+    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Jinja template of the teacher's prompt, with the row's columns as fields."),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Send prompts through the chat template, if the teacher has one.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest completion.")] = 64,
+    num_completions: Annotated[int, typer.Option(metavar="N", min=1, help="Completions per row.")] = 1,
+    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Of completions; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from the tokens of this total mass.")] = 1.0,
+    stop: Annotated[str | None, typer.Option(metavar="TEXT", help="End completions before this text.")] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights, with --engine transformers.")
+    ] = "auto",
+    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of a batch.")] = 2048,
+    rows: Annotated[
+        str | None, typer.Option(metavar="START:STOP", help="Label only these rows, to share the work of machines.")
+    ] = None,
+    rows_per_shard: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one file of the cache.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The teacher's tokenizer, for log-probabilities from an endpoint.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the endpoint; its key: OPENAI_API_KEY.")
+    ] = None,
+    requests_per_minute: Annotated[float | None, typer.Option(metavar="N", help="Rate limit of the endpoint.")] = None,
+    config: Config = None,
+):
+    """Label a data set with a teacher, once: its completions, its distributions, or both.
+
+    Distillation then needs no teacher: `encdec-slm distill --teacher_cache OUTPUT`. A run that was stopped resumes
+    when the same command is given again.
+
+    \b
+    Examples:
+      encdec-slm label NAME rows.jsonl outputs/labels --distributions topk:32
+      encdec-slm label NAME rows.jsonl outputs/labels --completions --stop $'\\n' --engine ctranslate2
+      encdec-slm label NAME rows.jsonl outputs/labels --completions --engine openai --base-url http://localhost:8000/v1
+    """
+    from encdec_slm.trainers.prompt_templates import read_prompt_template
+    from encdec_slm.trainers.teacher_cache import DistributionSpec
+    from encdec_slm.trainers.teacher_engines import CompletionSettings
+    from encdec_slm.trainers.teacher_labels import LabelSettings, build_engine, label_dataset, load_label_rows
+
+    try:
+        spec = None if distributions is None else DistributionSpec.parse(distributions)
+        generation = CompletionSettings(max_new_tokens, num_completions, temperature, top_p, stop)
+        generation = generation if completions else None
+        settings = LabelSettings(spec, generation, rows_per_shard=rows_per_shard, seed=seed)
+        span = _parse_rows(rows)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    options = {"batch_tokens": batch_tokens, "dtype": dtype, "tokenizer": tokenizer}
+    options |= {"base_url": base_url, "requests_per_minute": requests_per_minute}
+    runner = build_engine(engine, teacher, **options)
+    chat = chat and (engine == "openai" or runner.tokenizer.chat_template is not None)
+    targets = None if completions else target_column
+    dataset = load_label_rows(data, source_column, targets, split, prompt_template, chat)
+    template = f"{chat} {read_prompt_template(prompt_template)}"
+    cache = label_dataset(dataset, runner, output, settings, teacher=teacher, rows=span, prompt_template=template)
+    print(f"Wrote labels to {output}." if cache is None else f"Labeled {cache.num_rows:,} rows in {output}.")
+
+
+def _parse_rows(text):
+    if text is None:
+        return None
+    start, separator, stop = text.partition(":")
+    if not separator or not start.isdigit() or not stop.isdigit() or int(start) >= int(stop):
+        raise UsageError(f"--rows must be START:STOP, such as 0:1000, got {text!r}.")
+    return int(start), int(stop)
+
+
+__all__ = ["label"]
