@@ -136,7 +136,6 @@ def test_a_converted_folder_sees_and_writes_by_itself(checkpoint, cases, tmp_pat
         assert results[0] == results[1]
         written = results[0][0][0] if isinstance(results[0][0], list) else results[0][0]
         assert isinstance(written["generated_text"], str)
-    assert "image-text-to-text" in (converted / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,14 +148,14 @@ def test_greedy_ids_equal_the_reference(model, cases, case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_aspect_ratio": "pad"}, "asks for image_aspect_ratio 'pad', which the predecessor's"),
-        ({"mm_vision_select_feature": "cls_patch"}, "asks for mm_vision_select_feature 'cls_patch'"),
-        ({"image_grid_pinpoints": "(1x1),(2x2)"}, r"asks for image_grid_pinpoints '\(1x1\),\(2x2\)'"),
-        ({"mm_vision_select_layer": [1, 2]}, r"asks for mm_vision_select_layer \[1, 2\]"),
-        (None, "is the checkpoint of a vision-language model, but beside it is no `config.json`"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio 'pad'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'"),
+        ({"image_grid_pinpoints": "(1x1),(2x2)"}, r"image_grid_pinpoints '\(1x1\),\(2x2\)'"),
+        ({"mm_vision_select_layer": [1, 2]}, r"mm_vision_select_layer \[1, 2\]"),
+        (None, r"config\.json"),
     ],
 )
-def test_settings_that_the_released_model_has_not_are_refused(checkpoint, change, message, tmp_path):
+def test_settings_that_the_released_model_does_not_have_are_refused(checkpoint, change, message, tmp_path):
     folder, vision_config = checkpoint
     (tmp_path / "pytorch_model.bin").symlink_to(folder / "pytorch_model.bin")
     if change is not None:
@@ -168,7 +167,8 @@ def test_settings_that_the_released_model_has_not_are_refused(checkpoint, change
 
 
 @pytest.mark.parametrize(
-    ("dropped", "added", "message"), [("image_newline", None, "1 missing"), (None, "foo", "'foo'")]
+    ("dropped", "added", "message"),
+    [("image_newline", None, "Missing.*image_newline"), (None, "foo", "Unexpected.*foo")],
 )
 def test_weights_that_are_missing_or_left_over_are_refused(checkpoint, dropped, added, message, tmp_path):
     folder, vision_config = checkpoint
@@ -176,7 +176,7 @@ def test_weights_that_are_missing_or_left_over_are_refused(checkpoint, dropped, 
     weights = {name: tensor for name, tensor in weights.items() if name != dropped}
     torch.save(weights if added is None else {**weights, added: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=f"is no model of the predecessor: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         convert_reference_checkpoint(tmp_path, tmp_path / "out", model_config={"vision_config": vision_config})
 
 

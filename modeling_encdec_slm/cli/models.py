@@ -96,11 +96,13 @@ def convert(
       encdec-slm convert model.pt outputs/mu --model-config '{"n_head": 6, "n_kv_head": 3, "is_interleaved": true}'
     """
     from encdec_slm.conversion import convert_reference_checkpoint
+    from encdec_slm.hub_cards.model_cards import write_card
 
     fields = None if model_config is None else _json_object("--model-config", model_config)
     folder = convert_reference_checkpoint(
         path, output, tokenizer=tokenizer, model_config=fields, overwrite=overwrite
     ).resolve()
+    write_card(folder, converted=True)
     print(f"Wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}. Load it with\n")
     print(f"    AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r}, trust_remote_code=True)")
 
