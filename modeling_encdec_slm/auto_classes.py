@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_encdec_slm import EncDecSLMConfig
 from .configuration_encdec_vlm import EncDecVLMConfig
@@ -20,6 +21,7 @@ from .export.ctranslate2_converter import register_loaders as _register_ctransla
 from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
+from .pipeline_encdec_slm import EncDecVLMPipeline
 from .processing_encdec_vlm import EncDecVLMProcessor
 
 
@@ -37,6 +39,8 @@ AutoImageProcessor.register(
     EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
 )
 AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
+# For processors of other families it is transformers' own pipeline.
+PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = EncDecVLMPipeline
 # CTranslate2 is optional, and a broken one is no reason to refuse everything else.
 with contextlib.suppress(ImportError):
     _register_ctranslate2_loaders()

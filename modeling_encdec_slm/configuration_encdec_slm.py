@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What transformers itself reads from keyword arguments or writes into config.json besides the declared fields.
+# Keys that transformers reads from keyword arguments or writes into config.json, besides declared fields.
 COMMON_KEYS = frozenset(
     {
         *("model_type", "name_or_path", "auto_map", "custom_pipelines", "quantization_config", "per_layer_config"),
@@ -26,11 +26,61 @@ COMMON_KEYS = frozenset(
 )
 
 
-class _CustomPipelines(dict):
-    """The pipelines that a folder offers, as `transformers.pipeline` may read them.
+class EncDecPreTrainedConfig(PreTrainedConfig):
+    """Base of the configs of this family: a misspelled argument is an error, an unknown key of a file a warning."""
 
-    It writes into the entry that it reads, so entries are copies; and it asks for trust in the folder's code for every
-    task it finds here, so a task that is registered in this process, and needs no such code, is not found.
+    def __post_init__(self, **kwargs):
+        if unknown := self._unknown_keys(kwargs):
+            raise TypeError(_unknown_field_message(type(self), unknown[0]))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EncDecPreTrainedConfig":
+        """Build the config that a `config.json` describes.
+
+        Args:
+            config_dict (`dict[str, Any]`): Contents of the file. Unknown keys, which a newer version may have written,
+                are kept as plain attributes, with a warning.
+            kwargs: As in [`~transformers.PreTrainedConfig.from_dict`].
+        """
+        unknown = cls._unknown_keys(config_dict)
+        if unknown:
+            logger.warning(
+                f"config.json has {', '.join(map(repr, unknown))}, which {cls.__name__} does not use. A newer version "
+                "of encdec_slm may have written it: update if the model behaves unexpectedly."
+            )
+        known = {key: value for key, value in config_dict.items() if key not in unknown}
+        config = super().from_dict(known, **kwargs)
+        for key in unknown:
+            setattr(config[0] if isinstance(config, tuple) else config, key, config_dict[key])
+        return config
+
+    @classmethod
+    def from_json_file(cls, json_file) -> "EncDecPreTrainedConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
+    def _unknown_keys(cls, keys) -> list[str]:
+        known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | COMMON_KEYS
+        known |= GenerationConfig._get_default_generation_params().keys()
+        return [key for key in keys if key not in known and not key.startswith("_")]
+
+    @property
+    def custom_pipelines(self):
+        if "custom_pipelines" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute `custom_pipelines`: it was never saved.")
+        return _CustomPipelines(self.__dict__["custom_pipelines"])
+
+    @custom_pipelines.setter
+    def custom_pipelines(self, value):
+        self.__dict__["custom_pipelines"] = value
+
+
+class _CustomPipelines(dict):
+    """Pipelines of a checkpoint folder, as `transformers.pipeline` may read them.
+
+    It changes the entry that it reads, so entries are copies. It requires trust in the folder's code for every task
+    that it finds here, so a task whose class is registered in this process, and needs no such code, is not found.
     """
 
     def __getitem__(self, task):
@@ -39,11 +89,13 @@ class _CustomPipelines(dict):
     def __contains__(self, task):
         from transformers.pipelines import PIPELINE_REGISTRY
 
-        return super().__contains__(task) and task not in PIPELINE_REGISTRY.supported_tasks
+        registered = PIPELINE_REGISTRY.supported_tasks.get(task, {}).get("impl")
+        name = getattr(registered, "__name__", registered)
+        return super().__contains__(task) and self[task]["impl"].rpartition(".")[2] != name
 
 
 @strict
-class EncDecSLMConfig(PreTrainedConfig):
+class EncDecSLMConfig(EncDecPreTrainedConfig):
     r"""Sizes, switches and token ids of a text encoder-decoder small language model.
 
     The encoder reads the source once; the decoder runs once per generated token. Fields without a stack's name hold
@@ -130,8 +182,6 @@ class EncDecSLMConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        if unknown := self._unknown_keys(kwargs):
-            raise TypeError(_unknown_field_message(type(self), unknown[0]))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
@@ -139,47 +189,6 @@ class EncDecSLMConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-
-    @property
-    def custom_pipelines(self):
-        if "custom_pipelines" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no attribute `custom_pipelines`: it was never saved.")
-        return _CustomPipelines(self.__dict__["custom_pipelines"])
-
-    @custom_pipelines.setter
-    def custom_pipelines(self, value):
-        self.__dict__["custom_pipelines"] = value
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EncDecSLMConfig":
-        """The config that a `config.json` describes.
-
-        Args:
-            config_dict (`dict[str, Any]`): Contents of the file. Keys that this version does not know are kept as
-                plain attributes, with a warning: a newer version may have written them.
-            kwargs: As in [`~transformers.PreTrainedConfig.from_dict`].
-        """
-        unknown = cls._unknown_keys(config_dict)
-        if unknown:
-            logger.warning(
-                f"config.json has {', '.join(map(repr, unknown))}, which {cls.__name__} does not know and does not "
-                "use. A newer version of encdec_slm may have written it: update if the model behaves unexpectedly."
-            )
-        known = {key: value for key, value in config_dict.items() if key not in unknown}
-        config = super().from_dict(known, **kwargs)
-        for key in unknown:
-            setattr(config[0] if isinstance(config, tuple) else config, key, config_dict[key])
-        return config
-
-    @classmethod
-    def from_json_file(cls, json_file) -> "EncDecSLMConfig":
-        return cls.from_dict(cls._dict_from_json_file(json_file))
-
-    @classmethod
-    def _unknown_keys(cls, keys) -> list[str]:
-        known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | COMMON_KEYS
-        known |= GenerationConfig._get_default_generation_params().keys()
-        return [key for key in keys if key not in known and not key.startswith("_")]
 
     def validate_architecture(self):
         """The rules that hold between fields; `@strict` calls it whenever a config is built."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration_encdec_slm import EncDecSLMConfig
+from .configuration_encdec_slm import EncDecPreTrainedConfig, EncDecSLMConfig
 
 
 # Of CLIP ViT-L/14-336, the predecessor's tower.
@@ -23,7 +23,7 @@ DEFAULT_PINPOINTS = ((336, 336), (672, 672), (672, 1008), (1008, 672))
 
 
 @strict
-class EncDecVLMConfig(PreTrainedConfig):
+class EncDecVLMConfig(EncDecPreTrainedConfig):
     r"""Sizes and conventions of a vision-text encoder-decoder: a text model, a vision tower, and what joins them.
 
     An image becomes one downscaled tile and a grid of tiles of the resolution in `image_grid_pinpoints` that fits it
@@ -83,6 +83,15 @@ class EncDecVLMConfig(PreTrainedConfig):
             self.image_grid_pinpoints = [[tile * side // 336 for side in pinpoint] for pinpoint in DEFAULT_PINPOINTS]
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "EncDecVLMConfig":
+        """Build the config that a `config.json` describes. Args: as in [`EncDecPreTrainedConfig.from_dict`]."""
+        text_config = config_dict.get("text_config")
+        if isinstance(text_config, dict):
+            _check_text_type(text_config.get("model_type", EncDecSLMConfig.model_type))
+            config_dict = {**config_dict, "text_config": EncDecSLMConfig.from_dict(text_config)}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def tile_size(self) -> int:
         """Side of a tile, in pixels."""
@@ -134,14 +143,20 @@ class EncDecVLMConfig(PreTrainedConfig):
 def _text_config(config: Any) -> PreTrainedConfig:
     if config is None:
         return EncDecSLMConfig()
-    fields = copy.deepcopy(config) if isinstance(config, dict) else {"model_type": config.model_type}
-    kind = fields.pop("model_type", EncDecSLMConfig.model_type)
-    if kind != EncDecSLMConfig.model_type:
+    if not isinstance(config, dict):
+        _check_text_type(config.model_type)
+        return config
+    fields = copy.deepcopy(config)
+    _check_text_type(fields.pop("model_type", EncDecSLMConfig.model_type))
+    return EncDecSLMConfig(**fields)
+
+
+def _check_text_type(model_type: str):
+    if model_type != EncDecSLMConfig.model_type:
         raise ValueError(
-            f"`text_config` is of the type {kind!r}, but must be of {EncDecSLMConfig.model_type!r}. Make one of a "
-            "decoder-only model with `from_decoder_only`."
+            f"`text_config` is of the type {model_type!r}, but must be of {EncDecSLMConfig.model_type!r}. Make one of "
+            "a decoder-only model with `from_decoder_only`."
         )
-    return EncDecSLMConfig(**fields) if isinstance(config, dict) else config
 
 
 def _vision_config(config: Any) -> PreTrainedConfig:

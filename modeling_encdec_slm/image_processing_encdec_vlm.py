@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images for the vision-text family: whatever a user has becomes RGB, is cut into tiles, and is counted in tokens."""
+"""Images of the vision-text models: load them as RGB, cut them into tiles, count their tokens."""
 
 import base64
 import io
 import itertools
 import os
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import BatchFeature, LlavaNextImageProcessorPil
-from transformers.image_utils import ChannelDimension, load_image
+from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorKwargs
 
 from .configuration_encdec_vlm import DEFAULT_PINPOINTS, EncDecVLMConfig, grid_shape, num_image_tokens
 
 
-# Above this Pillow itself suspects a decompression bomb; 268 MB as RGB.
+# Pillow's own limit, above which it suspects a decompression bomb; 268 MB as RGB.
 MAX_IMAGE_PIXELS = 89_478_485
-# What the model's config says too, and token counts rest on.
+# Fields that must equal those of the model's config: token counts depend on them.
 GEOMETRY = ("size", "image_grid_pinpoints", "patch_size", "max_num_tiles", "image_newline")
-# What turns an image upright, by its EXIF orientation.
+# Turns an image upright, by its EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,35 +51,29 @@ class EncDecVLMImageProcessorKwargs(LlavaNextImageProcessorKwargs, total=False):
 
 
 class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
-    r"""Cuts images into normalised tiles with Pillow and numpy alone.
+    r"""Cut images into normalized tiles, with Pillow and numpy alone.
 
-    Choosing the grid, resizing, centring on black and cutting are those of
-    [`~transformers.LlavaNextImageProcessorPil`] to the letter. Unlike there, all tiles of all images stand in one
-    tensor without padding, and the model finds out from `image_sizes` which are whose.
+    The grid, resizing, centering on black and cutting are those of [`~transformers.LlavaNextImageProcessorPil`].
+    Unlike there, the tiles of all images are in one tensor without padding; the model reads from `image_sizes` which
+    tiles belong to which image. A small image is enlarged to the smallest resolution, never beyond it, and a side
+    that would shrink to nothing keeps one pixel.
 
-    An image may be a PIL image, a path, the bytes of a file (plain or base64), an `http(s)` URL (which transformers'
-    `load_image` fetches, without transparency), an array or tensor of one (2 or 3 axes) or many (4), or a list of
-    these. Arrays hold integers that fit in 8, 16 or 32 bits, or floats from 0 to 1; 1, 3 or 4 colours
-    are on the last axis or else the first (for tensors the other way round). Of an animation the current frame counts.
-    EXIF orientation is applied, transparency is laid over white, and deep images are scaled to 8 bits.
-    Nothing is larger than its grid: a small image is enlarged to the smallest resolution and never beyond it, and a
-    side that would shrink to nothing keeps one pixel.
+    Images are read by [`load_images`], which lists the accepted types.
 
     Args:
-        size (`dict[str, int]`, *optional*, defaults to `{"height": 336, "width": 336}`): Of a tile, in pixels.
+        size (`dict[str, int]`, *optional*, defaults to `{"height": 336, "width": 336}`): Size of a tile, in pixels.
         patch_size (`int`, *optional*, defaults to 14): Side of a patch of the vision tower, in pixels.
         image_grid_pinpoints (`list[list[int]]`, *optional*): As in [`EncDecVLMConfig`], (height, width) in pixels.
         max_num_tiles (`int`, *optional*, defaults to 3): As in [`EncDecVLMConfig`].
         image_newline (`bool`, *optional*, defaults to `True`): As in [`EncDecVLMConfig`].
-        resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`): Filter of every resizing.
-        do_rescale (`bool`, *optional*, defaults to `True`): Whether to multiply by `rescale_factor`.
-        rescale_factor (`float`, *optional*, defaults to 1/255): Takes 8-bit values to the range 0 to 1.
-        do_normalize (`bool`, *optional*, defaults to `True`): Whether to apply `image_mean` and `image_std`, CLIP's.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to `BICUBIC`): Filter used for resizing.
+        do_rescale (`bool`, *optional*, defaults to `True`): Whether to multiply pixels by `rescale_factor`.
+        rescale_factor (`float`, *optional*, defaults to 1/255): Maps 8-bit values to the range 0 to 1.
+        do_normalize (`bool`, *optional*, defaults to `True`): Whether to apply `image_mean` and `image_std`, by
+            default those of CLIP.
 
     Raises:
-        ValueError: Sizes do not fit together, or an image is damaged, empty, out of range or has more than
-            `MAX_IMAGE_PIXELS` (89,478,485) pixels; the message says which one, counted from 0.
-        TypeError: An image is none of the kinds above.
+        ValueError: `size`, `patch_size` and `image_grid_pinpoints` contradict each other.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -90,7 +85,7 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
     max_num_tiles = 3
     image_newline = True
     image_grid_pinpoints = None
-    # Steps of the base class that tiles of exactly one size do not need.
+    # Steps of the base class that are not needed, since every tile has the same size.
     do_resize = do_center_crop = crop_size = do_pad = do_convert_rgb = None
 
     def __init__(self, **kwargs):
@@ -102,11 +97,11 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
 
     @classmethod
     def from_config(cls, config: EncDecVLMConfig, **kwargs) -> "EncDecVLMImageProcessor":
-        """The image processor of a model: tiles, patches and grids as its config has them.
+        """Build the image processor of a model, with the tiles, patches and grids of its config.
 
         Args:
-            config ([`EncDecVLMConfig`]): Of the model.
-            kwargs: What else differs from the defaults, such as `image_mean`.
+            config ([`EncDecVLMConfig`]): Config of the model.
+            kwargs: Other arguments of the image processor, such as `image_mean`.
         """
         tile = config.tile_size
         geometry = {name: getattr(config, name) for name in ("image_grid_pinpoints", "max_num_tiles", "image_newline")}
@@ -117,7 +112,7 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
         if not tile or tile != self.size.width or not 1 <= self.patch_size <= tile:
             raise ValueError(
                 f"`size` is {dict(self.size)} and `patch_size` {self.patch_size}, but a tile must be a square "
-                '{"height": n, "width": n} with at least one patch. Set both as in the vision tower.'
+                '{"height": n, "width": n} with at least one patch. Set both to those of the vision tower.'
             )
         pinpoints = self.image_grid_pinpoints
         if not pinpoints or any(len(pair) != 2 or min(pair) < 1 or any(s % tile for s in pair) for pair in pinpoints):
@@ -127,7 +122,7 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
             )
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Tokens that stand for an image of `height` x `width` pixels, as many as the model makes features."""
+        """Return how many tokens an image of `height` x `width` pixels takes: one per feature."""
         tile = self.size.height
         return num_image_tokens(
             (height, width),
@@ -139,41 +134,45 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
         )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Tiles that an image of `height` x `width` pixels is cut into, the downscaled one included."""
+        """Return how many tiles an image of `height` x `width` pixels is cut into, the downscaled one included."""
         rows, columns = grid_shape((height, width), self.image_grid_pinpoints, self.size.height)
         return 1 + rows * columns
 
-    def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
-        """RGB images of 8 bits, upright, in the lists that they were given in."""
-        return load_images(image_url_or_urls, input_data_format)
+    def fetch_images(
+        self, image_url_or_urls: Any, input_data_format: str | None = None, timeout: float | None = None
+    ) -> Any:
+        """Load images as RGB, in the same nested lists. Args: as in [`load_images`]."""
+        return load_images(image_url_or_urls, input_data_format, timeout)
 
     def preprocess(self, images: Any, *args, **kwargs) -> BatchFeature:
-        """Tiles and sizes of images.
+        """Cut images into tiles.
 
         Args:
-            images: One image, or images in lists, of the kinds in [`EncDecVLMImageProcessor`].
-            return_tensors (`str`, *optional*): `"pt"` for tensors; `None` means numpy arrays.
-            input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays of which the
-                shape does not tell.
+            images: One image, or images in (nested) lists, of the types that [`load_images`] accepts.
+            return_tensors (`str`, *optional*): `"pt"` for tensors; `None` for numpy arrays.
+            input_data_format (`str`, *optional*): As in [`load_images`].
 
         Returns:
-            [`~transformers.BatchFeature`]: `pixel_values` of shape `(num_tiles, 3, tile, tile)`, float32: image by
-            image the downscaled tile, then the grid row by row; `image_sizes` of shape `(num_images, 2)`, int64:
-            height and width of each image as it stands upright, in pixels.
+            [`~transformers.BatchFeature`]: `pixel_values` of shape `(num_tiles, 3, tile, tile)`, float32: for each
+            image the downscaled tile, then its grid row by row; `image_sizes` of shape `(num_images, 2)`, int64:
+            height and width of each upright image, in pixels.
+
+        Raises:
+            ValueError: There is no image, or an argument differs from the geometry of the model.
         """
         for name in GEOMETRY:
             own = getattr(self, name)
             if kwargs.get(name) is not None and kwargs[name] != own:
                 raise ValueError(
-                    f"`{name}` was given as {kwargs[name]}, but here it is {dict(own) if name == 'size' else own}, as "
-                    "in the model: images of one call cannot have another. Build another image processor (and model)."
+                    f"`{name}` is {kwargs[name]}, but the model of this image processor has "
+                    f"{dict(own) if name == 'size' else own}. Leave it out, or build another image processor."
                 )
         return super().preprocess(images, *args, **kwargs)
 
     def _prepare_image_like_inputs(self, images, *args, input_data_format=None, **kwargs):
         flat = list(flatten_images(self.fetch_images(images, input_data_format)))
         if not flat:
-            raise ValueError("`images` is empty, but needs at least one image. Leave it out for text alone.")
+            raise ValueError("`images` is empty, but at least one image is required. Leave it out for text alone.")
         return [np.moveaxis(np.asarray(image), -1, 0) for image in flat]  # (3, height, width)
 
     def _preprocess(
@@ -199,16 +198,37 @@ class EncDecVLMImageProcessor(LlavaNextImageProcessorPil):
         return BatchFeature({"pixel_values": np.stack(tiles), "image_sizes": sizes}, tensor_type=return_tensors)
 
 
-class _Unusable(ValueError):
-    """Why an image cannot be used; says what to do about it."""
+def load_image(image: Any, input_data_format: str | None = None, timeout: float | None = None) -> Image.Image:
+    """Load one image as RGB. Args and errors: as in [`load_images`], but no lists."""
+    return _load_named(image, "The image", input_data_format, timeout)
 
 
-class _WrongKind(TypeError):
-    """Likewise, of what is no image at all."""
+def load_images(images: Any, input_data_format: str | None = None, timeout: float | None = None) -> Any:
+    """Load images as upright RGB images of 8 bits, in the nested lists in which they were given.
+
+    The one way from an image file to pixels: EXIF orientation is applied, transparency becomes white, and images of
+    more than 8 bits are scaled. Of an animation the current frame is read.
+
+    Args:
+        images: An image or nested lists of images. An image is a PIL image, a path, the bytes of a file (plain or
+            base64), an `http(s)` URL, a dict with `bytes` or `path` (an undecoded cell of `datasets`), or an array or
+            tensor of one (2 or 3 axes) or many images (4 axes). Arrays hold integers that fit in 8, 16 or 32 bits, or
+            floats from 0 to 1; their 1, 3 or 4 colors are on the last axis or else the first, for tensors the other
+            way round.
+        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays whose shape is
+            ambiguous.
+        timeout (`float`, *optional*): Seconds to wait for a URL. `None` waits without a limit.
+
+    Raises:
+        ValueError: An image is damaged, empty, out of range or has more than 89,478,485 pixels. The message names it
+            by its position, from 0.
+        TypeError: An image is of no type listed above.
+    """
+    return _load_nested(images, itertools.count(), input_data_format, timeout)
 
 
 def flatten_images(images: Any) -> Iterator[Image.Image]:
-    """The images of nested lists, in order."""
+    """Yield the images of nested lists, in order."""
     if isinstance(images, (list, tuple)):
         for image in images:
             yield from flatten_images(image)
@@ -216,61 +236,66 @@ def flatten_images(images: Any) -> Iterator[Image.Image]:
         yield images
 
 
-def load_images(images: Any, input_data_format: str | None = None) -> Any:
-    """RGB images of 8 bits, upright, in the lists that they were given in.
-
-    Args: as in [`EncDecVLMImageProcessor.preprocess`].
-
-    Raises: as in [`EncDecVLMImageProcessor`].
-    """
-    return _load(images, itertools.count(), input_data_format)
+class _Unusable(ValueError):
+    """Why an image cannot be used, and what to do about it; the caller puts its name in front."""
 
 
-def _load(images: Any, positions: Iterator[int], input_data_format: str | None) -> Any:
+class _WrongKind(TypeError):
+    """The same for an object that is not an image."""
+
+
+def _load_nested(images, positions, input_data_format, timeout):
     if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
-        return [_load(image, positions, input_data_format) for image in images]
-    name = f"Image {next(positions)}"
-    if isinstance(images, (str, os.PathLike)):
-        name += f" ({os.fspath(images)[-80:]!r})"  # its end tells more than its beginning
+        return [_load_nested(image, positions, input_data_format, timeout) for image in images]
+    return _load_named(images, f"Image {next(positions)}", input_data_format, timeout)
+
+
+def _load_named(image, name, input_data_format, timeout):
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, (str, os.PathLike)):
+        name += f" ({os.fspath(image)[-80:]!r})"  # the end of a path says most
     try:
-        return _load_one(images, input_data_format)
+        return _load(image, input_data_format, timeout)
     except _WrongKind as error:
         raise TypeError(f"{name} {error}") from error
     except _Unusable as error:
         raise ValueError(f"{name} {error}") from error
-    # Pillow's plugins raise anything from OSError to struct.error over a damaged file.
+    # Pillow's plugins raise anything from OSError to struct.error for a damaged file.
     except Exception as error:
         is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is of no known format" if is_unknown else str(error).rstrip(". ") or type(error).__name__
+        reason = "its format is unknown" if is_unknown else str(error).rstrip(". ") or type(error).__name__
         raise ValueError(
-            f"{name} cannot be read: {reason}. Give a whole file of a format that Pillow reads, a PIL image, or an "
+            f"{name} cannot be read: {reason}. Give a complete file of a format that Pillow reads, a PIL image, or an "
             "array."
         ) from error
 
 
-def _load_one(image: Any, input_data_format: str | None) -> Image.Image:
+def _load(image, input_data_format, timeout):
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _to_rgb(_from_array(image, input_data_format))
     if isinstance(image, Image.Image):
         return _to_rgb(image)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _to_rgb(load_image(image))
     if not isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)):
         raise _WrongKind(
-            f"is of type {type(image).__name__}, but must be a PIL image, a path, bytes of a file, or an array. "
-            "Leave out what is no image."
+            f"is of type {type(image).__name__}, but must be a PIL image, a path, a URL, the bytes of a file, or an "
+            "array. Leave out what is not an image."
         )
     try:
-        with Image.open(_file_of(image)) as opened:
+        with Image.open(_open_file(image, timeout)) as opened:
             return _to_rgb(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _Unusable(f"is refused by Pillow: {error} {_too_large()}") from error
 
 
-def _file_of(source: Any) -> Any:
-    """What Pillow opens: the path of a file, or the bytes that `source` has, written out or in base64."""
+def _open_file(source, timeout):
+    """Return what Pillow opens: a path, or a buffer with the bytes of a file (given, from a URL, or from base64)."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "encdec-slm"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return io.BytesIO(response.read())
     if not isinstance(source, str) or os.path.exists(source):
         return source
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
@@ -279,20 +304,20 @@ def _file_of(source: Any) -> Any:
     except ValueError:
         decoded = b""
     if not decoded:
-        raise _Unusable("is no file that exists, nor an image in base64. Correct the path.")
+        raise _Unusable("is neither an existing file nor an image in base64. Correct the path.")
     return io.BytesIO(decoded)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """`image` upright, in RGB of 8 bits, over white; itself where it is so already."""
+    """Convert to upright 8-bit RGB on white; `image` itself if it is that already."""
     _check_size(*image.size)
     image.load()
     if (turn := UPRIGHT.get(_orientation(image))) is not None:
         image = image.transpose(turn)
-        # Its metadata still say that it lies on its side; whoever loads it again would turn it again.
+        # The metadata still have the old orientation: whoever loads the result again would turn it again.
         image.info = {name: value for name, value in image.info.items() if name == "transparency"}
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(_unit_range(np.asarray(image))))
+        image = _scale_to_eight_bits(image)
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     if _is_transparent(image):
@@ -301,46 +326,57 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image):
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    # Its metadata may be damaged where the image is not, and Pillow raises whatever it stumbles over there.
+    # Metadata may be damaged although the image is not; Pillow then raises various errors.
     except Exception:
         return None
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def _scale_to_eight_bits(image):
+    values = np.asarray(image)
+    pixels = values
+    if values.dtype.kind == "f" and values.min() >= 0 and 1 < values.max() <= 255:
+        pixels = values / 255  # Pillow converts 8-bit images to floats from 0 to 255
+    pixels = _eight_bits(pixels)
+    if (transparent := image.info.get("transparency")) is not None:
+        pixels = np.where(values == transparent, np.uint8(255), pixels)
+    return Image.fromarray(pixels)
+
+
+def _is_transparent(image):
     has_alpha = image.mode.endswith("A") or (image.mode == "P" and image.palette.mode.endswith("A"))
     return has_alpha or "transparency" in image.info
 
 
-def _check_size(width: int, height: int):
+def _check_size(width, height):
     if min(width, height) < 1:
         raise _Unusable(f"is {width} x {height} pixels, but needs at least one each way. Leave it out.")
     if width * height > MAX_IMAGE_PIXELS:
         raise _Unusable(f"is {width} x {height} pixels. {_too_large()}")
 
 
-def _too_large() -> str:
-    return f"At most {MAX_IMAGE_PIXELS:,} pixels are decoded, since a small file may claim any size: scale it down."
+def _too_large():
+    return f"At most {MAX_IMAGE_PIXELS:,} pixels are decoded, since a small file may claim any size. Scale it down."
 
 
-def _from_array(array: Any, input_data_format: str | None) -> Image.Image:
+def _from_array(array, input_data_format):
     is_tensor = isinstance(array, torch.Tensor)
     if is_tensor:
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     if array.ndim not in (2, 3):
-        raise _Unusable(f"has shape {array.shape}, but needs (height, width), with or without an axis of colours.")
+        raise _Unusable(f"has shape {array.shape}, but needs (height, width), with or without an axis of colors.")
     if array.ndim == 3:
-        array = np.moveaxis(array, _colour_axis(array.shape, is_tensor, input_data_format), -1)  # (H, W, colours)
+        array = np.moveaxis(array, _color_axis(array.shape, is_tensor, input_data_format), -1)  # (H, W, colors)
     _check_size(array.shape[1], array.shape[0])
     pixels = np.ascontiguousarray(_eight_bits(array))
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _colour_axis(shape: tuple[int, ...], is_tensor: bool, input_data_format: str | None) -> int:
-    """The axis of 1, 3 or 4 colours; where both could be, numpy's habit is the last and torch's the first."""
+def _color_axis(shape, is_tensor, input_data_format):
+    """Return the axis of 1, 3 or 4 colors; if both could be, the last one for numpy and the first one for torch."""
     if input_data_format is not None:
         axes = (0,) if ChannelDimension(input_data_format) == ChannelDimension.FIRST else (2,)
     else:
@@ -350,24 +386,15 @@ def _colour_axis(shape: tuple[int, ...], is_tensor: bool, input_data_format: str
             return axis
     raise _Unusable(
         f"has shape {shape}, where no axis{'' if input_data_format is None else f' of {input_data_format}'} has 1, 3 "
-        "or 4 colours. Give (height, width, colours) or (colours, height, width)."
+        "or 4 colors. Give (height, width, colors) or (colors, height, width)."
     )
 
 
-def _unit_range(values: np.ndarray) -> np.ndarray:
-    """`values` of a deep PIL image; floats from 0 to 255, which Pillow makes of 8 bits, become 0 to 1."""
-    if values.dtype.kind == "f" and values.min() >= 0 and 1 < values.max() <= 255:
-        return values / 255
-    return values
-
-
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """`values` as uint8: the high byte of deeper integers, as Pillow takes it of 16-bit colours."""
+    """Convert to uint8, keeping the high byte of wider integers, as Pillow does with 16-bit colors."""
     kind = values.dtype.kind
     if kind not in "buif":
-        raise _WrongKind(
-            f"is an array of {values.dtype}. Give one of integers such as uint8, or of floats from 0 to 1."
-        )
+        raise _WrongKind(f"is an array of {values.dtype}. Give integers such as uint8, or floats from 0 to 1.")
     if values.dtype == np.uint8:
         return values
     if kind == "b":
@@ -376,19 +403,19 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     if kind == "f":
         if not (smallest >= 0 and largest <= 1):
             raise _Unusable(
-                f"has floats from {smallest} to {largest}, but they must be from 0 to 1. Divide by the largest value "
-                "possible, or give the 8-bit integers."
+                f"has floats from {smallest} to {largest}, but they must be from 0 to 1. Divide by the largest "
+                "possible value, or give the 8-bit integers."
             )
         return np.round(values * 255.0).astype(np.uint8)
     if smallest < 0 or largest > 2**32 - 1:
         raise _Unusable(
             f"has integers from {smallest} to {largest}, but they must be from 0 to 4294967295. Shift them."
         )
-    return (values >> _shift(values.dtype, int(largest))).astype(np.uint8)
+    return (values >> _num_dropped_bits(values.dtype, int(largest))).astype(np.uint8)
 
 
-def _shift(dtype: np.dtype, largest: int) -> int:
-    """Bits to drop. The type tells 16 bits; wider types hold 8, 16, 31 or 32, whichever the largest value needs."""
+def _num_dropped_bits(dtype, largest):
+    """16-bit types drop 8 bits. Wider types hold 8, 16, 31 or 32 bits, whichever the largest value needs."""
     if dtype.kind == "u" and dtype.itemsize == 2:  # in either byte order
         return 8
     return next(bits - 8 for bits in (8, 16, 31, 32) if largest < 2**bits)
@@ -396,4 +423,4 @@ def _shift(dtype: np.dtype, largest: int) -> int:
 
 EncDecVLMImageProcessor.register_for_auto_class()
 
-__all__ = ["EncDecVLMImageProcessor"]
+__all__ = ["EncDecVLMImageProcessor", "load_image", "load_images"]

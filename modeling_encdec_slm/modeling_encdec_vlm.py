@@ -31,6 +31,13 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_encdec_vlm.EncDecVLMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_encdec_vlm.EncDecVLMForConditionalGeneration",
 }
+CUSTOM_PIPELINES = {
+    "image-text-to-text": {
+        "impl": "pipeline_encdec_slm.EncDecVLMPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 
 
 class EncDecVLMProjector(nn.Module):
@@ -53,7 +60,7 @@ class EncDecVLMPreTrainedModel(EncDecSLMPreTrainedModel):
     config: EncDecVLMConfig
     config_class = EncDecVLMConfig
     input_modalities = ("image", "text")
-    _folder_entries = {"auto_map": AUTO_MAP}
+    _folder_entries = {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from transformers import AutoConfig
+from PIL import Image
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 from transformers.utils import logging
 
-from encdec_slm import EncDecSLMConfig
+from conftest import build_model, build_source, build_vision_config, build_vision_model
+from encdec_slm import EncDecSLMConfig, EncDecVLMConfig
 
 
 @pytest.fixture
@@ -18,18 +22,22 @@ def warnings_of_the_library(caplog):
     logger.removeHandler(caplog.handler)
 
 
+@pytest.mark.parametrize("config_class", [EncDecSLMConfig, EncDecVLMConfig])
 @pytest.mark.parametrize(
     ("given", "nearest"),
     [
-        ("hiden_size", "hidden_size"),
-        ("num_encoder_layers", "encoder_num_hidden_layers"),
-        ("num_kv_heads", "num_key_value_heads"),
+        ("initialiser_range", "initializer_range"),
         ("tie_embeddings", "tie_word_embeddings"),
     ],
 )
-def test_a_misspelt_field_is_refused_with_the_nearest_one(given, nearest):
-    with pytest.raises(TypeError, match=rf"EncDecSLMConfig has no field `{given}`\. The nearest field is `{nearest}`"):
-        EncDecSLMConfig(**{given: 4})
+def test_a_misspelled_field_is_refused_with_the_nearest_one(config_class, given, nearest):
+    with pytest.raises(TypeError, match=rf"{config_class.__name__} .*`{given}`.*`{nearest}`"):
+        config_class(**{given: 4})
+
+
+def test_words_of_a_field_in_another_order_are_found():
+    with pytest.raises(TypeError, match=r"EncDecSLMConfig .*`num_encoder_layers`.*`encoder_num_hidden_layers`"):
+        EncDecVLMConfig(text_config={"num_encoder_layers": 4})
 
 
 def test_fields_that_transformers_shares_between_models_pass():
@@ -48,16 +56,55 @@ def test_fields_that_transformers_shares_between_models_pass():
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
 
 
-def test_unknown_keys_of_a_loaded_file_warn_and_are_kept(tmp_path, warnings_of_the_library):
-    written = {**EncDecSLMConfig(hidden_size=64).to_dict(), "field_of_the_future": 7}
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    for load in (EncDecSLMConfig.from_pretrained, AutoConfig.from_pretrained):
+def from_the_future(config):
+    """The config.json of `config`, with keys that this version does not know, at every level."""
+    fields = {**config.to_dict(), "field_of_the_future": 7, "transformers_version": "99.0.0"}
+    for name in ("text_config", "vision_config"):
+        if name in fields:
+            fields[name] = {**fields[name], "nested_field": [1], "transformers_version": "99.0.0"}
+    return fields
+
+
+@pytest.mark.parametrize("config", [EncDecSLMConfig(hidden_size=64), build_vision_config()], ids=["text", "vision"])
+def test_unknown_keys_of_a_newer_file_warn_and_are_kept(config, tmp_path, warnings_of_the_library):
+    (tmp_path / "config.json").write_text(json.dumps(from_the_future(config)))
+    for load in (type(config).from_pretrained, AutoConfig.from_pretrained):
         warnings_of_the_library.clear()
-        config = load(tmp_path)
-        assert config.hidden_size == 64
-        assert config.field_of_the_future == 7
+        loaded = load(tmp_path)
+        assert loaded.get_text_config().hidden_size == config.get_text_config().hidden_size
+        assert loaded.field_of_the_future == 7
         assert "'field_of_the_future'" in warnings_of_the_library.text
-    assert config.to_dict()["field_of_the_future"] == 7
+        if loaded is not loaded.get_text_config():
+            assert loaded.text_config.nested_field == loaded.vision_config.nested_field == [1]
+            assert "'nested_field'" in warnings_of_the_library.text
+    assert loaded.to_dict()["field_of_the_future"] == 7
+
+
+@pytest.mark.parametrize("build", [build_model, build_vision_model])
+def test_a_folder_of_a_newer_version_loads(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(from_the_future(model.config)))
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").write_text(json.dumps({**generation, "field_of_the_future": 7}))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    ids = build_source(5)["input_ids"]
+    assert torch.equal(loaded.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+
+
+def test_a_processor_of_a_newer_version_loads(vision_folder, tmp_path):
+    folder = shutil.copytree(vision_folder, tmp_path / "model")
+    path = folder / "processor_config.json"
+    fields = json.loads(path.read_text())
+    fields = {**fields, "field_of_the_future": 7, "image_processor": {**fields["image_processor"], "another": 8}}
+    path.write_text(json.dumps(fields))
+    loaded = AutoProcessor.from_pretrained(folder)
+    expected = AutoProcessor.from_pretrained(vision_folder)
+    picture = Image.new("RGB", (9, 5), "red")
+    inputs, others = (one.encode_questions("What?", picture) for one in (loaded, expected))
+    assert inputs["input_ids"] == others["input_ids"]
+    assert (inputs["pixel_values"] == others["pixel_values"]).all()
 
 
 def test_a_file_of_this_version_loads_without_a_warning(tmp_path, warnings_of_the_library):

@@ -121,7 +121,13 @@ def test_a_converted_folder_sees_and_writes_by_itself(checkpoint, cases, tmp_pat
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     options = {"model_config": {"vision_config": vision_config}, "tokenizer": tokenizer}
-    converted = convert_reference_checkpoint(folder, tmp_path / "converted", **options)
+    original = tmp_path / "original"
+    original.mkdir()
+    # Room for a question beside the 64 tokens of the image.
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"block_size": 128}
+    (original / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (original / "pytorch_model.bin").symlink_to(folder / "pytorch_model.bin")
+    converted = convert_reference_checkpoint(original, tmp_path / "converted", **options)
     processor = AutoProcessor.from_pretrained(converted)
     image = Image.fromarray(cases["image.landscape.uint8_hwc"].numpy())
     inputs = processor(images=image, text="<image> w5", return_tensors="pt")

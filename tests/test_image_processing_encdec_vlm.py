@@ -2,9 +2,12 @@
 """Images of every kind become the predecessor's tiles, or are refused by name."""
 
 import base64
+import functools
+import http.server
 import io
 import json
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from encdec_slm.configuration_encdec_vlm import grid_shape
-from encdec_slm.image_processing_encdec_vlm import MAX_IMAGE_PIXELS, EncDecVLMImageProcessor
+from encdec_slm.image_processing_encdec_vlm import MAX_IMAGE_PIXELS, EncDecVLMImageProcessor, load_image
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,16 +47,16 @@ def as_file(image, file_format="PNG", **options):
     return file.getvalue()
 
 
-def flat_colour(processor, image):
-    """The one colour, in 8 bits, that all of `image` came out as."""
+def flat_color(processor, image):
+    """The one color, in 8 bits, that all of `image` came out as."""
     pixels = processor(image, do_normalize=False, do_rescale=False, return_tensors="pt").pixel_values
-    colour = pixels[0, :, 0, 0]
-    assert (pixels[0] == colour[:, None, None]).all()
-    return tuple(colour.tolist())
+    color = pixels[0, :, 0, 0]
+    assert (pixels[0] == color[:, None, None]).all()
+    return tuple(color.tolist())
 
 
-def lying_bitmap():
-    """A BMP file whose header claims 999 rows, of which it has 9."""
+def false_bitmap():
+    """A BMP file whose header claims 999 rows instead of 9."""
     file = as_file(Image.new("L", (9, 9)), "BMP")
     return file[:22] + struct.pack("<I", 999) + file[26:]
 
@@ -160,6 +163,28 @@ def test_images_stand_one_after_another_without_padding(processor, picture):
     assert both.image_sizes.tolist() == [[17, 23], [5, 5]]
 
 
+@pytest.fixture
+def url_of(tmp_path):
+    """Serve `tmp_path` on localhost; returns a function from a file name to its URL."""
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield lambda name: f"http://127.0.0.1:{server.server_port}/{name}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_a_url_is_read_like_a_file(processor, tmp_path, url_of):
+    Image.new("RGBA", (6, 4), (*RED, 0)).save(tmp_path / "transparent.png")
+    assert flat_color(processor, url_of("transparent.png")) == WHITE
+    with pytest.raises(ValueError, match=r"Image 0 .*missing.png.* 404"):
+        processor(url_of("missing.png"))
+
+
 def test_every_kind_of_input_gives_the_same(processor, picture, tmp_path):
     path = tmp_path / "picture.png"
     picture.save(path)
@@ -172,9 +197,12 @@ def test_every_kind_of_input_gives_the_same(processor, picture, tmp_path):
         **{"float32": (array / 255).astype(np.float32), "int64": array.astype(np.int64)},
         **{"tensor": torch.tensor(array).permute(2, 0, 1), "16 bits": array.astype(np.uint16) << 8},
         **{"unit tensor": torch.tensor(array / 255, requires_grad=True), "list": [picture], "tuple": (picture,)},
+        **{"undecoded cell": {"bytes": file, "path": None}, "cell of a path": {"bytes": None, "path": str(path)}},
     }
     expected = processor(picture, return_tensors="pt")
     for kind, image in kinds.items():
+        if not isinstance(image, (list, tuple)) and kind != "batch":
+            assert np.array_equal(load_image(image), array), kind
         output = processor(image, return_tensors="pt")
         assert output.image_sizes.tolist() == [[17, 23]], kind
         assert torch.equal(output.pixel_values, expected.pixel_values), kind
@@ -197,8 +225,8 @@ def palette_image(**options):
     return Image.open(io.BytesIO(as_file(image, **options)))
 
 
-def deep(values, file_format="PNG"):
-    return Image.open(io.BytesIO(as_file(Image.fromarray(values), file_format)))
+def deep(values, file_format="PNG", **options):
+    return Image.open(io.BytesIO(as_file(Image.fromarray(values), file_format, **options)))
 
 
 GREYS = {
@@ -217,6 +245,7 @@ GREYS = {
     "floats of a unit": (Image.new("F", (6, 4), 77 / 255), 77),
     "floats between two levels": (np.full((4, 6), 76.7 / 255), 77),
     "booleans": (np.ones((4, 6), dtype=bool), 255),
+    "transparent 16-bit": (deep(np.full((4, 6), 77 * 257, dtype=np.uint16), transparency=77 * 257), 255),
     "transparent grey": (Image.new("LA", (6, 4), (77, 0)), 255),
     "transparent palette": (Image.new("RGBA", (6, 4), (9, 9, 9, 0)).quantize(4), 255),
     "LAB grey": (Image.new("LAB", (6, 4), (84, 128, 128)), 77),
@@ -241,25 +270,25 @@ REDS = {
 @pytest.mark.parametrize("name", GREYS)
 def test_grey_and_deep_images_keep_their_brightness(processor, name):
     image, level = GREYS[name]
-    assert flat_colour(processor, image) == (level,) * 3
+    assert flat_color(processor, image) == (level,) * 3
 
 
 @pytest.mark.parametrize("name", REDS)
-def test_colour_modes_keep_their_colour(processor, name):
-    assert flat_colour(processor, REDS[name]) == RED
+def test_color_modes_keep_their_color(processor, name):
+    assert flat_color(processor, REDS[name]) == RED
 
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
 def test_transparent_entries_of_a_palette_are_white(processor, transparency):
-    assert flat_colour(processor, palette_image(transparency=transparency)) == WHITE
+    assert flat_color(processor, palette_image(transparency=transparency)) == WHITE
 
 
-def test_a_transparent_colour_of_an_rgb_file_is_white(processor):
+def test_a_transparent_color_of_an_rgb_file_is_white(processor):
     file = as_file(Image.new("RGB", (6, 4), RED), transparency=RED)
-    assert flat_colour(processor, file) == WHITE
+    assert flat_color(processor, file) == WHITE
 
 
-def test_resizing_happens_in_colours_and_not_in_palette_indices(processor, picture):
+def test_resizing_happens_in_colors_and_not_in_palette_indices(processor, picture):
     indexed = picture.quantize(16)
     expected = processor(indexed.convert("RGB")).pixel_values
     np.testing.assert_array_equal(processor(indexed).pixel_values, expected)
@@ -303,62 +332,59 @@ def test_the_callers_image_is_left_as_it_is(processor):
 
 
 ARRAY = np.zeros((4, 6, 3))
+# With what the message must contain: the cause of Pillow, a number, a shape.
 REFUSED = {
-    "a truncated file": (
-        as_file(Image.effect_noise((64, 64), 90), "JPEG")[:700],
-        "cannot be read: image file is trunc",
-    ),
-    "a header that lies": (lying_bitmap(), "cannot be read: image file is truncated"),
-    "a changed header": (
-        as_file(Image.new("L", (9, 9)))[:20] + b"\x00\x00\x00\xff" + b"\x00" * 99,
-        "cannot be read: ",
-    ),
-    "text": (b"an essay on pictures", "cannot be read: it is of no known format. Give"),
-    "no bytes": (b"", "cannot be read: it is of no known format. Give"),
-    "a bomb": (png(30000, 30000), "30000 x 30000|900000000 pixels.* At most 89,478,485 pixels"),
-    "a lesser bomb": (png(12000, 12000), "At most 89,478,485 pixels are decoded"),
-    "an image of no height": (Image.new("RGB", (5, 0)), "is 5 x 0 pixels, but needs at least one"),
-    "an array of no width": (np.zeros((4, 0, 3)), "is 0 x 4 pixels, but needs at least one"),
-    "floats above one": (ARRAY + 1.5, "has floats from 1.5 to 1.5, but they must be from 0 to 1. Divide"),
-    "floats below zero": (torch.full((3, 4, 6), -0.5), "has floats from -0.5 to -0.5"),
-    "what is not a number": (ARRAY * np.nan, "has floats from nan to nan"),
-    "negative integers": (np.full((4, 6), -1), "has integers from -1 to -1"),
-    "large integers": (np.full((4, 6), 2**40), "but they must be from 0 to 4294967295"),
-    "deep floats": (Image.new("F", (6, 4), 300.0), "has floats from 300.0 to 300.0"),
-    "five colours": (np.zeros((5, 6, 5), dtype=np.uint8), r"has shape \(5, 6, 5\), where no axis has 1, 3 or 4"),
-    "one axis": (np.zeros(4), r"has shape \(4,\), but needs \(height, width\)"),
-    "a missing file": ("no/such/file.png", "is no file that exists, nor an image in base64. Correct the path"),
-    "a path without a name": ("", "is no file that exists, nor an image in base64. Correct the path"),
-    "base64 of text": ("aGVsbG8=", "cannot be read: it is of no known format"),
-    "a folder": (str(GOLDEN), "cannot be read: "),
+    "a truncated file": (as_file(Image.effect_noise((64, 64), 90), "JPEG")[:700], "truncated"),
+    "a false header": (false_bitmap(), "truncated"),
+    "a changed header": (as_file(Image.new("L", (9, 9)))[:20] + b"\x00\x00\x00\xff" + b"\x00" * 99, "cannot be read"),
+    "text": (b"an essay on pictures", "format"),
+    "no bytes": (b"", "format"),
+    "a bomb": (png(30000, 30000), "89,478,485"),
+    "a smaller bomb": (png(12000, 12000), "89,478,485"),
+    "an image of no height": (Image.new("RGB", (5, 0)), "5 x 0"),
+    "an array of no width": (np.zeros((4, 0, 3)), "0 x 4"),
+    "floats above one": (ARRAY + 1.5, "1.5 to 1.5"),
+    "floats below zero": (torch.full((3, 4, 6), -0.5), "-0.5"),
+    "not a number": (ARRAY * np.nan, "nan"),
+    "negative integers": (np.full((4, 6), -1), "-1"),
+    "large integers": (np.full((4, 6), 2**40), "4294967295"),
+    "deep floats": (Image.new("F", (6, 4), 300.0), "300.0"),
+    "five colors": (np.zeros((5, 6, 5), dtype=np.uint8), r"\(5, 6, 5\)"),
+    "one axis": (np.zeros(4), r"\(4,\)"),
+    "a missing file": ("no/such/file.png", "no/such/file.png"),
+    "a path without a name": ("", "path"),
+    "base64 of text": ("aGVsbG8=", "format"),
+    "a folder": (str(GOLDEN), "golden"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_unusable_images_are_refused_by_their_position(processor, picture, name):
     image, message = REFUSED[name]
-    with pytest.raises(ValueError, match=rf"^Image 1 .*(?:{message})"):
+    with pytest.raises(ValueError, match=f"^Image 1 .*{message}"):
         processor([picture, image])
+    with pytest.raises(ValueError, match=f"^The image .*{message}"):
+        load_image(image)
 
 
 @pytest.mark.parametrize(
-    ("image", "message"), [(None, "of type NoneType"), (7, "of type int"), (np.array([["a"]]), "is an array of <U1")]
+    ("image", "kind"), [(None, "NoneType"), (7, "int"), (np.array([["a"]]), "<U1"), ({"bytes": None}, "NoneType")]
 )
-def test_what_is_no_image_is_refused_by_its_position(processor, picture, image, message):
-    with pytest.raises(TypeError, match=f"^Image 2 .*{message}"):
+def test_objects_of_other_types_are_refused_by_their_position(processor, picture, image, kind):
+    with pytest.raises(TypeError, match=f"^Image 2 .*{kind}"):
         processor([[picture, picture], [image]])
 
 
 def test_a_text_file_named_png_is_refused_by_its_path(processor, tmp_path):
     path = tmp_path / "essay.png"
     path.write_text("an essay on pictures", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"Image 0 \('.*essay.png'\) cannot be read"):
+    with pytest.raises(ValueError, match=r"Image 0 \('.*essay.png'\)"):
         processor(path)
 
 
 @pytest.mark.parametrize("images", [[], [[], []], ()])
 def test_no_images_are_refused(processor, images):
-    with pytest.raises(ValueError, match="`images` is empty, but needs at least one image"):
+    with pytest.raises(ValueError, match="images"):
         processor(images)
 
 
@@ -367,18 +393,18 @@ def test_the_limit_counts_pixels_that_a_file_claims(processor, monkeypatch):
     monkeypatch.setattr("encdec_slm.image_processing_encdec_vlm.MAX_IMAGE_PIXELS", 24)
     processor(Image.new("RGB", (6, 4)))
     for image in (Image.new("RGB", (5, 5)), np.zeros((5, 5, 3)), as_file(Image.new("RGB", (5, 5)))):
-        with pytest.raises(ValueError, match=r"Image 0 is 5 x 5 pixels\. At most 24 pixels are decoded"):
+        with pytest.raises(ValueError, match=r"Image 0 .*5 x 5.* 24 "):
             processor(image)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": {"height": 28, "width": 14}}, "`size` is {'height': 28, 'width': 14}"),
-        ({"size": {"shortest_edge": 28}}, "`size` is {'shortest_edge': 28}"),
-        ({"size": 28, "patch_size": 29}, "`patch_size` 29, but a tile must be a square"),
-        ({"size": 32, "image_grid_pinpoints": [[32, 48]]}, r"\[\[32, 48\]\], but must .* multiples .* \(32\)"),
-        ({"size": 32, "image_grid_pinpoints": []}, "must have at least one"),
+        ({"size": {"height": 28, "width": 14}}, "`size`"),
+        ({"size": {"shortest_edge": 28}}, "`size`"),
+        ({"size": 28, "patch_size": 29}, "`patch_size` 29"),
+        ({"size": 32, "image_grid_pinpoints": [[32, 48]]}, "`image_grid_pinpoints`.*48.*32"),
+        ({"size": 32, "image_grid_pinpoints": []}, "`image_grid_pinpoints`"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(options, message):
@@ -387,7 +413,7 @@ def test_sizes_that_contradict_each_other_are_refused(options, message):
 
 
 def test_sizes_are_the_models_and_not_of_one_call(processor, picture):
-    with pytest.raises(ValueError, match="`max_num_tiles` was given as 9, but here it is 3"):
+    with pytest.raises(ValueError, match=r"`max_num_tiles` is 9.* 3"):
         processor(picture, max_num_tiles=9)
     processor(picture, size={"height": 28, "width": 28}, max_num_tiles=3)
 

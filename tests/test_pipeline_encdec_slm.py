@@ -10,14 +10,20 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import peft
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     BartConfig,
     BartForConditionalGeneration,
+    BatchFeature,
     GenerationConfig,
+    ImageTextToTextPipeline,
     LlamaConfig,
     LlamaForCausalLM,
     MBartTokenizer,
@@ -37,6 +43,7 @@ from encdec_slm import (
     Text2TextGenerationPipeline,
     restore_text2text_pipelines,
 )
+from encdec_slm.pipeline_encdec_slm import EncDecVLMPipeline
 
 
 # Older releases of transformers 5 do not name what they removed.
@@ -632,3 +639,82 @@ def test_folders_hub_ids_and_adapters_work_where_the_package_is_not_installed(
     assert results["adapter"] == through_adapter(sources) != expected
     assert "has been removed" in results["summarization"] and "trust_remote_code=True" in results[TASK]
     assert "is of type int" in results["int"]
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def vision(vision_folder):
+    """A model and its processor, whose chat template changes the question."""
+    processor = AutoProcessor.from_pretrained(vision_folder)
+    processor.chat_template = "Q: {{ messages[0]['content'][-1]['text'] }} <image>"
+    return AutoModelForImageTextToText.from_pretrained(vision_folder).eval(), processor
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A transparent and a 16-bit picture, as files, and what they look like."""
+    Image.new("RGBA", (20, 10), (255, 0, 0, 90)).save(tmp_path / "transparent.png")
+    Image.fromarray(np.full((10, 20), 90 * 257, dtype=np.uint16)).save(tmp_path / "deep.png")
+    colors = {"transparent.png": (255, 165, 165), "deep.png": (90, 90, 90)}
+    return {str(tmp_path / name): Image.new("RGB", (20, 10), color) for name, color in colors.items()}
+
+
+def seen(pipe):
+    """The inputs of the model in each later call of a pipeline."""
+    calls = []
+    pipe.model.model.encoder.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    return calls
+
+
+def image_pipelines(vision, folder):
+    model, processor = vision
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    yield pipeline("image-text-to-text", model=str(folder))
+    yield pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
+    yield pipeline("image-text-to-text", model=copy.deepcopy(model), processor=processor)
+
+
+def test_every_image_pipeline_reads_pixels_and_prompts_as_the_processor(vision, pictures, tmp_path):
+    options = {"max_new_tokens": 2, "return_full_text": False}
+    for pipe in image_pipelines(vision, tmp_path / "model"):
+        calls = seen(pipe)
+        for path, plain in pictures.items():
+            expected = vision[1].encode_questions("What?", plain, return_tensors="pt")
+            chat = [{"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": "What?"}]}]
+            with Image.open(path) as opened:
+                results = [
+                    pipe(images=path, text="What?", **options),
+                    pipe(images=opened, text="What?", **options),
+                    pipe(images=[path], text=["What?"], **options),
+                    pipe(text=chat, **options),
+                ]
+            assert len({result[0]["generated_text"] for result in results}) == 1
+            for call in calls:
+                assert torch.equal(call["input_ids"], expected["input_ids"])
+                torch.testing.assert_close(call["pixel_values"], expected["pixel_values"])
+            calls.clear()
+
+
+def test_questions_about_images_are_refused_or_cut_when_they_are_too_long(vision, pictures):
+    pipe = pipeline("image-text-to-text", model=vision[0], processor=vision[1], max_new_tokens=2)
+    path, limit = next(iter(pictures)), vision[0].config.text_config.max_position_embeddings
+    question = "word " * limit
+    chat = [{"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": question}]}]
+    calls = seen(pipe)
+    for inputs in ({"images": path, "text": question}, {"text": chat}):
+        with pytest.raises(ValueError, match=f"{limit}.*truncation"):
+            pipe(**inputs)
+        pipe(**inputs, truncation=True)
+        assert limit - 4 <= calls[-1]["input_ids"].shape[1] <= limit
+
+
+def test_image_pipelines_of_other_families_are_transformers_own():
+    assert issubclass(EncDecVLMPipeline, ImageTextToTextPipeline)
+    pipe = EncDecVLMPipeline.__new__(EncDecVLMPipeline)
+    pipe.processor = lambda **inputs: BatchFeature(inputs)
+    pipe.model = torch.nn.Linear(1, 1)
+    inputs = {"images": Image.new("RGBA", (2, 2), (0, 0, 0, 0)), "text": "What?"}
+    assert pipe.preprocess(inputs)["images"].getpixel((0, 0)) == (0, 0, 0)

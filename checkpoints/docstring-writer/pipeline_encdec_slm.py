@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `text2text-generation`, `summarization` and `translation` pipelines, which transformers 5 no longer has."""
+"""Pipelines: `text2text-generation`, `summarization` and `translation`, which transformers 5 removed, and
+`image-text-to-text` with the prompts and images of the family's processor."""
 
 import copy
 import re
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, pipelines
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, ImageTextToTextPipeline, Pipeline, pipelines
 from transformers import __version__ as transformers_version
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import ModelOutput
@@ -251,6 +252,38 @@ class Text2TextGenerationPipeline(Pipeline):
         return records
 
 
+class EncDecVLMPipeline(ImageTextToTextPipeline):
+    """The `image-text-to-text` pipeline, with the prompts and images of [`EncDecVLMProcessor`].
+
+    It differs from [`~transformers.ImageTextToTextPipeline`] in three points: a plain text is a question, to which
+    the processor's chat template is applied; images are loaded by the processor (transparency is white, 16-bit images
+    keep their brightness); an input that is longer than the model allows is refused, or cut with `truncation=True`.
+    With processors of other families it is transformers' pipeline.
+
+    Args: as in [`~transformers.ImageTextToTextPipeline`].
+    """
+
+    def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **processing_kwargs):
+        is_chat = not isinstance(inputs, (str, list, tuple, dict))
+        is_continued = is_chat and (continue_final_message or inputs.messages[-1]["role"] == "assistant")
+        if is_continued or not hasattr(self.processor, "encode_questions"):
+            return super().preprocess(inputs, timeout, continue_final_message, **processing_kwargs)
+        options = {"return_tensors": "pt", **(processing_kwargs.pop("processor_kwargs", None) or processing_kwargs)}
+        limit = min(_declared_lengths(self.model.config, "encoder").values(), default=None)
+        options = {"max_length": limit, **options}
+        if is_chat:
+            text = inputs
+            model_inputs = self.processor.encode_chats(inputs.messages, **options)
+        else:
+            images, text = (inputs["images"], inputs["text"]) if isinstance(inputs, dict) else (None, inputs)
+            if images is not None:
+                images = self.processor.image_processor.fetch_images(images, timeout=timeout)
+            model_inputs = self.processor.encode_questions(text, images, **options)
+        model_inputs = model_inputs.to(dtype=self.dtype)
+        model_inputs["text"] = text
+        return model_inputs
+
+
 def _without_none(params):
     return {key: value for key, value in params.items() if value is not None}
 
@@ -318,4 +351,4 @@ def restore_text2text_pipelines():
         registry.task_aliases = _TaskAliases(registry.task_aliases)
 
 
-__all__ = ["Text2TextGenerationPipeline", "restore_text2text_pipelines"]
+__all__ = ["EncDecVLMPipeline", "Text2TextGenerationPipeline", "restore_text2text_pipelines"]
