@@ -159,11 +159,10 @@ class AnswerGenerator:
         return config
 
     def _own_limit(self):
-        """Return the most new tokens that the checkpoint generates, if that is fewer than its positions."""
-        config, positions = self.model.generation_config, max_length(self.model.config, "decoder")
+        """Return the most new tokens that the checkpoint generates, if its generation config has a limit."""
+        config = self.model.generation_config
         # The start token counts in `max_length`.
-        limit = config.max_new_tokens or (config.max_length and config.max_length - 1)
-        return None if positions is not None and limit is not None and limit >= positions - 1 else limit
+        return config.max_new_tokens or (config.max_length and config.max_length - 1)
 
     def _find_overridden_settings(self):
         """Return the settings of the checkpoint that this run replaces, with their values in the checkpoint."""
