@@ -234,6 +234,12 @@ def test_a_question_about_an_image_is_answered(vision_folder, picture, printed):
     assert answer == printed("generate", vision_folder, *options, "--no-stream")
 
 
+def test_a_question_that_is_too_long_is_refused_or_cut(vision_folder, picture, printed, message):
+    options = ["word " * 600, "--image", picture, "--max-new-tokens", 3]
+    assert "--truncation" in message(1, "generate", vision_folder, *options)
+    printed("generate", vision_folder, *options, "--truncation")
+
+
 def test_a_text_that_begins_with_a_dash_is_read(folder, printed, message):
     assert printed("generate", folder, "--max-new-tokens", 3, "--", "-1 is a number")
     assert "`--`" in message(2, "generate", folder, "-1 is a number")

@@ -125,11 +125,9 @@ def _decode(origin, content):
 
 
 def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
-    from transformers import ImageTextToTextPipeline
-
     from encdec_slm.checkpoints import has_vision, load_checkpoint
     from encdec_slm.export.bundles import MANIFEST
-    from encdec_slm.pipeline_encdec_slm import Text2TextGenerationPipeline
+    from encdec_slm.pipeline_encdec_slm import EncDecVLMPipeline, Text2TextGenerationPipeline
 
     if Path(name, subfolder or "", MANIFEST).is_file():
         model, processing_class = _load_export(Path(name, subfolder or ""))
@@ -146,7 +144,7 @@ def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
         raise UsageError(f"{name} is a text model, which cannot read images: leave --image out.")
     if image is None:
         return Text2TextGenerationPipeline(model, processing_class)
-    return ImageTextToTextPipeline(model=model, processor=processing_class)
+    return EncDecVLMPipeline(model=model, processor=processing_class)
 
 
 def _load_export(folder):
@@ -162,11 +160,8 @@ def _load_export(folder):
 def _generate(pipe, text, image, settings, truncation):
     if image is None:
         return pipe(text, truncation=truncation, **settings)[0]["generated_text"]
-    try:
-        answers = pipe(images=image, text=text, return_full_text=False, generate_kwargs=settings)
-    except OSError as error:
-        raise ValueError(f"{image} cannot be read as an image. Give a PNG or JPEG file.") from error
-    return answers[0]["generated_text"]
+    options = {"return_full_text": False, "generate_kwargs": settings, "truncation": truncation}
+    return pipe(images=image, text=text, **options)[0]["generated_text"]
 
 
 __all__ = ["generate"]
