@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..adaptation import from_decoder_only
-from ..benchmarks.generation_speed import compare_speed
+from ..generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .decoder_only_training import train_decoder_only, train_seconds_of
 from .distillation_config import Seq2SeqDistillationConfig

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from encdec_slm import EncDecSLMConfig, EncDecVLMConfig
-from encdec_slm.benchmarks.generation_speed import decode_rate, token_seconds
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.configuration_encdec_vlm import num_image_tokens
+from encdec_slm.generation_speed import decode_rate, token_seconds
 
 
 # Each times both models, in turn: a busy moment of the machine hits both.

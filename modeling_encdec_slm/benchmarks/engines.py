@@ -17,9 +17,9 @@ from ..export.onnx_model import _session
 from ..export.onnx_quantization import quantized_graphs
 from ..export.onnx_runtime import DynamicEngine, Graph
 from ..export.openvino_model import Compiler, OpenVINOGraph
+from ..generation_speed import token_seconds
 from .contenders import MODULES, OURS, TWIN, Contender, random_model
 from .decoder_only import decoder_only_spec, decoder_only_token_seconds, export_decoder_only
-from .generation_speed import token_seconds
 
 
 # Source ids and a number of new tokens -> seconds from the call until each of these is known.

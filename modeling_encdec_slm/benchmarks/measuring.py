@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..generation_speed import decode_rate
 from .contenders import OURS, TWIN, Contender, config_of, has_bfloat16_units, needs_of
 from .engines import TORCH_ENGINES, bundle_folder, import_engine, load, prepare
-from .generation_speed import decode_rate
 from .machine import in_new_process, machine, matmul_rate, memory_bandwidth
 from .workers import Worker
 
