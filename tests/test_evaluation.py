@@ -171,6 +171,24 @@ def test_long_questions_keep_their_images(vision_folder):
         assert source.input_ids.count(model.config.image_token_id) == num_image_tokens
 
 
+@pytest.mark.parametrize("question", ["what?", "is <image> red?", "typed <image> twice <image>", "long " * 90])
+@pytest.mark.parametrize("has_own_template", [False, True])
+def test_questions_are_encoded_as_by_pipelines_and_the_page(vision_folder, question, has_own_template):
+    model, processor = load_checkpoint(vision_folder)
+    if has_own_template:
+        processor.chat_template = (
+            "{% for message in messages %}Q:{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}"
+            "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+        )
+    picture = PILImage.new("RGBA", (16, 16))
+    source = AnswerGenerator(model, processor, max_source_length=200)._encode(
+        Example(question, ("a",), images=lambda: [picture])
+    )
+    expected = processor.encode_questions(question, picture, truncation=True, max_length=200, return_tensors="pt")
+    assert source.input_ids == expected["input_ids"][0].tolist()
+    torch.testing.assert_close(source.image_inputs["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
+
+
 # Resuming
 
 

@@ -76,7 +76,8 @@ class ImageRowEncoder(RowEncoder):
     def _render(self, source, messages):
         """Return the text that the processor reads, and whether a chat template made it."""
         if not isinstance(source, str) and self.processor.chat_template is not None:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True
+            # The decoder starts the answer, so the prompt of the encoder does not.
+            return self.processor.apply_chat_template(messages, tokenize=False), True
         return join_text(messages, self.processor.image_token), False
 
     def _shorten_messages(self, source, messages, images, where):
