@@ -29,10 +29,12 @@ from trl import ModelConfig
 
 from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.adaptation import STRATEGIES, from_decoder_only
+from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import list_presets
+from encdec_slm.run_results import RunResults, package_versions
 from encdec_slm.trainers.decoder_only_training import train_decoder_only, train_seconds_of
-from encdec_slm.trainers.finetuning import FinetuneArguments, finetune
-from encdec_slm.trainers.run_reports import run_script, versions, write_file
+from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
+from encdec_slm.trainers.run_reports import run_script
 from encdec_slm.trainers.seq2seq_data import load_splits
 
 
@@ -63,7 +65,7 @@ EVERY_RUN = {
 SCORES = {
     "loss": "loss (nats per token)",
     "rougeL": "ROUGE-L",
-    "rougeL_other_rows": "ROUGE-L beside other rows",
+    "rougeL_shuffled": "ROUGE-L, shuffled references",
     "before": "loss before training",
 }
 
@@ -78,7 +80,7 @@ def main():
     runs = train_students(folder)
     table = study_table(runs)
     results = {"preset": arguments.preset, "source_train_seconds": train_seconds_of(folder / "source")}
-    results |= {"students": runs, "versions": versions()}
+    results |= {"students": runs, "versions": package_versions()}
     write_file(folder / "study.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
     write_file(folder / "study.md", lambda path: path.write_text(table + "\n", encoding="utf-8"))
     write_file(folder / "study.png", lambda path: study_figure(runs).savefig(path, format="png", dpi=120))
@@ -119,15 +121,18 @@ def train_student(study, beginning, seed):
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / "log.txt").open("w", encoding="utf-8")
         with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            write_student(study / "source", beginning, seed, folder / "begin")
+            begin = folder.with_name(f"{folder.name}-begin")
+            write_student(study / "source", beginning, seed, begin)
             args = FinetuneArguments(max_source_length=MAX_SOURCE_LENGTH, max_target_length=MAX_TARGET_LENGTH)
             training_args = Seq2SeqTrainingArguments(str(folder), seed=seed, **EVERY_RUN, **STUDENT_RUN)
-            finetune(args, training_args, ModelConfig(str(folder / "begin")))
-        shutil.rmtree(folder / "begin")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    scores = {name: results["after"][name] for name in ("loss", "rougeL", "rougeL_other_rows")}
-    kept = {name: results[name] for name in ("validation", "num_parameters", "train_steps", "train_seconds", "device")}
-    return {"beginning": beginning, "seed": seed, **scores, "before": results["before"]["loss"], **kept}
+            finetune(args, training_args, ModelConfig(str(begin)))
+        shutil.rmtree(begin)
+    results = RunResults.load(folder / "results.json")
+    scores = {name: results.saved.metrics[name].value for name in ("loss", "rougeL", "rougeL_shuffled")}
+    scores["before"] = results["before training"].metrics["loss"].value
+    sizes = {name: getattr(results.saved, name) for name in ("num_parameters", "train_seconds")}
+    kept = {name: getattr(results, name) for name in ("validation_losses", "train_steps", "device")}
+    return {"beginning": beginning, "seed": seed, **scores, **sizes, **kept}
 
 
 def write_student(source, beginning, seed, folder):
@@ -178,7 +183,7 @@ def study_figure(runs):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for beginning in BEGINNINGS:
-        curves = [run["validation"] for run in runs if run["beginning"] == beginning]
+        curves = [run["validation_losses"] for run in runs if run["beginning"] == beginning]
         points = [(step[0]["step"], [entry["loss"] for entry in step]) for step in zip(*curves, strict=True)]
         steps = [step for step, _ in points]
         (line,) = axes.plot(steps, [statistics.mean(losses) for _, losses in points], label=beginning)

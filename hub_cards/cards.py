@@ -23,7 +23,7 @@ def model_card(name: str, config: PreTrainedConfig, results: dict[str, Any]) -> 
     Args:
         name (`str`): Heading of the card.
         config ([`EncDecSLMConfig`]): Of the model.
-        results (`dict`): What [`~encdec_slm.trainers.finetuning.finetune`] returned.
+        results (`dict`): What [`~encdec_slm.trainers.finetune_job.finetune`] returned.
     """
     counts = results["rows"]["train"]
     return ModelCard.from_template(

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -154,6 +155,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def find_source_folders(name_or_path: str | Path | None) -> list[str]:
+    """Return what loading a checkpoint reads: the checkpoint and, if it is a local LoRA adapter, its base model."""
+    if name_or_path is None:
+        return []
+    sources = [str(name_or_path)]
+    with contextlib.suppress(OSError, ValueError):
+        adapter = json.loads(Path(name_or_path, ADAPTER_FILE).read_text(encoding="utf-8"))
+        sources.append(adapter.get("base_model_name_or_path") or sources[0])
+    return sources
+
+
 # Load
 
 
@@ -269,7 +281,10 @@ def _load_adapter(name, options, adapter, dtype, kwargs):
     base_model, _ = load_checkpoint(
         base_name, dtype=dtype, trust_remote_code=options["trust_remote_code"], adapter="refuse", **kwargs
     )
-    return PeftModel.from_pretrained(base_model, name, is_trainable=adapter == "train", **peft_options)
+    model = PeftModel.from_pretrained(base_model, name, is_trainable=adapter == "train", **peft_options)
+    with contextlib.suppress(OSError):  # saved by our training jobs, not by PEFT
+        base_model.generation_config = GenerationConfig.from_pretrained(name, **peft_options)
+    return model
 
 
 def _load_weights(name, options, dtype, kwargs):
@@ -535,6 +550,7 @@ __all__ = [
     "check_hub_name",
     "check_no_overlap",
     "find_checkpoint_folder",
+    "find_source_folders",
     "foreign_files",
     "has_vision",
     "load_checkpoint",

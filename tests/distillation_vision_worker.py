@@ -27,7 +27,7 @@ from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
 from encdec_slm.trainers import Seq2SeqDistillationTrainer
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 TILE, PATCH = 28, 14

@@ -40,7 +40,7 @@ def test_students_have_one_shape_and_as_many_steps(finished):
     assert list(runs) == ["even", "first-last", "random"]
     assert len({(run["num_parameters"], run["train_steps"]) for run in runs.values()}) == 1
     assert len({run["loss"] for run in runs.values()}) == 3
-    assert all([entry["step"] for entry in run["validation"]] == [1] for run in runs.values())
+    assert all([entry["step"] for entry in run["validation_losses"]] == [1] for run in runs.values())
 
 
 def test_a_copied_student_knows_the_source_and_a_random_one_does_not(study, finished, tmp_path):

@@ -23,7 +23,7 @@ from conftest import build_byte_tokenizer, randomize, save_text_folder
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import list_tasks
-from encdec_slm.trainers.run_reports import preset_config
+from encdec_slm.trainers.new_models import preset_config
 
 
 PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))

@@ -41,7 +41,7 @@ from transformers import (
 
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
 from encdec_slm.trainers import Seq2SeqDistillationTrainer
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 # The loss

@@ -18,14 +18,14 @@ from trl import ModelConfig
 from encdec_slm.configuration.recipe_files import list_recipes
 from encdec_slm.trainers import Seq2SeqDistillationConfig
 from encdec_slm.trainers.distilling import DistillArguments
-from encdec_slm.trainers.finetuning import FinetuneArguments
-from encdec_slm.trainers.vqa import VqaArguments
+from encdec_slm.trainers.finetune_job import FinetuneArguments
+from encdec_slm.trainers.vision_job import VisionArguments
 
 
 ROOT = Path(__file__).parent.parent
 TRAINING_ARGUMENTS = (
     *(FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig),
-    *(DistillArguments, Seq2SeqDistillationConfig, VqaArguments),
+    *(DistillArguments, Seq2SeqDistillationConfig, VisionArguments),
 )
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
 NAMES = ("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq")

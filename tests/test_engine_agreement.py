@@ -10,8 +10,7 @@ from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
 from encdec_slm.trainers.engine_agreement import agreement
-from encdec_slm.trainers.run_reports import preset_config
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import preset_config, train_tokenizer
 from encdec_slm.trainers.tasks import docstrings
 
 

@@ -12,8 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from conftest import randomised
 from encdec_slm import EncDecSLMForConditionalGeneration
-from encdec_slm.trainers.run_reports import preset_config
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import preset_config, train_tokenizer
 
 
 ROWS = [

@@ -17,7 +17,7 @@ from transformers.processing_utils import TextKwargs
 
 from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vision_golden.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from conftest import randomised
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from encdec_slm import (
 )
 from encdec_slm.configuration import decoder_only_twin, load_preset
 from encdec_slm.configuration.sizes import preset_table
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent

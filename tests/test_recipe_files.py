@@ -9,7 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 from trl import ModelConfig
 
 from encdec_slm.configuration.recipe_files import RECIPES, list_recipes, load_recipe, parse_recipe
-from encdec_slm.trainers.finetuning import FinetuneArguments
+from encdec_slm.trainers.finetune_job import FinetuneArguments
 
 
 FINETUNE_CLASSES = (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from encdec_slm.trainers import run_reports
+from encdec_slm.trainers.new_models import preset_config
 from encdec_slm.trainers.run_reports import first_lines, run_script, score_texts, write_file, write_run_files
 
 
@@ -44,7 +44,7 @@ def test_a_long_text_is_shown_by_its_first_lines():
 def test_a_script_ends_with_a_sentence_on_wrong_input_and_with_a_trace_on_a_bug(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["folder/distill.py"])
     with pytest.raises(SystemExit, match=r"distill\.py: .*Available presets"):
-        run_script(lambda: run_reports.preset_config("unknown", FakeTokenizer()))
+        run_script(lambda: preset_config("unknown", FakeTokenizer()))
     with pytest.raises(ValueError, match="a bug"):
         run_script(fail)
 

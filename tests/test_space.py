@@ -21,8 +21,7 @@ from encdec_slm import (
     EncDecVLMForConditionalGeneration,
 )
 from encdec_slm.hub_cards.space import app, twin, write_space
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
-from encdec_slm.trainers.vqa import new_processor
+from encdec_slm.trainers.new_models import build_processor, train_tokenizer
 
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install encdec-slm[demo]")
@@ -52,7 +51,7 @@ def save_vision_folder(folder):
     )
     torch.manual_seed(0)
     EncDecVLMForConditionalGeneration(config).save_pretrained(folder)
-    new_processor(config, tokenizer).save_pretrained(folder)
+    build_processor(config, tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
+from encdec_slm.trainers.new_models import train_tokenizer
 
 
 DOC = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")

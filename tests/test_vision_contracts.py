@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from encdec_slm import EncDecSLMConfig, EncDecVLMConfig, EncDecVLMForConditionalGeneration, configuration
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
-from encdec_slm.trainers.vqa import new_processor
+from encdec_slm.trainers.new_models import build_processor, train_tokenizer
 
 
 JOBS = r"""
@@ -110,7 +109,7 @@ def test_a_folder_alone_answers_trains_and_is_adapted_without_the_package(tmp_pa
     )
     folder = tmp_path / "model"
     EncDecVLMForConditionalGeneration(config).save_pretrained(folder)
-    new_processor(config, tokenizer).save_pretrained(folder)
+    build_processor(config, tokenizer).save_pretrained(folder)
     Image.effect_noise((40, 30), 90).convert("RGB").save(folder / "picture.png")
     (tmp_path / "empty").mkdir()
     own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}

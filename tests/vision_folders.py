@@ -5,8 +5,7 @@ from pathlib import Path
 
 from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
-from encdec_slm.trainers.seq2seq_data import train_tokenizer
-from encdec_slm.trainers.vqa import new_processor
+from encdec_slm.trainers.new_models import build_processor, train_tokenizer
 
 
 def save_tiny_vision_model(folder: Path) -> EncDecVLMForConditionalGeneration:
@@ -21,5 +20,5 @@ def save_tiny_vision_model(folder: Path) -> EncDecVLMForConditionalGeneration:
     config = EncDecVLMConfig.from_dict(fields)
     model = EncDecVLMForConditionalGeneration(config)
     model.save_pretrained(folder)
-    new_processor(config, tokenizer).save_pretrained(folder)
+    build_processor(config, tokenizer).save_pretrained(folder)
     return model

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 
 from ..configuration import decoder_only_twin
 from .distillation_data import RowEncoder, as_prompts, encode_rows
+from .new_models import first_texts, preset_config, train_tokenizer
 from .resuming import last_complete_checkpoint
-from .run_reports import preset_config, show_losses, write_file
-from .seq2seq_data import first_texts, train_tokenizer
+from .run_reports import show_losses, write_file
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def train_decoder_only(
         `float`: Seconds of the training, of a resumed one those since then.
     """
     set_seed(training_args.seed)
-    tokenizer = train_tokenizer(first_texts(dataset), vocab_size, max_source_length)
+    tokenizer = train_tokenizer(first_texts(dataset, ("source", "target")), vocab_size, max_source_length)
     tokenizer.chat_template = CHAT_TEMPLATE
     model = AutoModelForCausalLM.from_config(decoder_only_twin(preset_config(preset, tokenizer)))
     encoder = RowEncoder(tokenizer, tokenizer, max_source_length, max_target_length)

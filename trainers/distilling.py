@@ -26,11 +26,11 @@ from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import as_prompts, collate, encode_rows
 from .distillation_models import load_teacher
 from .distillation_trainer import Seq2SeqDistillationTrainer
+from .new_models import preset_config
 from .resuming import last_complete_checkpoint
 from .run_reports import (
     first_lines,
     held_out_texts,
-    preset_config,
     score_beside_other_rows,
     show_losses,
     versions,

@@ -1,27 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that can be trusted: complete ones to go on from, and finite weights to save."""
+"""Folders of training runs: what a run may overwrite, and which checkpoint it continues from."""
 
+import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoints import ADAPTER_FILE, CHECKPOINT_FILES, check_no_overlap, matches_any
+from ..errors import format_list
+from ..run_results import RunResults
+
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
+RESULTS_NAME = "results.json"
+# Everything that a run writes into its output folder.
+RUN_FILES = (
+    *(*CHECKPOINT_FILES, f"{PREFIX_CHECKPOINT_DIR}-*", ADAPTER_FILE, "training_args.bin"),
+    *(RESULTS_NAME, "predictions.jsonl", "loss.png", "contact_sheet.png"),
+)
+
+
+def prepare_output_dir(
+    training_args: TrainingArguments,
+    kind: str,
+    sources: Sequence[str | Path | None] = (),
+    data_files: Sequence[str | Path | None] = (),
+) -> str | None:
+    """Check the output folder of a run before anything is loaded or written.
+
+    The folder may be new, or hold other files than a run writes, or a finished run of the same kind, which is
+    replaced. An unfinished run is only continued.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]): `output_dir` and `resume_from_checkpoint` are read.
+        kind (`str`): As in [`~encdec_slm.run_results.RunResults`].
+        sources (`Sequence[str]`, *optional*): Folders that the run reads; names on the Hub and `None` are skipped.
+        data_files (`Sequence[str]`, *optional*): Files that the run reads; `None` is skipped.
+
+    Returns:
+        `str`: The checkpoint to continue from; `None` to train from the start.
+
+    Raises:
+        ValueError: The folder overlaps a source, holds files of something else or an unfinished run, or there is no
+            checkpoint to continue from.
+    """
+    folder = Path(training_args.output_dir)
+    check_no_overlap(folder, [source for source in sources if source is not None])
+    for file in data_files:
+        if file is not None and Path(file).resolve().parent == folder.resolve():
+            _check_not_overwritten(Path(file), folder)
+    checkpoint = find_checkpoint(folder, training_args.resume_from_checkpoint)
+    check_replaceable(folder, kind, is_continued=checkpoint is not None)
+    return checkpoint
+
+
+def _check_not_overwritten(file, folder):
+    if matches_any(file.name, RUN_FILES):
+        raise ValueError(
+            f"The run reads {str(file)!r} and would overwrite it. Set `output_dir` to another folder than "
+            f"{str(folder)!r}."
+        )
+
+
+def check_replaceable(folder: str | Path, kind: str, is_continued: bool = False) -> None:
+    """Check that a run of some kind may write into a folder.
+
+    Raises:
+        ValueError: The folder holds files that the run would overwrite, but no finished run of the same kind; or an
+            unfinished run that is not continued.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file. Give the path of a folder.")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if matches_any(name, RUN_FILES)]
+    earlier_kind = find_run_kind(folder)
+    is_known = earlier_kind == kind or (is_continued and earlier_kind is None)
+    if not is_continued and (is_known or earlier_kind is None) and _has_unfinished_run(folder):
+        raise ValueError(
+            f"{str(folder)!r} has checkpoints of an unfinished run. Set `resume_from_checkpoint` to true to continue "
+            "it, or `output_dir` to another folder."
+        )
+    if found and not is_known:
+        owner = "no earlier run wrote" if earlier_kind is None else f"belong to an earlier run ({earlier_kind})"
+        raise ValueError(
+            f"{str(folder)!r} holds {format_list(found)}, which this run ({kind}) would overwrite and {owner}. "
+            "Nothing was changed. Set `output_dir` to another folder."
+        )
+
+
+def find_run_kind(folder: str | Path) -> str | None:
+    """Return the kind of the run whose results are in a folder; `None` if there are none."""
+    try:
+        return RunResults.load(Path(folder) / RESULTS_NAME).kind
+    except ValueError:
+        return None
+
+
+def _has_unfinished_run(folder):
+    """Return whether the last checkpoint is newer than the results, which are written at the end."""
+    checkpoint, results = last_complete_checkpoint(folder), folder / RESULTS_NAME
+    if checkpoint is None or not results.is_file():
+        return checkpoint is not None
+    return Path(checkpoint, STATE_NAME).stat().st_mtime_ns > results.stat().st_mtime_ns
+
+
+def find_checkpoint(folder: str | Path, resume_from_checkpoint: str | bool | None) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        folder (`str` or `Path`): Output folder of the run.
+        resume_from_checkpoint (`str` or `bool`, *optional*): `True` or `"true"` for the last complete checkpoint in
+            `folder`; or the path of a checkpoint.
+
+    Returns:
+        `str`: A complete checkpoint; `None` if none is asked for.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is incomplete.
+    """
+    text = str(resume_from_checkpoint).lower()
+    if text in ("none", "false", ""):
+        return None
+    if text != "true":
+        if not _is_complete(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, but there is no complete checkpoint. "
+                "Give `true` for the last one in the output folder, or the path of a `checkpoint-*` folder."
+            )
+        return str(resume_from_checkpoint)
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(
+            f"`resume_from_checkpoint` is true, but {str(folder)!r} has no complete checkpoint. Leave it out to train "
+            "from the start."
+        )
+    return checkpoint
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the highest step that was written to its end; `None` if there is none.
+    """Return the complete checkpoint of the highest step; `None` if there is none.
 
-    The Trainer writes its state last, so a checkpoint without a readable one was interrupted.
+    The Trainer writes its state last, so a checkpoint without a readable state is incomplete.
     """
-    steps = {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and _is_complete(path):
-            steps[int(step)] = str(path)
-    return steps[max(steps)] if steps else None
+    complete = [path for path in _find_checkpoints(folder) if _is_complete(path)]
+    return str(complete[-1]) if complete else None
+
+
+def _find_checkpoints(folder):
+    """Return the checkpoints in the order of their steps."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    paths = [path for path in Path(folder).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+    return sorted((path for path in paths if path.is_dir()), key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def _is_complete(checkpoint):
@@ -32,13 +169,25 @@ def _is_complete(checkpoint):
     return True
 
 
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints of a finished run that is replaced, so that they are not mixed with the new ones."""
+    if checkpoints := _find_checkpoints(folder):
+        logger.warning(f"The earlier run in {folder} is replaced: its {len(checkpoints)} checkpoint(s) are removed.")
+    for path in checkpoints:
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
 def refuse_non_finite_weights(model: nn.Module, step: int, folder: str | Path) -> None:
-    """Raises a `FloatingPointError` that names a weight with NaN or infinite values, if there is one."""
+    """Check that all trainable weights are finite before they are saved.
+
+    Raises:
+        FloatingPointError: A weight has NaN or infinite values. The message names it and the last good checkpoint.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.detach().isfinite().all():
             checkpoint = last_complete_checkpoint(folder)
             kept = "Nothing has been saved" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
             raise FloatingPointError(
-                f"After step {step}, `{name}` has values that are not finite, so it is not saved. {kept}. Go on from "
-                "there with a lower learning rate, or look for rows without meaning."
+                f"After step {step}, `{name}` has values that are not finite, so it is not saved. {kept}. Continue "
+                "from there with a lower learning rate, or look for damaged rows."
             )

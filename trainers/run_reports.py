@@ -14,19 +14,9 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer
 
 from ..checkpoint_folders import write_file
-from ..configuration import load_preset
-from ..configuration_encdec_slm import EncDecSLMConfig
-
-
-def preset_config(preset: str, tokenizer: PreTrainedTokenizerBase) -> EncDecSLMConfig:
-    """The config of a new model of a preset's size that fits a tokenizer's vocabulary and special tokens."""
-    bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ids |= {"bos_token_id": bos_token_id, "decoder_start_token_id": bos_token_id}
-    return EncDecSLMConfig(**{**load_preset(preset).to_diff_dict(), **ids, "vocab_size": len(tokenizer)})
 
 
 class LossBesideProgress(ProgressCallback):
@@ -88,19 +78,6 @@ def show_losses(trainer: Trainer) -> None:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBesideProgress)
-
-
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | bool | None:
-    """What `Trainer.train` takes: `True` for the last checkpoint where `resume_from_checkpoint` is `"true"`."""
-    asked = training_args.resume_from_checkpoint
-    return True if str(asked).lower() == "true" else asked
-
-
-def validation_losses(log_history: list[dict]) -> list[dict[str, float]]:
-    """The losses on validation rows on the way, in nats per token, each with its `step`."""
-    return [
-        {"step": entry["step"], "loss": round(entry["eval_loss"], 4)} for entry in log_history if "eval_loss" in entry
-    ]
 
 
 def write_run_files(folder: Path, log_history: list[dict], results: dict, predictions: list[dict]) -> None:

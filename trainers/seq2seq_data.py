@@ -1,78 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of `source` and `target` text for encoder-decoder training: loaded, checked and turned into token ids."""
+"""Arguments that name a dataset, and its splits of `source` and `target` text."""
 
-import itertools
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import format_list, summarize_error
+from ..run_results import DataSource
 from .data_files import check_columns, check_data_folder, check_text, load_data_file
 from .tasks.docstrings import SPLITS, build_docstring_task
 
 
 logger = logging.getLogger(__name__)
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 HELD_OUT_SHARE = 0.1
-TOKENIZER_ROWS = 20_000
-# Streamed rows are shuffled within a window of this many.
+# Size of the buffer that streamed rows are shuffled in.
 SHUFFLE_BUFFER_ROWS = 2000
 
 
 @dataclass
-class DataArguments:
-    """Where rows of `source` and `target` text come from.
+class DatasetArguments:
+    """Names of a dataset and its splits.
 
     Args:
+        dataset_name (`str`, *optional*): A dataset on the Hub or a local folder, as `datasets.load_dataset` takes it.
+        dataset_config (`str`, *optional*): Its configuration.
+        dataset_revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): Split to train on.
+        dataset_validation_split (`str`, *optional*, defaults to `"validation"`): Split for the loss curve; taken off
+            the training rows if the dataset has none.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): Split for the final numbers, likewise.
+        max_eval_samples (`int`, *optional*, defaults to 200): Rows of each held-out split that are used.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_validation_split: str = field(default="validation", metadata={"help": "Split for the loss curve."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split for the final numbers."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Rows used of each held-out split."})
+
+    def describe_source(self, name: str) -> DataSource:
+        """Return where held-out rows come from; `name` is used if there is no `dataset_name`."""
+        if self.dataset_name is None:
+            return DataSource(name, split="test")
+        return DataSource(self.dataset_name, self.dataset_config, self.dataset_test_split, self.dataset_revision)
+
+
+@dataclass
+class DataArguments(DatasetArguments):
+    """Source of rows of `source` and `target` text: files, a dataset, or the docstring task.
+
+    Args: those of [`DatasetArguments`], and
         train_file (`str`, *optional*): A JSON Lines, JSON, CSV or Parquet file; see
             [`~encdec_slm.trainers.data_files.read_data_file`]. `None`, without a `dataset_name`, builds the docstring
             task.
-        validation_file (`str`, *optional*): Rows for the loss curve. `None` holds out a tenth of the training rows.
-        test_file (`str`, *optional*): Rows for the final numbers. `None` holds out a tenth of the training rows.
-        dataset_name (`str`, *optional*): A dataset of the Hub or a local folder, as `datasets.load_dataset` takes it.
-        dataset_config (`str`, *optional*): Its configuration.
-        dataset_revision (`str`, *optional*): Its branch, tag or commit on the Hub.
-        dataset_streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed and store none. Needs
-            `max_steps`.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`): Name of a split of `dataset_name`.
-        dataset_validation_split (`str`, *optional*, defaults to `"validation"`): Held out of training if missing.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`): Held out of training if missing.
+        validation_file (`str`, *optional*): Rows for the loss curve. `None` uses a tenth of the training rows.
+        test_file (`str`, *optional*): Rows for the final numbers. `None` uses a tenth of the training rows.
+        dataset_streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed, and store none.
+            Requires `max_steps`.
         source_column (`str`, *optional*, defaults to `"source"`): Column that the encoder reads.
-        target_column (`str`, *optional*, defaults to `"target"`): Column that the decoder learns to write.
-        max_eval_samples (`int`, *optional*, defaults to 200): Rows of each held-out split that are used.
+        target_column (`str`, *optional*, defaults to `"target"`): Column that the decoder learns to generate.
 
     Raises:
-        ValueError: Two sources of data are named.
+        ValueError: Both `train_file` and `dataset_name` are given.
     """
 
     train_file: str | None = field(default=None, metadata={"help": "JSON, CSV or Parquet file of training rows."})
     validation_file: str | None = field(default=None, metadata={"help": "File of rows for the loss curve."})
     test_file: str | None = field(default=None, metadata={"help": "File of rows for the final numbers."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub dataset or local folder of data files."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as needed; set `max_steps`."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_validation_split: str = field(default="validation", metadata={"help": "Split for the loss curve."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split for the final numbers."})
     source_column: str = field(default="source", metadata={"help": "Column that the encoder reads."})
-    target_column: str = field(default="target", metadata={"help": "Column that the decoder learns to write."})
-    max_eval_samples: int = field(default=200, metadata={"help": "Rows used of each held-out split."})
+    target_column: str = field(default="target", metadata={"help": "Column that the decoder learns to generate."})
 
     def __post_init__(self):
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError(
                 f"`train_file` is {self.train_file!r} and `dataset_name` is {self.dataset_name!r}, but rows come from "
-                "one place. Leave one of them out."
+                "one source. Set one of them."
             )
+
+    @property
+    def is_docstring_task(self) -> bool:
+        """Whether rows are those of the built-in docstring task."""
+        return self.train_file is None and self.dataset_name is None
+
+    @property
+    def data_files(self) -> list[str]:
+        """The files that are given."""
+        return [file for file in (self.train_file, self.validation_file, self.test_file) if file is not None]
 
 
 def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
@@ -108,17 +127,17 @@ def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | Itera
             raise ValueError(f"The {split} split has no rows, but at least one is required. Check the data.")
     splits = hold_out_missing(splits, seed)
     for split in ("validation", "test"):
-        splits[split] = bounded(splits[split], args.max_eval_samples, seed)
+        splits[split] = limit_rows(splits[split], args.max_eval_samples, seed)
     if isinstance(splits["train"], IterableDataset):
         splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_ROWS)
     return splits
 
 
-def load_named_splits(args: Any, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
+def load_named_splits(args: DatasetArguments, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:
     """Load a dataset of the Hub or a local folder of data files.
 
     Args:
-        args ([`DataArguments`] or [`~encdec_slm.trainers.vqa.VqaArguments`]): Its `dataset_*` fields are read.
+        args ([`DatasetArguments`]): Names the dataset and its splits.
         streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
 
     Returns:
@@ -168,14 +187,17 @@ def _select_text(dataset, columns, split):
 
 
 def hold_out_missing(splits: dict[str, Dataset | IterableDataset], seed: int) -> dict[str, Dataset | IterableDataset]:
-    """The splits `train`, `validation` and `test`, of which those that are missing are taken off the training rows.
+    """Take missing held-out splits off the training rows.
 
     Args:
-        splits (`dict` of datasets): With `train` at least.
-        seed (`int`): Decides which rows are held out.
+        splits (`dict` of datasets): Has at least `train`.
+        seed (`int`): Draws the held-out rows.
+
+    Returns:
+        `dict`: The splits `train`, `validation` and `test`.
 
     Raises:
-        ValueError: Training rows are streamed, or fewer than 2.
+        ValueError: A split is missing, and training rows are streamed or fewer than 2.
     """
     splits = dict(splits)
     for split in ("validation", "test"):
@@ -185,142 +207,17 @@ def hold_out_missing(splits: dict[str, Dataset | IterableDataset], seed: int) ->
         if num_rows is None or num_rows < 2:
             raise ValueError(
                 f"There is no {split} split, and {'streamed' if num_rows is None else num_rows} training rows cannot "
-                "be divided. Name data that has such a split, or more rows."
+                "be split. Give data with such a split, or more rows."
             )
         num_held_out = max(1, round(HELD_OUT_SHARE * num_rows))
         parts = splits["train"].train_test_split(test_size=num_held_out, seed=seed)
         splits["train"], splits[split] = parts["train"], parts["test"]
-        logger.info(f"No {split} split was given: {num_held_out} of {num_rows} training rows are held out for it.")
+        logger.info(f"The data has no {split} split: {num_held_out} of {num_rows} training rows are held out for it.")
     return splits
 
 
-def bounded(dataset: Dataset | IterableDataset, max_rows: int, seed: int) -> Dataset:
-    """At most `max_rows` rows: of a stream the first ones, else those that `seed` draws."""
+def limit_rows(dataset: Dataset | IterableDataset, max_rows: int, seed: int) -> Dataset:
+    """Return at most `max_rows` rows: the first ones of a stream, otherwise rows drawn by `seed`."""
     if isinstance(dataset, IterableDataset):
         return Dataset.from_list(list(dataset.take(max_rows)))
     return dataset if len(dataset) <= max_rows else dataset.shuffle(seed=seed).select(range(max_rows))
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that ends every text in `</s>`, saved and loaded like any other.
-
-    Args:
-        texts (`Iterable[str]`): What merges are learnt from; training rows only.
-        vocab_size (`int`): Upper bound of the vocabulary, with `<pad>` 0, `<s>` 1 (which starts every target), `</s>`
-            2 and the 256 bytes. Texts that are few or short give fewer entries.
-        model_max_length (`int`): Source length in tokens that the model is trained for, with `</s>`.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for the special tokens and the bytes.
-    """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(SPECIAL_TOKENS) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(
-            f"`vocab_size` is {vocab_size}, but {len(SPECIAL_TOKENS)} special tokens and {len(alphabet)} bytes need "
-            f"{smallest}. Set it to at least that; 4096 suits a small corpus."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    pad, bos, eos = SPECIAL_TOKENS
-    # As in T5, encoder input and target both end in </s>; the tokenizer file says so, in whatever process reads it.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, tokenizer.token_to_id(eos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def first_texts(dataset: Dataset | IterableDataset, num_rows: int = TOKENIZER_ROWS) -> Iterator[str]:
-    """Sources and targets of the first `num_rows` rows, in turn: enough to learn a tokenizer from."""
-    for row in itertools.islice(dataset, num_rows):
-        yield from (row["source"], row["target"])
-
-
-def tokenize_splits(
-    splits: dict[str, Dataset | IterableDataset] | DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    max_source_length: int,
-    max_target_length: int,
-    decoder_start_token_id: int | None = None,
-) -> tuple[dict[str, Dataset | IterableDataset], dict[str, Counter]]:
-    """Token ids of all splits, and how many rows were cut.
-
-    Args:
-        splits (`dict` of datasets): With string columns `source` and `target`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast tokenizer with an end-of-text token.
-        max_source_length (`int`): Longest `input_ids`, in tokens.
-        max_target_length (`int`): Longest `labels`, in tokens with the end-of-text token, which each of them ends in.
-        decoder_start_token_id (`int`, *optional*): Of the model. Labels leave it out where the tokenizer begins its
-            texts with it: the decoder is given this token, and has not to write it.
-
-    Returns:
-        `tuple`: Datasets with `input_ids`, `attention_mask` and `labels`; and per split a `Counter` of `rows`,
-        `source` and `target` (rows of which this was cut). A streamed split is counted while it is read.
-    """
-    tokenized, counts = {}, {split: Counter() for split in splits}
-    for split, dataset in splits.items():
-
-        def encode(batch, split=split):
-            sources, num_cut_sources = _truncated(tokenizer, batch["source"], max_source_length)
-            labels, num_cut_targets = _labels(tokenizer, batch["target"], max_target_length, decoder_start_token_id)
-            counts[split].update(rows=len(labels), source=num_cut_sources, target=num_cut_targets)
-            return {"input_ids": sources, "attention_mask": [[1] * len(ids) for ids in sources], "labels": labels}
-
-        options = {"batched": True, "remove_columns": ["source", "target"]}
-        if not isinstance(dataset, IterableDataset):
-            # Rows read from a cache would not be counted.
-            options |= {"desc": f"Tokenizing {split}", "load_from_cache_file": False}
-        tokenized[split] = dataset.map(encode, **options)
-        if not isinstance(dataset, IterableDataset):
-            log_cut_rows(split, counts[split], max_source_length, max_target_length)
-    return tokenized, counts
-
-
-def _labels(tokenizer, texts, max_length, decoder_start_token_id):
-    """Ids of each target, which end in the end-of-text token, and how many targets were cut."""
-    labels, num_cut = _truncated(tokenizer, texts, max_length)
-    return [target_ids(ids, tokenizer.eos_token_id, max_length, decoder_start_token_id) for ids in labels], num_cut
-
-
-def target_ids(ids: list[int], eos_token_id: int, max_length: int, decoder_start_token_id: int | None) -> list[int]:
-    """The tokens that a decoder is to write, from those of a tokenizer.
-
-    Args:
-        ids (`list[int]`): At most `max_length` of them.
-        eos_token_id (`int`): What the result ends in.
-        max_length (`int`): Of the result.
-        decoder_start_token_id (`int`, *optional*): Of the model, which is given it and has not to write it.
-    """
-    # Llama's tokenizers put the token in front that starts every target.
-    ids = ids[1:] if ids[:1] == [decoder_start_token_id] else ids
-    # Not every tokenizer ends a text by itself, and a model that is never taught to stop never does.
-    return ids if ids[-1:] == [eos_token_id] else [*ids[: max_length - 1], eos_token_id]
-
-
-def _truncated(tokenizer, texts, max_length):
-    """Ids of each text, at most `max_length` of them, and of how many texts there were more."""
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True)
-    pieces_per_text = Counter(encoded["overflow_to_sample_mapping"])
-    first_pieces = dict(reversed(list(zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True))))
-    num_cut = sum(count > 1 for count in pieces_per_text.values())
-    return [first_pieces[index] for index in range(len(texts))], num_cut
-
-
-def log_cut_rows(split: str, counts: Counter, max_source_length: int, max_target_length: int) -> None:
-    """Logs how many rows of a split were longer than the model is trained for."""
-    logger.info(
-        f"{split}: {counts['rows']:,} rows; {counts['source']:,} sources cut to {max_source_length} tokens, "
-        f"{counts['target']:,} targets cut to {max_target_length}."
-    )

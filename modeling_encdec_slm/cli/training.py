@@ -56,7 +56,7 @@ def finetune(
     """
     task = task or _recipe_task(config)
     arguments = _with_recipe(config, task, ctx.args)
-    (run_vqa if task == "vision" else run_finetune)(arguments, list_keys)
+    (run_vision if task == "vision" else run_finetune)(arguments, list_keys)
 
 
 def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = False):
@@ -117,27 +117,22 @@ def run_finetune(arguments: Sequence[str], list_keys: bool = False) -> None:
     from transformers import Seq2SeqTrainingArguments
     from trl import ModelConfig
 
-    from encdec_slm.trainers.finetuning import FinetuneArguments, finetune, report
+    from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
 
     args, training_args, model_args = _parse(
         (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig), arguments, list_keys
     )
-    results = finetune(args, training_args, model_args)
-    if training_args.process_index == 0:
-        print(report(results, training_args.output_dir))
+    _report(finetune(args, training_args, model_args), training_args)
 
 
-def run_vqa(arguments: Sequence[str], list_keys: bool = False) -> None:
+def run_vision(arguments: Sequence[str], list_keys: bool = False) -> None:
     """Train a vision-text model by `--config RECIPE --key VALUE ...`, and print a report."""
     from transformers import Seq2SeqTrainingArguments
 
-    from encdec_slm.trainers.vqa import VqaArguments, train_vqa
-    from encdec_slm.trainers.vqa_reports import report
+    from encdec_slm.trainers.vision_job import VisionArguments, finetune_vision
 
-    args, training_args = _parse((VqaArguments, Seq2SeqTrainingArguments), arguments, list_keys)
-    results = train_vqa(args, training_args)
-    if training_args.process_index == 0:
-        print(report(results, training_args.output_dir))
+    args, training_args = _parse((VisionArguments, Seq2SeqTrainingArguments), arguments, list_keys)
+    _report(finetune_vision(args, training_args), training_args)
 
 
 def run_distill(arguments: Sequence[str], list_keys: bool = False) -> None:
@@ -149,6 +144,15 @@ def run_distill(arguments: Sequence[str], list_keys: bool = False) -> None:
     results = distill(args, training_args)
     if training_args.process_index == 0:
         print(report(results, training_args.output_dir))
+
+
+def _report(results, training_args):
+    from encdec_slm.hub_cards.model_cards import write_card
+    from encdec_slm.trainers.jobs import describe_run
+
+    if training_args.process_index == 0:
+        write_card(training_args.output_dir, results)
+        print(describe_run(results, training_args.output_dir))
 
 
 def _parse(dataclass_types, arguments, list_keys):

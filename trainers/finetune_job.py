@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune an encoder-decoder on rows of source and target text, and measure held-out rows before and after."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from datasets import IterableDataset
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainingArguments, set_seed
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..checkpoints import find_source_folders, has_vision, load_checkpoint
+from ..run_results import ModelResults, RunResults
+from .jobs import (
+    AFTER,
+    BEFORE,
+    CONFIDENCE,
+    build_trainer,
+    decode,
+    describe_settings,
+    loss_metric,
+    save_run,
+    text_metrics,
+    train,
+    validation_losses,
+)
+from .new_models import build_text_model
+from .resuming import prepare_output_dir
+from .row_encoding import RowEncoder, encode_rows
+from .seq2seq_data import DataArguments, load_splits
+
+
+logger = logging.getLogger(__name__)
+
+# Modules that LoRA adapts by default: all projections of self-attention, cross-attention and MLP in both stacks.
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class FinetuneArguments(DataArguments):
+    """Data and size of a fine-tuning run.
+
+    Args: those of [`~encdec_slm.trainers.seq2seq_data.DataArguments`], and
+        preset (`str`, *optional*, defaults to `"tiny"`): Size of a new model, without `model_name_or_path`; see
+            [`~encdec_slm.configuration.list_presets`].
+        vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new model.
+        max_source_length (`int`, *optional*, defaults to 256): In tokens; longer sources are truncated and counted.
+        max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also the longest completion of the
+            saved model.
+    """
+
+    preset: str = field(default="tiny", metadata={"help": "Size of a new model."})
+    vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
+    max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
+    max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
+
+
+def finetune(
+    args: FinetuneArguments, training_args: Seq2SeqTrainingArguments, model_args: ModelConfig | None = None
+) -> RunResults:
+    """Fine-tune a text model, and save it with its tokenizer and the results to `training_args.output_dir`.
+
+    Args:
+        args ([`FinetuneArguments`]): Data and size.
+        training_args ([`~transformers.Seq2SeqTrainingArguments`]): The run. `resume_from_checkpoint` is `"true"` for
+            the last complete checkpoint in the output folder, or the path of a checkpoint.
+        model_args ([`~trl.ModelConfig`], *optional*): A checkpoint to start from, and LoRA. `None` builds a new model
+            of `args.preset`. A checkpoint that is a LoRA adapter is trained further.
+
+    Returns:
+        [`~encdec_slm.run_results.RunResults`]: `"before training"` and `"after training"` with loss, ROUGE-L and exact
+        matches on held-out rows.
+
+    Raises:
+        ValueError: Data, model, sizes or output folder do not fit.
+        TypeError: A `source` or `target` is not text.
+    """
+    model_args = ModelConfig() if model_args is None else model_args
+    name = model_args.model_name_or_path
+    _check_arguments(args, training_args, model_args)
+    sources = [*find_source_folders(name), args.dataset_name]
+    checkpoint = prepare_output_dir(training_args, "fine-tuning", sources, args.data_files)
+    set_seed(training_args.seed)
+
+    splits = load_splits(args, training_args.seed)
+    if name is None:
+        model, tokenizer = build_text_model(args.preset, splits["train"], args.vocab_size, args.max_source_length)
+    else:
+        model, tokenizer = load_model(model_args)
+    start_id = model.config.decoder_start_token_id
+    encoder = RowEncoder(tokenizer, args.max_source_length, args.max_target_length, start_id)
+    counts = {split: Counter() for split in splits}
+    encoded = {split: encode_rows(rows, encoder, f"{split} rows", counts[split]) for split, rows in splits.items()}
+    trainer = build_trainer(
+        model,
+        training_args,
+        args.max_target_length,
+        inherited_from=name,
+        data_collator=encoder.collate,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["validation"],
+        processing_class=tokenizer,
+    )
+
+    before, _ = _measure(trainer, encoded["test"], splits["test"])
+    train_seconds = train(trainer, checkpoint)
+    after, completions = _measure(trainer, encoded["test"], splits["test"])
+
+    predictions = [
+        {"source": row["source"], "reference": row["target"], "prediction": completion}
+        for row, completion in zip(splits["test"], completions, strict=True)
+    ]
+    num_parameters = model.num_parameters()
+    is_streamed = isinstance(splits["train"], IterableDataset)
+    results = RunResults(
+        kind="fine-tuning",
+        task="docstrings" if args.is_docstring_task else "text",
+        models=[
+            ModelResults(BEFORE, before, num_parameters),
+            ModelResults(AFTER, after, num_parameters, train_seconds),
+        ],
+        saved_model=AFTER,
+        dataset=args.describe_source(args.test_file or args.train_file or "docstrings"),
+        num_rows={split: len(rows) for split, rows in splits.items() if not (is_streamed and split == "train")},
+        num_cut_rows={f"train {kind}s": counts["train"][kind] for kind in ("source", "target")},
+        base_model=name or args.preset,
+        train_steps=trainer.state.global_step,
+        validation_losses=validation_losses(trainer),
+        confidence=CONFIDENCE,
+        settings=describe_settings(
+            trainer, max_source_length=args.max_source_length, max_target_length=args.max_target_length
+        ),
+        samples=predictions[:3],
+        device=str(trainer.args.device),
+    )
+    save_run(trainer, trainer.args.generation_config, results, predictions)
+    return results
+
+
+def _check_arguments(args, training_args, model_args):
+    if args.dataset_streaming and training_args.max_steps <= 0:
+        raise ValueError(
+            "`dataset_streaming` is true and `max_steps` is not set, but the length of a stream is unknown. Set "
+            "`max_steps` to the number of optimizer steps."
+        )
+    if model_args.use_peft and not model_args.model_name_or_path:
+        raise ValueError(
+            "`use_peft` is true and `model_name_or_path` is not set, but adapters need trained weights. Set it to a "
+            "checkpoint folder or a model on the Hub."
+        )
+
+
+def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a text model to train, with new adapters if `use_peft` is true, and its tokenizer.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]): A checkpoint that is an adapter is continued, with and without `use_peft`.
+
+    Raises:
+        ValueError: The checkpoint cannot be loaded, has no tokenizer or reads images.
+    """
+    name = model_args.model_name_or_path
+    quantization_config = get_quantization_config(model_args)
+    model, tokenizer = load_checkpoint(
+        name,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        adapter="train",
+        attn_implementation=model_args.attn_implementation,
+        **({} if quantization_config is None else {"quantization_config": quantization_config}),
+    )
+    if tokenizer is None:
+        raise ValueError(f"{name!r} has no tokenizer. Save the tokenizer of the model into the same folder.")
+    if has_vision(model):
+        raise ValueError(f"{name!r} is a vision-text model, but rows are text. Fine-tune it by `--task vision`.")
+    if isinstance(model, PeftModel):
+        logger.info(f"The adapter of {name} is trained further; `lora_*` settings are those of the adapter.")
+    elif model_args.use_peft:
+        targets = model_args.lora_target_modules or list(LORA_TARGET_MODULES)
+        config = replace(model_args, lora_target_modules=targets, lora_task_type="SEQ_2_SEQ_LM")
+        model = get_peft_model(model, get_peft_config(config))
+    return model, tokenizer
+
+
+def _measure(trainer, encoded, rows):
+    """Return loss and scores of held-out rows, and the completions."""
+    output = trainer.predict(encoded)
+    completions = decode(trainer.processing_class, output.predictions)
+    return {"loss": loss_metric(output.metrics["test_loss"]), **text_metrics(completions, rows["target"])}, completions

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that the training jobs share: build a trainer, measure, train, save, and report.
+
+All jobs have the same order: [`~encdec_slm.trainers.resuming.prepare_output_dir`], load rows, load or build the
+model, [`set_generation_config`], measure held-out rows, [`train`], measure them again, [`save_run`].
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
+
+from ..checkpoints import INCOMPLETE_PREFIX
+from ..run_results import Metric, RunResults, comparison_table, format_table
+from .evaluation.metrics import text_scores
+from .evaluation.results import mean_with_interval
+from .figures import draw_losses
+from .resuming import RESULTS_NAME, remove_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95
+BEFORE, AFTER = "before training", "after training"
+# Files that an earlier run may have left in the folder, and that would change what is loaded from it.
+OBSOLETE_FILES = (
+    *("config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "contact_sheet.png", "README.md"),
+)
+
+
+class LossProgress(ProgressCallback):
+    """A progress bar with the last losses, instead of a printed `dict` per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            losses = {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
+            self._losses = {**getattr(self, "_losses", {}), **losses}
+            self.training_bar.set_postfix(self._losses)
+
+
+def show_losses(trainer: Trainer) -> None:
+    """Replace the progress bar of a Trainer, if it has one, by [`LossProgress`]."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossProgress)
+
+
+def set_generation_config(
+    model: PreTrainedModel,
+    max_target_length: int,
+    settings: Mapping[str, Any] | None = None,
+    inherited_from: str | None = None,
+) -> GenerationConfig:
+    """Make a model generate up to `max_target_length` tokens, by `settings` alone; its special tokens are kept.
+
+    Settings that a checkpoint has for another task, such as `no_repeat_ngram_size`, are removed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Is changed.
+        max_target_length (`int`): In tokens, with the end-of-text token.
+        settings (`Mapping`, *optional*): Fields of [`~transformers.GenerationConfig`]. `None` is greedy search.
+        inherited_from (`str`, *optional*): Name of the checkpoint that the model was loaded from, to log the settings
+            that are removed. `None` logs nothing.
+
+    Returns:
+        [`~transformers.GenerationConfig`]: A copy for [`save_run`], because evaluation adds defaults to the model's.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = model.generation_config.to_diff_dict()
+    token_ids = {name: value for name, value in before.items() if name.endswith("_token_id")}
+    length = {"max_new_tokens": None, "max_length": max_target_length + 1}  # with the decoder's start token
+    model.generation_config = GenerationConfig(**{**token_ids, **(settings or {}), **length})
+    neutral = GenerationConfig._get_default_generation_params()
+    removed = [
+        f"{name}={value!r}"
+        for name, value in before.items()
+        if name in neutral and value not in (getattr(model.generation_config, name), neutral[name])
+    ]
+    if inherited_from is not None and removed:
+        logger.warning(
+            f"Generation settings of {inherited_from} that this run does not use, and that are not saved: "
+            f"{', '.join(removed)}."
+        )
+    return copy.deepcopy(model.generation_config)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    training_args: Seq2SeqTrainingArguments,
+    max_target_length: int,
+    inherited_from: str | None = None,
+    **kwargs: Any,
+) -> Seq2SeqTrainer:
+    """Build a [`~transformers.Seq2SeqTrainer`] that generates in evaluation, as the saved model will.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Is trained.
+        training_args ([`~transformers.Seq2SeqTrainingArguments`]): Its `generation_config` and `generation_num_beams`
+            decide how the model generates.
+        max_target_length (`int`): In tokens, with the end-of-text token.
+        inherited_from (`str`, *optional*): As in [`set_generation_config`].
+        kwargs: Passed to the Trainer.
+    """
+    training_args = copy.copy(training_args)
+    settings = {}
+    if training_args.generation_config is not None:
+        settings = Seq2SeqTrainer.load_generation_config(training_args.generation_config).to_diff_dict()
+    if training_args.generation_num_beams is not None:
+        settings["num_beams"] = training_args.generation_num_beams
+    training_args.generation_config = set_generation_config(model, max_target_length, settings, inherited_from)
+    training_args.predict_with_generate, training_args.generation_max_length = True, max_target_length + 1
+    trainer = Seq2SeqTrainer(model, training_args, **kwargs)
+    show_losses(trainer)
+    logger.info(f"{model.num_parameters():,} parameters, {count_trainable(model):,} of them are trained.")
+    return trainer
+
+
+def count_trainable(model: torch.nn.Module) -> int:
+    """Count the trainable parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> float:
+    """Train from a checkpoint, or from the start; return the seconds."""
+    if checkpoint is not None:
+        logger.info(f"Continuing from {checkpoint}.")
+    elif trainer.is_world_process_zero():
+        remove_checkpoints(trainer.args.output_dir)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return round(time.perf_counter() - started, 1)
+
+
+def decode(tokenizer: Any, predicted_ids: np.ndarray) -> list[str]:
+    """Decode completions of a Trainer (-100 is padding) without special tokens and surrounding spaces."""
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    predicted_ids = np.where(predicted_ids < 0, pad_token_id, predicted_ids)
+    return [text.strip() for text in tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)]
+
+
+def loss_metric(loss: float) -> Metric:
+    """Return a loss in nats per token as a metric."""
+    return Metric(round(float(loss), 4), unit="nats")
+
+
+def text_metrics(completions: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+    """Score completions against their references, in percent.
+
+    Args:
+        completions (`Sequence[str]`): Generated texts, at least one.
+        references (`Sequence[str]`): One for each of them.
+
+    Returns:
+        `dict[str, Metric]`: `rougeL`; `rougeL_shuffled`, against the references of other rows, which any text of the
+        same form earns; and `exact`.
+    """
+    references = list(references)
+    shuffled = references[1:] + references[:1]
+    rows = []
+    for completion, reference, other in zip(completions, references, shuffled, strict=True):
+        scores = text_scores(completion, [reference])
+        rouge_shuffled = text_scores(completion, [other])["rougeL"]
+        rows.append({"rougeL": scores["rougeL"], "rougeL_shuffled": rouge_shuffled, "exact": scores["exact"]})
+    return mean_with_interval(rows, confidence=CONFIDENCE)
+
+
+def describe_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
+    """Return settings of a run for its results."""
+    return {**settings, "num_trainable_parameters": count_trainable(trainer.model), "seed": trainer.args.seed}
+
+
+def validation_losses(trainer: Trainer) -> list[dict[str, float]]:
+    """Return the validation losses of a run, in nats per token, each with its `step`."""
+    history = trainer.state.log_history
+    return [{"step": entry["step"], "loss": round(entry["eval_loss"], 4)} for entry in history if "eval_loss" in entry]
+
+
+def save_run(
+    trainer: Trainer,
+    generation_config: GenerationConfig,
+    results: RunResults,
+    predictions: Sequence[Mapping[str, Any]],
+    **figures: Figure,
+) -> None:
+    """Save the model and what was measured to the output folder; on failure the folder is as it was.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Has the model.
+        generation_config ([`~transformers.GenerationConfig`]): From [`set_generation_config`].
+        results ([`~encdec_slm.run_results.RunResults`]): Saved as `results.json`.
+        predictions (`Sequence[Mapping]`): Held-out rows with their completions, saved as `predictions.jsonl`.
+        figures ([`~matplotlib.figure.Figure`]): Saved by their names beside `loss.png`.
+    """
+    folder = Path(trainer.args.output_dir)
+    temporary = folder / f"{INCOMPLETE_PREFIX}run"
+    try:
+        trainer.save_model(str(temporary), _internal_call=True)  # else it would be pushed from there
+        if trainer.is_world_process_zero():
+            generation_config.save_pretrained(temporary)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+            (temporary / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+            figures["loss"] = draw_losses(trainer.state.log_history)
+            for name, figure in figures.items():
+                figure.savefig(temporary / f"{name}.png")
+            results.save(temporary / RESULTS_NAME)
+            _move_into_place(temporary, folder)
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()  # other processes may read what this one has saved
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _move_into_place(temporary, folder):
+    names = [path.name for path in temporary.iterdir()]
+    for name in sorted(names, key=lambda name: name == RESULTS_NAME):  # which marks a finished run
+        os.replace(temporary / name, folder / name)
+    for name in set(OBSOLETE_FILES) - set(names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def describe_run(results: RunResults, folder: str | Path) -> str:
+    """Describe the results of a run for a terminal: a table of all models, and some rows.
+
+    Args:
+        results ([`~encdec_slm.run_results.RunResults`]): Of the run.
+        folder (`str` or `Path`): Where the run was saved.
+    """
+    lines = ["", format_table(comparison_table(results))]
+    for sample in results.samples:
+        lines += [""]
+        for name, text in sample.items():
+            shown = text.splitlines()[:6] + ["..."] * (text.count("\n") > 5)
+            lines += [f"{name + ':':12}" + f"\n{'':12}".join(shown)]
+    lines += ["", f"Saved to {folder}: the model, results.json, predictions.jsonl and loss.png."]
+    return "\n".join(lines)
