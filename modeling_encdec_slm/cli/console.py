@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from typing import Annotated, Any
 
@@ -103,10 +104,8 @@ def describe_error(error: BaseException, command: Any) -> str:
 
 
 def _is_raised_by_this_package(error):
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "encdec_slm"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("encdec_slm", "encdec_slm_cli")
 
 
 def name_options(message: str, command: Any) -> str:

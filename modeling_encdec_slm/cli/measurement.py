@@ -139,6 +139,7 @@ def bench(
     from encdec_slm.checkpoints import write_file
 
     _check_preset(preset)
+    _check_output(output)
     lengths = sorted(_parse_setting(text) for text in settings)
     contenders = list_contenders(preset, _parse_devices(devices), only)
     report = run_benchmark(contenders, lengths, repetitions, threads or torch.get_num_threads(), models)
@@ -156,6 +157,19 @@ def _check_preset(preset):
     text_presets = [name for name in list_presets() if not name.endswith("-vlm")]
     if preset not in text_presets:
         raise UsageError(f"--preset is {preset!r}, but must be one of {', '.join(text_presets)}.")
+
+
+def _check_output(folder):
+    """Only files of an earlier benchmark are replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output is {str(folder)!r}, which is a file. Give the path of a folder.")
+    files = [folder / name for name in ("benchmark.json", "benchmark.png") if (folder / name).exists()]
+    try:
+        is_benchmark = "groups" in json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        is_benchmark = False
+    if files and not is_benchmark:
+        raise ValueError(f"{files[0]} is not from an earlier benchmark, and would be replaced. Give another --output.")
 
 
 def _parse_setting(text):

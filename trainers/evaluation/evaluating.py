@@ -116,6 +116,8 @@ def evaluate_checkpoint(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     run = {"task": task, "model": compute_digest(generator), "data": compute_data_digest(examples), **settings}
+    if output_dir is not None:
+        _check_replaceable(Path(output_dir, RESULT_NAME))
     predictions = Predictions(None if output_dir is None else Path(output_dir), run, len(examples))
     _generate_missing(generator, examples, predictions, batch_size, show_progress)
     pairs = zip(predictions.texts, examples, strict=True)
@@ -143,6 +145,16 @@ def evaluate_checkpoint(
     if output_dir is not None:
         results.save(Path(output_dir) / RESULT_NAME)
     return results
+
+
+def _check_replaceable(path):
+    if path.exists():
+        try:
+            RunResults.load(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not from an earlier evaluation, and would be replaced. Give another `output_dir`."
+            ) from error
 
 
 def check_count(name: str, value: int | None) -> None:
