@@ -4,7 +4,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .checkpoints import TOKENIZER_FILES, find_checkpoint_folder, read_config
 from .configuration_encdec_slm import EncDecSLMConfig
 from .errors import format_list, summarize_error
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
+from .vocabulary import old_token_ids, read_vocabulary_map
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ STRATEGIES = ("even", "first-last")
 # Share of all layers that the encoder gets.
 SPLITS = {"2/3-1/3": 2 / 3, "1/2-1/2": 1 / 2, "1/3-2/3": 1 / 3}
 COPIED_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act"),
     *("rms_norm_eps", "rope_parameters", "max_position_embeddings", "attention_dropout", "initializer_range"),
     "tie_word_embeddings",
 )
@@ -50,6 +51,7 @@ UNSUPPORTED_FIELDS = {
     "n_routed_experts": "a mixture of experts",
     "quantization_config": "quantized weights",
 }
+VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Weights are copied in blocks of this size: pages of a mapped file count as memory as soon as they are read.
 BLOCK_BYTES = 16 * 2**20
@@ -83,8 +85,9 @@ def from_decoder_only(
             `"2/3-1/3"`, `"1/2-1/2"` or `"1/3-2/3"`.
         strategy (`str`, *optional*, defaults to `"even"`): Which layers are copied, see [`select_layers`].
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): The source's tokenizer, or
-            one that adds tokens to it; its special tokens are used. A tokenizer in memory that has no padding token
-            is given one. `None` uses the tokenizer in the source's folder, if there is one.
+            one that adds tokens to it; its special tokens are used. One from [`~encdec_slm.vocabulary.trim_tokenizer`]
+            copies just the rows of its tokens. A tokenizer in memory that has no padding token is given one. `None`
+            uses the tokenizer in the source's folder, if there is one.
 
     Returns:
         [`EncDecSLMForConditionalGeneration`]: In the source's dtype, on its device. Special token ids come from the
@@ -101,9 +104,9 @@ def from_decoder_only(
     depth = source.config.num_hidden_layers
     layers = select_layers(strategy, depth, *_count_layers(depth, encoder_layers, decoder_layers, split))
     _check_weights(source)
-    token_ids = _select_token_ids(source, _load_matching_tokenizer(tokenizer, source))
-    model = _build_model(source, layers, token_ids)
-    _copy_weights(source, model, layers)
+    tokenizer, old_ids = _load_matching_tokenizer(tokenizer, source)
+    model = _build_model(source, layers, _select_token_ids(source, tokenizer, old_ids), len(old_ids))
+    _copy_weights(source, model, layers, old_ids)
     logger.info(
         f"{source.name}: of {depth} layers (from 0), {format_list(layers[0], 100)} are copied to the encoder and "
         f"{format_list(layers[1], 100)} to the decoder."
@@ -331,24 +334,27 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load_matching_tokenizer(tokenizer, source) -> PreTrainedTokenizerBase | None:
-    """Load the given tokenizer or the source's own; check that the given one has the source's tokens."""
+def _load_matching_tokenizer(tokenizer, source) -> tuple[PreTrainedTokenizerBase | None, Sequence[int]]:
+    """Load the given tokenizer or the source's own, and the rows of the source's embeddings that its ids take."""
     own, files = None, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if source.folder is not None and any((source.folder / name).is_file() for name in files):
         own = load_tokenizer(source.folder)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
+    old_ids = range(source.config.vocab_size)
     if tokenizer is None:
         tokenizer = own
+    elif read_vocabulary_map(tokenizer) is not None and (own is None or read_vocabulary_map(own) is None):
+        old_ids = old_token_ids(tokenizer, own)
     elif own is not None:
         _check_same_tokens(tokenizer, own, source.name)
-    vocab_size = source.config.vocab_size
-    if tokenizer is not None and (num_tokens := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
+    num_tokens = 0 if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+    if num_tokens > len(old_ids) or old_ids[-1] >= source.config.vocab_size:
         raise ValueError(
-            f"`tokenizer` has ids up to {num_tokens - 1}, but {source.name} has embeddings for {vocab_size} tokens. "
-            "Give the tokenizer that it was trained with; tokens can be added after `resize_token_embeddings`."
+            f"`tokenizer` has {num_tokens} ids, but {source.name} has embeddings for {len(old_ids)} of them. Give "
+            "the tokenizer that it was trained with; tokens can be added after `resize_token_embeddings`."
         )
-    return tokenizer
+    return tokenizer, old_ids
 
 
 def _check_same_tokens(tokenizer, own, name):
@@ -366,15 +372,16 @@ def _check_same_tokens(tokenizer, own, name):
         )
 
 
-def _select_token_ids(source, tokenizer) -> dict[str, int | list[int] | None]:
+def _select_token_ids(source, tokenizer, old_ids) -> dict[str, int | list[int] | None]:
     """Return the special token ids of the tokenizer, completed by those of the source's configs."""
-    configs = [config for config in (tokenizer, source.config, source.generation_config) if config is not None]
+    new_ids = {old_id: new_id for new_id, old_id in enumerate(old_ids)}
 
     def collect(kind):
-        values = [getattr(config, f"{kind}_token_id", None) for config in configs]
+        values = [getattr(config, f"{kind}_token_id", None) for config in (source.config, source.generation_config)]
         flat = [token_id for value in values for token_id in (value if isinstance(value, list) else [value])]
-        in_range = [token_id for token_id in flat if token_id is not None and 0 <= token_id < source.config.vocab_size]
-        return list(dict.fromkeys(in_range))
+        own = getattr(tokenizer, f"{kind}_token_id", None)
+        token_ids = [own, *(new_ids.get(token_id) for token_id in flat)]
+        return [token_id for token_id in dict.fromkeys(token_ids) if token_id is not None]
 
     bos, eos, pad = collect("bos")[:1], collect("eos"), collect("pad")[:1]
     pad_token_id, start_token_id = (pad + eos + bos + [0])[0], (bos + eos + pad + [0])[0]
@@ -391,9 +398,9 @@ def _select_token_ids(source, tokenizer) -> dict[str, int | list[int] | None]:
 # Result
 
 
-def _build_model(source, layers, token_ids):
+def _build_model(source, layers, token_ids, vocab_size):
     with no_init_weights(), torch.device(source.device):
-        config = _adapt_config(source.config, layers, token_ids)
+        config = _adapt_config(source.config, layers, token_ids, vocab_size)
         model = EncDecSLMForConditionalGeneration._from_config(config, dtype=source.dtype).eval()
     model.tie_weights()  # otherwise part of the initialization
     model.config.name_or_path = source.name
@@ -401,13 +408,14 @@ def _build_model(source, layers, token_ids):
     return model
 
 
-def _adapt_config(source: PreTrainedConfig, layers, token_ids) -> EncDecSLMConfig:
+def _adapt_config(source: PreTrainedConfig, layers, token_ids, vocab_size) -> EncDecSLMConfig:
     is_qwen2 = source.model_type == "qwen2"  # has biases that are no fields of its config
     attention_bias = is_qwen2 or getattr(source, "attention_bias", False)
     use_rope = getattr(source, "no_rope_layers", None)
     return EncDecSLMConfig(
         **{name: copy.deepcopy(getattr(source, name)) for name in COPIED_FIELDS},
         **token_ids,
+        vocab_size=vocab_size,
         head_dim=getattr(source, "head_dim", None),
         encoder_num_hidden_layers=len(layers[0]),
         decoder_num_hidden_layers=len(layers[1]),
@@ -421,16 +429,20 @@ def _adapt_config(source: PreTrainedConfig, layers, token_ids) -> EncDecSLMConfi
 
 
 @torch.no_grad()
-def _copy_weights(source, model, layers):
+def _copy_weights(source, model, layers, old_ids):
+    old_ids = torch.tensor(old_ids)
     parameters = dict(model.named_parameters())
     missing = set(parameters)
     for name, shape in source_shapes(source.config).items():
         targets = _target_names(name, layers)
         num_rows = max(1, BLOCK_BYTES // (shape[1:].numel() * source.dtype.itemsize))
         for first in range(0, shape[0], num_rows):
-            rows = source.tensors[name][first : first + num_rows]
+            rows, places = source.tensors[name][first : first + num_rows], slice(first, first + num_rows)
+            if name in VOCABULARY_WEIGHTS:
+                start, stop = torch.searchsorted(old_ids, torch.tensor([first, first + num_rows])).tolist()
+                rows, places = rows[old_ids[start:stop] - first], slice(start, stop)
             for target in targets:
-                parameters[target][first : first + num_rows].copy_(rows)
+                parameters[target][places].copy_(rows)
         missing -= set(targets)
     if missing:
         raise RuntimeError(f"No weights were copied to {format_list(sorted(missing))}. Please report this error.")

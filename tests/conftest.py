@@ -101,10 +101,15 @@ def build_tokenizer(vocab_size=97, ends_sources=True, words=None, **options):
     return _finish_tokenizer(backend, ends_sources, options)
 
 
-def build_byte_tokenizer(ends_sources=True, image_token=None, **options):
-    """A tokenizer of bytes, for any text: 260 tokens, and with `image_token` one more."""
-    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({token: token_id for token_id, token in enumerate(alphabet)}, []))
+def build_byte_tokenizer(ends_sources=True, image_token=None, words=(), **options):
+    """A tokenizer of bytes, for any text: 260 tokens, and with `image_token` one more.
+
+    `words` (with "Ġ" for a space) become tokens as well, with all their beginnings, from which they are merged.
+    """
+    merges = {word[:end]: (word[: end - 1], word[end - 1]) for word in words for end in range(2, len(word) + 1)}
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges]
+    vocab = {token: token_id for token_id, token in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab, list(merges.values())))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = token_decoders.ByteLevel()
     tokenizer = _finish_tokenizer(backend, ends_sources, {"model_max_length": 512, **options})

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 import shutil
 import subprocess
@@ -24,8 +25,9 @@ from transformers import (
     pipeline,
 )
 
-from conftest import randomised
+from conftest import build_byte_tokenizer, randomised
 from encdec_slm.adaptation import STRATEGIES, from_decoder_only, select_layers
+from encdec_slm.vocabulary import trim_tokenizer
 
 
 SIZES = {
@@ -357,9 +359,51 @@ def test_a_tokenizer_can_be_given_as_a_folder_and_can_have_added_tokens(folder, 
     assert from_decoder_only(folder, tokenizer=tokenizer).config.pad_token_id == 93
 
 
+@pytest.fixture(scope="module")
+def trimmed_source(tmp_path_factory):
+    """A folder whose model has padding rows, and its tokenizer trimmed."""
+    folder = tmp_path_factory.mktemp("source")
+    tokenizer = build_byte_tokenizer(words=["Ġtoken", "Ġtime", "Ġother"])
+    assert len(tokenizer) == 273
+    build("llama", vocab_size=280, eos_token_id=[272, 2, 263]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    trimmed, old_ids = trim_tokenizer(tokenizer, [" time other"])
+    return folder, trimmed, old_ids
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_trimmed_tokenizer_takes_its_rows_of_embeddings_and_head(trimmed_source, is_folder, monkeypatch):
+    monkeypatch.setattr("encdec_slm.adaptation.BLOCK_BYTES", 50 * 32 * 4)
+    folder, trimmed, old_ids = trimmed_source
+    source = folder if is_folder else AutoModelForCausalLM.from_pretrained(folder)
+    full, model = from_decoder_only(source), from_decoder_only(source, tokenizer=trimmed)
+    assert model.config.vocab_size == len(old_ids) == len(trimmed)
+    ids = torch.tensor([trimmed.encode(" time and other times")])
+    with torch.no_grad():
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+        old = torch.tensor(old_ids)
+        full_logits = full(input_ids=old[ids], decoder_input_ids=old[ids]).logits
+    torch.testing.assert_close(logits, full_logits[..., old])
+    # 272 is kept, 263 is not.
+    assert model.config.eos_token_id == [2, old_ids.index(272)]
+
+
+def test_a_trimmed_tokenizer_of_another_source_is_refused(trimmed_source):
+    folder, trimmed, _ = trimmed_source
+    other, _ = trim_tokenizer(build_byte_tokenizer(words=["Ġtimes"]), [" times"])
+    with pytest.raises(ValueError, match="trim"):
+        from_decoder_only(folder, tokenizer=other)
+    with pytest.raises(ValueError, match="embeddings"):
+        from_decoder_only(build("llama", vocab_size=270), tokenizer=trimmed)
+    trimmed = copy.deepcopy(trimmed)
+    trimmed.add_tokens(["<image>"])
+    with pytest.raises(ValueError, match="embeddings"):
+        from_decoder_only(folder, tokenizer=trimmed)
+
+
 def test_a_tokenizer_with_other_tokens_is_refused(folder):
     larger = build_tokenizer(num_words=120, eos_token="</s>")
-    with pytest.raises(ValueError, match=r"ids up to 122, .* 97 tokens"):
+    with pytest.raises(ValueError, match=r"123 .* 97 "):
         from_decoder_only(build(), tokenizer=larger)
     words = Tokenizer(models.WordLevel({"</s>": 0, "w1": 1, "<pad>": 2, "w0": 3}, unk_token="w0"))
     other = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>")
