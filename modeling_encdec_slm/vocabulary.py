@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import format_list, summarize_error
 
@@ -208,6 +208,26 @@ def report_trim(
         num_texts=num_texts,
         extra_tokens=float(num_tokens[0] / max(num_tokens[1], 1) - 1),
         identical_share=num_identical / num_texts,
+    )
+
+
+def describe_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describe the share of embeddings and head in a model's parameters, and what it would be untrimmed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): With the vocabulary of `tokenizer`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): From [`trim_tokenizer`].
+    """
+    vocabulary_map = read_vocabulary_map(tokenizer)
+    tables = {
+        id(table): table for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    }
+    size, num_parameters = sum(table.numel() for table in tables.values()), model.num_parameters()
+    old_size = sum(table.shape[1] for table in tables.values()) * vocabulary_map.original_size
+    old_share = old_size / (num_parameters - size + old_size)
+    return (
+        f"Vocabulary: {len(tokenizer):,} of {vocabulary_map.original_size:,} tokens. Embeddings: {size:,} parameters, "
+        f"{size / num_parameters:.1%} of the model; untrimmed {old_size:,}, {old_share:.1%}."
     )
 
 
@@ -551,6 +571,7 @@ def _is_built(tokenizer, spec, tokens):
 __all__ = [
     "TrimReport",
     "VocabularyMap",
+    "describe_embeddings",
     "old_token_ids",
     "read_vocabulary_map",
     "report_trim",

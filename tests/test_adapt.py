@@ -27,7 +27,8 @@ def source(tmp_path_factory):
     """A Llama in bfloat16 whose tokenizer has a chat template and no padding token."""
     folder = tmp_path_factory.mktemp("source")
     template = "{{ messages[0]['content'] }}{{ bos_token }}"
-    tokenizer = build_byte_tokenizer(ends_sources=False, pad_token=None, chat_template=template)
+    words = ["Ġreturn", "Ġunused"]
+    tokenizer = build_byte_tokenizer(ends_sources=False, pad_token=None, chat_template=template, words=words)
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
@@ -131,3 +132,28 @@ def test_the_advice_of_the_hub_on_a_gated_repository_is_kept(tmp_path, monkeypat
 def test_an_unknown_key_without_a_training_is_refused(source, capsys):
     assert main(["adapt", str(source), "output", "--seed", "1"]) == 2
     assert "--seed" in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_trimmed_to_rows(source, rows_file, tmp_path, capsys):
+    run("adapt", source, tmp_path / "adapted", "--trim-vocabulary", rows_file, "--vocabulary-size", 280)
+    model, tokenizer = load_checkpoint(tmp_path / "adapted")
+    assert model.config.vocab_size == len(tokenizer) < len(AutoTokenizer.from_pretrained(source))
+    share = model.get_input_embeddings().weight.numel() / model.num_parameters()
+    shown = capsys.readouterr().out
+    assert f"{len(tokenizer)} of " in shown and f"{share:.1%} of the model" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "empty"),
+        ("\x89PNG\r\n\x1a\n\0\0", "line 1"),
+        ('{"id": 1}\n', "`source`"),
+        ('{"source": "\\u0000"}\n', "binary"),
+    ],
+)
+def test_rows_without_text_are_refused(source, content, named, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(content, encoding="latin-1")
+    command = ["adapt", source, tmp_path / "adapted", "--trim-vocabulary", tmp_path / "rows.jsonl"]
+    assert main([str(argument) for argument in command]) == 1
+    assert named in capsys.readouterr().err and not (tmp_path / "adapted").exists()

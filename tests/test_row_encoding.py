@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from conftest import build_byte_tokenizer, build_config, build_processor, build_tokenizer, build_vision_config
-from encdec_slm.trainers.row_encoding import RowEncoder, build_row_encoder, encode_rows, pad_ids
+from encdec_slm.trainers.row_encoding import RowEncoder, build_row_encoder, encode_rows, iterate_texts, pad_ids
 
 
 EOS = 2
@@ -274,3 +274,11 @@ def test_rows_with_images_that_do_not_fit_are_refused_by_name(processor, change,
     if "images" not in change:
         with pytest.raises(ValueError, match=match):
             encode_rows(Dataset.from_list([row], features=FEATURES), build_row_encoder(processor), "training data")
+
+
+def test_texts_of_rows_are_what_the_student_reads_and_generates():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    rows = [{"prompt": messages, "completion": "So.", "id": "x"}, {"source": "a", "target": None}]
+    assert list(iterate_texts(rows)) == ["system: Be brief.\nuser: Why?", "So.", "a"]
+    with pytest.raises(ValueError, match=r"Row 1 .*id"):
+        list(iterate_texts([{"id": "x"}]))

@@ -6,7 +6,7 @@ Rows with images are encoded by [`~encdec_slm.trainers.image_rows.ImageRowEncode
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..errors import format_list
 
 
 logger = logging.getLogger(__name__)
@@ -432,6 +434,25 @@ def as_plain_text(value: Any, where: str) -> str:
     return "\n".join(f"{part['role']}: {part['content']}" for part in value)
 
 
+def iterate_texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the sources and targets of rows as plain text, such as for [`~encdec_slm.vocabulary.trim_tokenizer`].
+
+    Raises:
+        ValueError: A row has no source.
+        TypeError: A source or target is neither text nor a list of messages.
+    """
+    for number, row in enumerate(rows, start=1):
+        columns = next((names for names in COLUMNS if row.get(names[0]) is not None), None)
+        if columns is None:
+            raise ValueError(
+                f"Row {number} has the columns {format_list(row)}, but `source` and `target`, or `prompt` and "
+                "`completion`, are required. Rename them."
+            )
+        for name in columns:
+            if row.get(name) is not None:
+                yield as_plain_text(row[name], f"`{name}` of row {number}")
+
+
 def _replace_text(source, text):
     """Replace the text of a source that was truncated; a dialogue stays as it is."""
     if isinstance(source, str):
@@ -466,4 +487,12 @@ def pad_ids(
     return ids, mask
 
 
-__all__ = ["EncodedSource", "RowEncoder", "build_row_encoder", "count_rows", "encode_rows", "pad_ids"]
+__all__ = [
+    "EncodedSource",
+    "RowEncoder",
+    "build_row_encoder",
+    "count_rows",
+    "encode_rows",
+    "iterate_texts",
+    "pad_ids",
+]

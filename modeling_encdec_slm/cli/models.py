@@ -24,6 +24,13 @@ def adapt(
         str, typer.Option(help="Shares of the source's layers: 2/3-1/3, 1/2-1/2 or 1/3-2/3.")
     ] = "2/3-1/3",
     strategy: Annotated[str, typer.Option(help="Which layers are kept: even or first-last.")] = "even",
+    trim_vocabulary: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="Keep only the tokens that these rows use: a JSON, CSV or Parquet file."),
+    ] = None,
+    vocabulary_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --trim-vocabulary: keep only the N most frequent.")
+    ] = None,
     overwrite: Overwrite = False,
     distill: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Then distill SOURCE into the result, by this recipe.")
@@ -42,32 +49,49 @@ def adapt(
     Examples:
       encdec-slm adapt outputs/distill_docstrings_teacher outputs/adapted
       encdec-slm adapt HuggingFaceTB/SmolLM2-135M outputs/adapted --split 1/2-1/2
+      encdec-slm adapt SOURCE outputs/adapted --trim-vocabulary rows.jsonl --vocabulary-size 8000
       encdec-slm adapt SOURCE outputs/adapted --distill distill_adapted --train_file rows.jsonl
     """
     if source.startswith("-") or (ctx.args and not (distill or finetune)):
         raise UsageError(f"No such option: {(ctx.args or [source])[0]}", ctx)
     if distill and finetune:
         raise UsageError("--distill and --finetune are both given, but only one can follow.", ctx)
+    if vocabulary_size and not trim_vocabulary:
+        raise UsageError("--vocabulary-size requires --trim-vocabulary ROWS.", ctx)
     shape = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "split": split, "strategy": strategy}
-    _write_adapted(source, output, overwrite, shape)
+    _write_adapted(source, output, overwrite, shape, trim_vocabulary, vocabulary_size)
     if distill or finetune:
         arguments = ["--config", distill or finetune, "--model_name_or_path", output]
         arguments += ["--teacher_model_name_or_path", source] if distill else []
         (run_distill if distill else run_finetune)([*arguments, *ctx.args])
 
 
-def _write_adapted(source, output, overwrite, shape):
+def _write_adapted(source, output, overwrite, shape, rows, vocabulary_size):
     from encdec_slm.adaptation import from_decoder_only, load_tokenizer
     from encdec_slm.checkpoints import write_folder
+    from encdec_slm.vocabulary import describe_embeddings
 
     with write_folder(output, overwrite=overwrite, sources=[source]) as folder:
         tokenizer = load_tokenizer(source)
+        if rows is not None:
+            tokenizer = _trim_to_rows(tokenizer, rows, vocabulary_size)
         model = from_decoder_only(source, tokenizer=tokenizer, **shape)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     config = model.config
     layers = f"{config.encoder_num_hidden_layers} encoder and {config.decoder_num_hidden_layers} decoder layers"
     print(f"Wrote {model.num_parameters():,} parameters in {model.dtype}, {layers}, to {output}.", flush=True)
+    if rows is not None:
+        print(describe_embeddings(model, tokenizer), flush=True)
+
+
+def _trim_to_rows(tokenizer, rows, vocabulary_size):
+    from encdec_slm.trainers.data_files import read_data_file
+    from encdec_slm.trainers.row_encoding import iterate_texts
+    from encdec_slm.vocabulary import trim_tokenizer
+
+    texts = iterate_texts(read_data_file(rows, "trim_vocabulary"))
+    return trim_tokenizer(tokenizer, texts, max_size=vocabulary_size)[0]
 
 
 def convert(
