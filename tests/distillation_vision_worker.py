@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny student that reads images, tiny teachers, rows for them, and their loss written out plainly."""
+"""A tiny vision-text student, tiny teachers, rows for them, and their loss written out plainly."""
 
 import copy
 import functools
@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from conftest import randomize
 from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration
 from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
@@ -80,16 +81,6 @@ def make_teacher_processor(kind="llava", chat_template=None):
     return processor
 
 
-def drawn(model, seed):
-    """`model` with every tensor drawn from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_gain = "norm" in name and name.endswith("weight")
-            parameter.normal_(float(is_gain), 0.2, generator=generator)
-    return model.eval()
-
-
 def make_student(seed=0):
     tokenizer = make_tokenizer()
     layers = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -99,7 +90,7 @@ def make_student(seed=0):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=PINPOINTS,
     )
-    return drawn(EncDecVLMForConditionalGeneration(config), seed)
+    return randomize(EncDecVLMForConditionalGeneration(config), seed).eval()
 
 
 def llama_config(num_tokens):
@@ -117,12 +108,13 @@ def make_teacher(kind="llava", seed=1):
         "vision_feature_layer": -2,
     }
     if kind == "llava":
-        return drawn(LlavaForConditionalGeneration(LlavaConfig(**options)), seed)
-    return drawn(LlavaNextForConditionalGeneration(LlavaNextConfig(**options, image_grid_pinpoints=PINPOINTS)), seed)
+        return randomize(LlavaForConditionalGeneration(LlavaConfig(**options)), seed).eval()
+    config = LlavaNextConfig(**options, image_grid_pinpoints=PINPOINTS)
+    return randomize(LlavaNextForConditionalGeneration(config), seed).eval()
 
 
 def make_text_teacher(num_tokens=None, seed=2):
-    return drawn(LlamaForCausalLM(llama_config(num_tokens or len(words()))), seed)
+    return randomize(LlamaForCausalLM(llama_config(num_tokens or len(words()))), seed).eval()
 
 
 def noise(size, seed):
@@ -151,7 +143,7 @@ def as_dataset(rows):
     return Dataset.from_list(rows, features=Features({name: features[name] for name in rows[0]}))
 
 
-def make_trainer(output_dir, rows=None, student=None, teacher=None, reader=None, dataset=None, **settings):
+def make_trainer(output_dir, rows=None, student=None, teacher=None, processor=None, dataset=None, **settings):
     settings = {"per_device_train_batch_size": 4, "max_steps": 1, "lmbda": 0.0, **settings}
     return Seq2SeqDistillationTrainer(
         make_student() if student is None else student,
@@ -159,11 +151,11 @@ def make_trainer(output_dir, rows=None, student=None, teacher=None, reader=None,
         make_args(output_dir, **settings),
         train_dataset=as_dataset(make_rows() if rows is None else rows) if dataset is None else dataset,
         processing_class=make_processor(),
-        teacher_processing_class=make_teacher_processor() if reader is None else reader,
+        teacher_processing_class=make_teacher_processor() if processor is None else processor,
     )
 
 
-# The loss written out again
+# The plain loss
 
 
 def target_of(text):
@@ -175,43 +167,43 @@ def student_logits(student, row, target):
     return student(**inputs, decoder_input_ids=torch.tensor([[1, *target[:-1]]])).logits[0]
 
 
-def teacher_logits(teacher, reader, row, target, text=None):
-    """The target's rows of what a plain forward pass says, with the target behind what the teacher reads."""
-    if isinstance(reader, ProcessorMixin):
+def teacher_logits(teacher, processor, row, target, text=None):
+    """Logits of a plain forward pass that predict the target, with the target behind the source."""
+    if isinstance(processor, ProcessorMixin):
         text = row["prompt"] if text is None else text
         text = text if "<image>" in text else "<image>" * len(row["images"]) + text
-        inputs = dict(reader(images=row["images"] or None, text=[text], return_tensors="pt"))
+        inputs = dict(processor(images=row["images"] or None, text=[text], return_tensors="pt"))
     else:
-        inputs = dict(reader(row.get("teacher_prompt") or row["prompt"], return_tensors="pt"))
+        inputs = dict(processor(row.get("teacher_prompt") or row["prompt"], return_tensors="pt"))
     source = inputs["input_ids"][:, :-1] if inputs["input_ids"][0, -1] == 2 else inputs["input_ids"]
     ids = torch.cat((source, torch.tensor([target])), 1)
     images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
     with torch.no_grad():
         logits = teacher(input_ids=ids, attention_mask=torch.ones_like(ids), **images).logits[0]
-    begin = source.shape[1] - 1
-    return logits[begin : begin + len(target)]
+    start = source.shape[1] - 1
+    return logits[start : start + len(target)]
 
 
-def plain_loss(rows, student, teacher, reader, targets=None, common=None, text=None, kd_ratio=1.0, beta=1.0):
+def plain_loss(rows, student, teacher, processor, targets=None, common=None, text=None, kd_ratio=1.0, beta=1.0):
     """Means over target tokens: of the divergence on the first `common` ids, and of the gold cross-entropy."""
     divergences, entropies = [], []
     for index, row in enumerate(rows):
         target = target_of(row["completion"]) if targets is None else targets[index]
-        mine = student_logits(student, row, target)
-        theirs = teacher_logits(teacher, reader, row, target, text and text(row))
-        divergences.append(plain_divergence(mine[:, :common], theirs[:, :common], beta, 1.0))
+        logits = student_logits(student, row, target)
+        target_logits = teacher_logits(teacher, processor, row, target, text and text(row))
+        divergences.append(plain_divergence(logits[:, :common], target_logits[:, :common], beta, 1.0))
         gold = target_of(row["completion"])
         entropies.append(F.cross_entropy(student_logits(student, row, gold), torch.tensor(gold), reduction="none"))
     return kd_ratio * torch.cat(divergences).mean() + (1 - kd_ratio) * torch.cat(entropies).mean()
 
 
-def greedy(model, processor, row, begin):
+def greedy_completion(model, processor, row, start):
     text = row["prompt"] if "<image>" in row["prompt"] else "<image>" * len(row["images"]) + row["prompt"]
     inputs = processor(images=row["images"] or None, text=[text], return_tensors="pt")
-    if begin is None:  # the teacher's text ends where the target begins
+    if start is None:  # the teacher's text ends where the target begins
         inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
-        begin = inputs["input_ids"].shape[1]
+        start = inputs["input_ids"].shape[1]
     image = make_tokenizer().convert_tokens_to_ids("<image>")
     options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0}
-    written = model.generate(**inputs, **options, suppress_tokens=[image])[0, begin:].tolist()
-    return written[: written.index(2) + 1] if 2 in written else written
+    output = model.generate(**inputs, **options, suppress_tokens=[image])[0, start:].tolist()
+    return output[: output.index(2) + 1] if 2 in output else output

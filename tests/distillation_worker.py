@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small distillation run, the same however many processes share its batches, and its loss written out plainly.
+"""Small distillation runs that are the same for any number of processes, and their loss written out plainly.
 
 python distillation_worker.py <output_dir> <runs as JSON> splits each named run over two processes; with a third
 argument, `alone`, it stays in one.
@@ -15,40 +15,37 @@ from pathlib import Path
 import torch
 from accelerate import debug_launcher
 from datasets import Dataset
-from ddp_worker import build, history_of, make_tokenizer
+from ddp_worker import SGD, build, history_of, make_tokenizer, result_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from conftest import randomize
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 
 
-# accelerate collects garbage after each run; two thirds of a run's time would go by looking through torch's modules.
+# accelerate collects garbage after each run, which takes most of a run's time because of torch's many objects.
 gc.freeze()
 
 BOS, EOS = 1, 2
 # Sums over rows or processes are taken in another order.
 OTHER_ORDER = {"atol": 1e-5, "rtol": 1e-5}
-# transformers 5.23 deprecates the name that 5.17 has.
+# transformers 5.23 deprecates the name that 5.18 has.
 CHECKPOINTING = (
     "activation" if "activation_checkpointing" in Seq2SeqDistillationConfig.__dataclass_fields__ else "gradient"
 )
 OFF_POLICY = {"lmbda": 0.0, "kd_ratio": 0.5}
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @functools.cache
-def twin_config(**switches):
-    return decoder_only_twin(build(**switches).config)
+def teacher_config(**fields):
+    return decoder_only_twin(build(**fields).config)
 
 
-def make_teacher(seed=1, **switches):
-    """A decoder-only model of the student's size, with every tensor drawn from `seed`."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(twin_config(**switches)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
-    return model.eval()
+def make_teacher(seed=1, **fields):
+    """A decoder-only model of the student's size, in eval mode."""
+    return randomize(AutoModelForCausalLM.from_config(copy.deepcopy(teacher_config(**fields))), seed).eval()
 
 
 def make_texts(num_rows=16, seed=3, names=("prompt", "completion")):
@@ -62,31 +59,16 @@ def make_texts(num_rows=16, seed=3, names=("prompt", "completion")):
     return rows
 
 
-# A number of rows that neither two processes nor batches of 4 share out evenly.
+# A number of rows that neither two processes nor batches of 4 divide evenly.
 EVALUATED = Dataset.from_list(make_texts(7, seed=8))
 
 
 def make_args(output_dir, **settings):
-    """Settings with which updates are proportional to the gradient, so that a wrong scale shows."""
     defaults = {
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 2,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,  # logs the norm and never clips
-        "max_completion_length": 10,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        f"{CHECKPOINTING}_checkpointing": False,
+        **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4, "max_steps": 2},
+        **{"max_completion_length": 10, "bf16": False, f"{CHECKPOINTING}_checkpointing": False},
     }
-    return Seq2SeqDistillationConfig(str(output_dir), **{**defaults, **settings})
+    return Seq2SeqDistillationConfig(str(output_dir), **{**SGD, **defaults, **settings})
 
 
 def make_trainer(output_dir, model=None, teacher=None, rows=None, arguments=None, **settings):
@@ -103,13 +85,20 @@ def make_trainer(output_dir, model=None, teacher=None, rows=None, arguments=None
     )
 
 
-def ids_of(text):
+def save_folder(folder, *parts):
+    """Save models and tokenizers in a folder; return its name."""
+    for part in parts:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def to_ids(text):
     return [int(word[1:]) for word in text.split()]
 
 
 def gold_pairs(rows):
-    """Source ids and target ids, end-of-text token included."""
-    return [(ids_of(row["prompt"]), [*ids_of(row["completion"]), EOS]) for row in rows]
+    """Source ids and target ids, with the end-of-text token."""
+    return [(to_ids(row["prompt"]), [*to_ids(row["completion"]), EOS]) for row in rows]
 
 
 def plain_divergence(student_logits, teacher_logits, beta, temperature):
@@ -125,47 +114,49 @@ def plain_divergence(student_logits, teacher_logits, beta, temperature):
     return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
 
 
-def logits_beside(student, teacher, source, target):
-    """The logits that student and teacher predict each target token from, of shape (T, V): one row, no padding."""
+def logits_of_pair(student, teacher, source, target):
+    """Logits from which both models predict each target token, of shape (T, V): one row, no padding."""
     decoder_input = torch.tensor([[BOS, *target[:-1]]])
     student_logits = student(input_ids=torch.tensor([source]), decoder_input_ids=decoder_input).logits[0]
     with torch.no_grad():
         teacher_logits = teacher(input_ids=torch.tensor([source + target])).logits[0]
-    begin = len(source) - 1
-    return student_logits, teacher_logits[begin : begin + len(target)]
+    start = len(source) - 1
+    return student_logits, teacher_logits[start : start + len(target)]
 
 
 def plain_numbers(
     student, teacher, pairs, gold=None, beta=1.0, kd_temperature=1.0, kd_ratio=1.0, smoothing=0.0, common=None
 ):
-    """The loss, its parts and what evaluation measures, row by row: means over tokens, not over rows.
+    """The loss and what evaluation measures, row by row: means over tokens.
 
-    `pairs` are what both models are compared on, on the first `common` ids (`None`: all of them), and `gold` what the
-    cross-entropy is taken of (`None`: the same).
+    Args:
+        pairs (`list`): Sources and targets on which both models are compared, on the first `common` ids.
+        gold (`list`, *optional*): Sources and targets of the cross-entropy; defaults to `pairs`.
     """
     divergence, entropy, agreement, cross_entropy = [], [], [], []
     for source, target in pairs:
-        mine, theirs = logits_beside(student, teacher, source, target)
-        entropy.append(torch.distributions.Categorical(logits=mine).entropy())
-        mine, theirs = mine[:, :common], theirs[:, :common]
-        divergence.append(plain_divergence(mine, theirs, beta, kd_temperature))
-        agreement.append((mine.argmax(-1) == theirs.argmax(-1)).float())
+        student_logits, teacher_logits = logits_of_pair(student, teacher, source, target)
+        entropy.append(torch.distributions.Categorical(logits=student_logits).entropy())
+        student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
+        divergence.append(plain_divergence(student_logits, teacher_logits, beta, kd_temperature))
+        agreement.append((student_logits.argmax(-1) == teacher_logits.argmax(-1)).float())
     for source, target in pairs if gold is None else gold:
-        mine, _ = logits_beside(student, teacher, source, target)
-        cross_entropy.append(F.cross_entropy(mine, torch.tensor(target), reduction="none", label_smoothing=smoothing))
+        logits, _ = logits_of_pair(student, teacher, source, target)
+        cross_entropy.append(
+            F.cross_entropy(logits, torch.tensor(target), reduction="none", label_smoothing=smoothing)
+        )
     parts = {"kd_loss": divergence, "entropy": entropy, "teacher_agreement": agreement, "ce_loss": cross_entropy}
     numbers = {name: torch.cat(part).mean() for name, part in parts.items()}
     numbers["loss"] = kd_ratio * kd_temperature**2 * numbers["kd_loss"] + (1 - kd_ratio) * numbers["ce_loss"]
     return numbers
 
 
-def result_of(trainer):
-    return {
-        "num_processes": trainer.accelerator.num_processes,
-        "losses": history_of(trainer),
-        "gradient_norms": history_of(trainer, "grad_norm"),
-        "weights": dict(trainer.accelerator.unwrap_model(trainer.model).state_dict()),
-    }
+def assert_step(trainer, student, loss, reference):
+    """Assert that the only step of a run had this loss, and took the gradient of it for `reference`."""
+    torch.testing.assert_close(history_of(trainer)[0], loss.item(), **OTHER_ORDER)
+    loss.backward()
+    stepped = {name: (p if p.grad is None else p - 0.05 * p.grad).detach() for name, p in reference.named_parameters()}
+    torch.testing.assert_close(dict(student.named_parameters()), stepped, **OTHER_ORDER)
 
 
 def metrics_of(trainer, dataset=None):
@@ -183,42 +174,52 @@ def floats(numbers):
     return {name: value.item() for name, value in numbers.items()}
 
 
-def capture(owner, name, calls):
-    """Lets `owner.name` be called as before and appends to `calls` what it was given and what it returned."""
-    original = getattr(owner, name)
+def capture(owner, name):
+    """Return a list to which each call of `owner.name` appends its arguments and its result."""
+    original, calls = getattr(owner, name), []
 
     def spy(*args, **kwargs):
         result = original(*args, **kwargs)
-        calls.append((args, kwargs, result))
+        calls.append((args, result))
         return result
 
     setattr(owner, name, spy)
+    return calls
 
 
-def greedy_text(model, source, begin):
-    """What `model` writes after one source without padding, up to and with the end-of-text token."""
+def capture_completions(trainer, role="student"):
+    """Return a list to which each generation appends pairs of source ids and completion."""
+    pairs, original = [], getattr(trainer, f"generate_as_{role}")
+
+    def spy(rows, config=None):
+        completions = original(rows, config)
+        pairs.extend(zip([row["source_ids"] for row in rows], completions, strict=True))
+        return completions
+
+    setattr(trainer, f"generate_as_{role}", spy)
+    return pairs
+
+
+def capture_batches(trainer):
+    """Return a list to which each batch of the trainer is appended with its rows."""
+    return capture(trainer, "_generate_and_score_completions")
+
+
+def greedy_completion(model, source, start):
+    """What `model` generates for one source without padding, up to and with the end-of-text token."""
+    options = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": EOS, "pad_token_id": 0}
     with torch.no_grad():
-        written = model.generate(
-            torch.tensor([source]),
-            attention_mask=torch.ones(1, len(source), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=10,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-    return written[0, begin:].tolist()
+        output = model.generate(torch.tensor([source]), attention_mask=torch.ones(1, len(source)).long(), **options)
+    return output[0, start:].tolist()
 
 
-def frozen_texts(source_ids):
-    """Texts that depend on the source alone, of different lengths."""
-    return [[*reversed(ids), *ids[: len(ids) % 3], EOS] for ids in source_ids]
-
-
-# What is trained, and what is not
+def generate_from_source(rows, config):
+    """Completions of different lengths that depend on the source alone."""
+    return [[*reversed(row["source_ids"]), *row["source_ids"][: len(row["source_ids"]) % 3], EOS] for row in rows]
 
 
 def same_function_pair():
-    """A student and a teacher whose next token depends on the last one alone: table, norm and head, each the same."""
+    """A student and a teacher that are the same function of the last token: table, norm and head are equal."""
     student, teacher = build(), make_teacher()
     for model in (student, teacher):
         for name, parameter in model.named_parameters():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation over two processes, and of a student whose code comes from its own folder."""
+"""Distillation over two processes, and of a student whose code is loaded from its own folder."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_worker import build, make_tokenizer
-from distillation_worker import EVALUATED, OTHER_ORDER, make_trainer, metrics_of, result_of
+from ddp_worker import build, make_tokenizer, result_of
+from distillation_worker import EVALUATED, OTHER_ORDER, make_trainer, metrics_of, save_folder
 from safetensors.torch import load_file
 
 
@@ -20,7 +20,7 @@ RUNS = {
     "accumulated": {"lmbda": 0.0, "kd_ratio": 0.5, "gradient_accumulation_steps": 2},
     # Sampling this cold is greedy search, and the same in each process.
     "on_policy": {"lmbda": 1.0, "kd_ratio": 0.5, "temperature": 1e-4, "beta": 0.5},
-    # Each process has its own random numbers, and all of them draw the same origin of a batch.
+    # Each process has its own random numbers, but all choose the same origin for a batch.
     "mixed": {"lmbda": 0.5, "kd_ratio": 0.5, "temperature": 1e-4, "max_steps": 6},
 }
 STUDENT_FROM_ITS_FOLDER = """
@@ -42,7 +42,7 @@ assert not [name for name, parameter in student.named_parameters() if torch.equa
 trainer.save_model()
 torch.save(history_of(trainer), output_dir + "/losses.pt")
 """
-# accelerate shards on accelerators only; told otherwise, FSDP2 itself works over gloo.
+# accelerate shards on accelerators only, but FSDP2 itself works on a CPU.
 SHARDED_ON_CPU = """
 import json
 import sys
@@ -92,7 +92,7 @@ def run(*command, **variables):
 
 @pytest.fixture(scope="module")
 def shared_out(tmp_path_factory):
-    """What two processes measure that share each batch."""
+    """Results of two processes that share each batch."""
     folder = tmp_path_factory.mktemp("shared_out")
     runs = {name: {**settings, "per_device_train_batch_size": 2} for name, settings in RUNS.items()}
     run(TESTS / "distillation_worker.py", folder, json.dumps(runs))
@@ -100,7 +100,7 @@ def shared_out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_distil_as_one_does_on_the_same_global_batch(name, shared_out, tmp_path):
+def test_two_processes_equal_one_on_the_same_global_batch(name, shared_out, tmp_path):
     trainer = make_trainer(tmp_path, **RUNS[name], per_device_train_batch_size=4)
     trainer.train()
     expected = {**result_of(trainer), "metrics": metrics_of(trainer, EVALUATED)}
@@ -112,7 +112,7 @@ def test_two_processes_distil_as_one_does_on_the_same_global_batch(name, shared_
 
 
 @pytest.mark.slow
-def test_shards_of_fsdp2_distil_as_one_process_does(tmp_path):
+def test_shards_of_fsdp2_equal_one_process(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED_ON_CPU)
     names = ("off_policy", "on_policy")
@@ -129,10 +129,9 @@ def test_shards_of_fsdp2_distil_as_one_process_does(tmp_path):
         torch.testing.assert_close(saved, {key: expected["weights"][key] for key in saved}, **OTHER_ORDER)
 
 
-def test_a_student_of_which_the_code_lies_in_its_folder_distils(tmp_path):
+def test_a_student_with_code_from_its_folder_equals_one_of_the_package(tmp_path):
     folder, output_dir = tmp_path / "student", tmp_path / "out"
-    build().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    save_folder(folder, build(), make_tokenizer())
     run("-c", STUDENT_FROM_ITS_FOLDER, folder, output_dir, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert {"modeling_encdec_slm.py", "configuration_encdec_slm.py", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in output_dir.iterdir()

@@ -18,7 +18,7 @@ from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.conversion import convert_reference_state_dict, reference_config
 from encdec_slm.trainers.distillation_losses import ObjectiveSettings, distillation_objective, token_divergence
 from encdec_slm.trainers.output_heads import OutputHead
-from encdec_slm.trainers.vocabulary import num_common_tokens
+from encdec_slm.trainers.vocabulary import count_common_tokens
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -99,13 +99,13 @@ def test_teacher_logits_one_position_off_do_not_give_the_reference_s_number(gold
 def test_cutting_equals_the_reference_only_because_what_is_cut_are_no_tokens(golden):
     """Rows that pad a table are cut by both. The same cut through different tokens, ours refuses."""
     tokenizer = make_tokenizer()  # of 97 tokens
-    assert num_common_tokens(tokenizer, tokenizer, student_vocab_size=128, teacher_vocab_size=112) == 97
+    assert count_common_tokens(tokenizer, tokenizer, student_vocab_size=128, teacher_vocab_size=112) == 97
     whole = golden["kd.student_logits"].log_softmax(-1)[..., 9:].exp().sum(-1)
     assert whole.max() > 0.1  # were ids 9 and 10 tokens, the student's belief in them would be lost
     other = make_tokenizer()
     other.add_tokens(["only the student's"])
-    with pytest.raises(ValueError, match=r"1 of 98 token ids: 97 is \"only the student's\" and nothing"):
-        num_common_tokens(other, tokenizer, student_vocab_size=98, teacher_vocab_size=97)
+    with pytest.raises(ValueError, match=r"1 of 98 .*97 is"):
+        count_common_tokens(other, tokenizer, student_vocab_size=98, teacher_vocab_size=97)
 
 
 # `kdmodel.*`: one step of the predecessor's trainer with `text_a` as the student, vocabularies of 97 and 89

@@ -111,7 +111,7 @@ def test_a_student_is_distilled_in_half_precision(tmp_path):
     trainer.train()
     losses = history_of(trainer)
     assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
-    assert trainer._read_student.head_is_known and trainer._read_teacher.head_is_known
+    assert trainer._student_reader.head_is_known and trainer._teacher_reader.head_is_known
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])

@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from ..configuration import decoder_only_twin
-from .distillation_data import RowEncoder, as_prompts, encode_rows
+from .distillation_data import DistillationRowEncoder, as_prompts
 from .new_models import first_texts, preset_config, train_tokenizer
 from .resuming import last_complete_checkpoint
+from .row_encoding import RowEncoder, encode_rows
 from .run_reports import show_losses, write_file
 
 
@@ -49,7 +50,8 @@ def train_decoder_only(
     tokenizer = train_tokenizer(first_texts(dataset, ("source", "target")), vocab_size, max_source_length)
     tokenizer.chat_template = CHAT_TEMPLATE
     model = AutoModelForCausalLM.from_config(decoder_only_twin(preset_config(preset, tokenizer)))
-    encoder = RowEncoder(tokenizer, tokenizer, max_source_length, max_target_length)
+    lengths = (max_source_length, max_target_length)
+    encoder = DistillationRowEncoder(RowEncoder(tokenizer, *lengths), RowEncoder(tokenizer))
     encoded = encode_rows(as_prompts(dataset, is_chat=True), encoder, "decoder-only model's data")
     trainer = Trainer(
         model=model,

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Student, teacher and their tokenizers for a distillation run: loaded, and checked against each other."""
+"""Load student, teacher and their tokenizers for a distillation run, and check them against each other."""
 
 import copy
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -18,231 +21,422 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import is_peft_available
 
+from ..checkpoints import load_checkpoint
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_images import tokenizer_of
-from .vocabulary import num_common_tokens
+from .vocabulary import count_common_tokens
 
 
 logger = logging.getLogger(__name__)
 
+# Arguments of `from_pretrained` that also say where the config and the tokenizer of a model are.
+LOCATION_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
-def checked_args(args, model, compute_metrics) -> Seq2SeqDistillationConfig:
-    """The run's settings, or those of a run without any.
+Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
+
+
+def check_args(args: Any, model: Any, compute_metrics: Any) -> Seq2SeqDistillationConfig:
+    """Return the settings of a run, or default settings for `None`.
 
     Raises:
         TypeError: `args` is of another class.
-        ValueError: Generated texts are to be scored, but not to be generated.
+        ValueError: Completions are scored but not generated.
     """
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
         args = Seq2SeqDistillationConfig(f"{name.rstrip('/').split('/')[-1]}-Distillation")
     if not isinstance(args, Seq2SeqDistillationConfig):
-        raise TypeError(
-            f"`args` is a {type(args).__name__}, but a Seq2SeqDistillationConfig is needed. It takes the same "
-            "settings: change the name of the class."
-        )
+        raise TypeError(f"`args` must be a Seq2SeqDistillationConfig, got {type(args).__name__}.")
     if compute_metrics is not None and not args.predict_with_generate:
-        raise ValueError(
-            "`compute_metrics` is given and `predict_with_generate` is false, so there would be no texts to score. "
-            "Set `predict_with_generate=True`."
-        )
+        raise ValueError("`compute_metrics` scores generated completions and requires `predict_with_generate=True`.")
     return args
 
 
-def load_student(model, args, quantization_config=None) -> PreTrainedModel:
-    """The student, loaded if it is a string.
+# Student
+
+
+def load_student(
+    model: str | PreTrainedModel,
+    args: Seq2SeqDistillationConfig,
+    quantization_config: Any = None,
+    peft_config: Any = None,
+) -> tuple[PreTrainedModel, Tokenizer | None]:
+    """Load the student if it is a string; the training of a LoRA adapter continues.
+
+    Returns:
+        `tuple`: The student, and the tokenizer or processor from the same place; `None` if there is none.
 
     Raises:
-        ValueError: The string names no encoder-decoder, or settings for loading come twice.
+        ValueError: The string is not an encoder-decoder, nothing of the student can be trained, or an argument would
+            have no effect.
     """
     if not isinstance(model, str):
         if args.model_init_kwargs is not None or quantization_config is not None:
             raise ValueError(
-                "`model_init_kwargs` or `quantization_config` is given, but the student is loaded already. Give the "
-                "student as a string, or leave them out."
+                "`model_init_kwargs` and `quantization_config` require `model` to be a string, but the student is "
+                f"already loaded ({type(model).__name__}). Remove them, or pass the student as a string."
             )
-        return model
-    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if not _config_of(model, kwargs).is_encoder_decoder:
-        raise ValueError(_no_student(model))
-    return AutoModelForSeq2SeqLM.from_pretrained(model, **_placed(kwargs, args))
+        student, processing_class = model, None
+    else:
+        defaults = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+        kwargs = {**defaults, **_rename_dtype(args.model_init_kwargs)}
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        student, processing_class = load_checkpoint(model, adapter="train", **_without_device_map(kwargs, args))
+    if peft_config is not None and _adapters_of(student):
+        name = model if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"The student {name!r} has an adapter already, and `peft_config` would add another one. Remove "
+            "`peft_config` to continue the training of the adapter, or merge it first (`merge_and_unload`)."
+        )
+    if peft_config is None and not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"The student {type(student).__name__} has no trainable parameters. Load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass its folder as `model`."
+        )
+    return student, processing_class
 
 
-def load_teacher(teacher, args) -> PreTrainedModel:
-    """The teacher, loaded if it is a string; a string may name a LoRA adapter.
+# Teacher
+
+
+def load_teacher(
+    teacher: str | PreTrainedModel | None, args: Seq2SeqDistillationConfig
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the teacher if it is a string, which may be the name of a LoRA adapter.
+
+    Returns:
+        `tuple`: The teacher, and where it comes from, as arguments of `from_pretrained`.
 
     Raises:
-        ValueError: There is no teacher, it is an encoder-decoder, or settings for loading come with a loaded one.
+        ValueError: There is no teacher or it is not a causal language model, or an argument would have no effect.
     """
-    teacher = args.teacher_model_name_or_path if teacher is None else teacher
-    if teacher is None:
+    name = args.teacher_model_name_or_path
+    if teacher is None and name is None:
         raise ValueError(
-            "There is no teacher. Pass `teacher_model`, a causal language model or the name of one, or set "
+            "A teacher is required. Pass `teacher_model`, a causal language model or the name of one, or set "
             "`teacher_model_name_or_path`."
         )
+    if teacher is not None and name is not None and teacher != name:
+        logger.warning(f"`teacher_model_name_or_path` ({name!r}) is not used, because `teacher_model` is given.")
+    teacher = name if teacher is None else teacher
     if not isinstance(teacher, str):
-        if args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                "`teacher_model_init_kwargs` is given, but the teacher is loaded already. Give the teacher as a "
-                "string, or leave them out."
-            )
-        return teacher
+        for setting in ("teacher_model_init_kwargs", "teacher_model_revision"):
+            if getattr(args, setting) is not None:
+                raise ValueError(
+                    f"`{setting}` requires `teacher_model` to be a string, but the teacher is already loaded "
+                    f"({type(teacher).__name__}). Remove it, or pass the teacher as a string."
+                )
+        return teacher, {"pretrained_model_name_or_path": teacher.config._name_or_path}
     kwargs = {"dtype": "auto", "trust_remote_code": args.trust_remote_code}
     if args.teacher_model_revision is not None:
         kwargs["revision"] = args.teacher_model_revision
-    kwargs |= args.teacher_model_init_kwargs or {}
-    config = _config_of(teacher, kwargs)
+    kwargs |= _rename_dtype(args.teacher_model_init_kwargs)
+    if Path(teacher).is_dir():  # transformers ignores the subfolder of a local adapter
+        teacher = str(Path(teacher, kwargs.pop("subfolder", "")))
+    location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
+    config = _teacher_config(teacher, location)
     if config.is_encoder_decoder:
-        raise ValueError(_no_teacher(teacher))
-    is_other = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto_class = AutoModelForImageTextToText if is_other else AutoModelForCausalLM
-    model, info = auto_class.from_pretrained(teacher, output_loading_info=True, **_placed(kwargs, args))
-    if info["missing_keys"]:  # a backbone without its head, say, which would get a random one
-        raise ValueError(_no_teacher(teacher))
-    return model
+        raise ValueError(_wrong_teacher(teacher))
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForImageTextToText if has_images and not is_causal else AutoModelForCausalLM
+    kwargs = _without_device_map(kwargs, args)
+    model, info = auto_class.from_pretrained(teacher, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:  # a backbone without its head, which would be initialized randomly
+        raise ValueError(_wrong_teacher(teacher))
+    return model, {"pretrained_model_name_or_path": teacher, **location}
 
 
-def _config_of(name, kwargs):
-    """The config of a model, or of the one beneath an adapter."""
-    options = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
+def _teacher_config(name, location):
+    """Load the config of a model, or of the base model of an adapter."""
     if is_peft_available():
         from transformers.utils.peft_utils import find_adapter_config_file
 
-        if find_adapter_config_file(name, revision=options.get("revision")) is not None:
+        keys = ("revision", "subfolder", "token", "cache_dir")
+        options = {key: location[key] for key in keys if key in location}
+        if find_adapter_config_file(name, **options) is not None:
             from peft import PeftConfig
 
-            name = PeftConfig.from_pretrained(name).base_model_name_or_path
-            options.pop("revision", None)
-    return AutoConfig.from_pretrained(name, **options)
+            name = PeftConfig.from_pretrained(name, **options).base_model_name_or_path
+            location = {key: value for key, value in location.items() if key not in ("revision", "subfolder")}
+    return AutoConfig.from_pretrained(name, **location)
 
 
-def _placed(kwargs, args):
-    """Each process of a distributed run has a whole model; elsewhere a `device_map` is taken as it is given."""
-    is_distributed = args.distributed_state.num_processes > 1 if args.distributed_state is not None else False
+def _rename_dtype(kwargs):
+    """Rename `torch_dtype`, which `from_pretrained` ignores beside `dtype`."""
+    return {("dtype" if name == "torch_dtype" else name): value for name, value in (kwargs or {}).items()}
+
+
+def _without_device_map(kwargs, args):
+    """Remove the device map in a distributed run, where each process has a whole model."""
+    is_distributed = args.distributed_state is not None and args.distributed_state.num_processes > 1
     return {**kwargs, "device_map": None} if is_distributed else kwargs
 
 
-def check_roles(student, teacher) -> None:
-    """Raises a `ValueError` unless the student is an encoder-decoder and the teacher a causal language model."""
-    if not getattr(student.config, "is_encoder_decoder", False) or not _writes(student):
-        raise ValueError(_no_student(type(student).__name__))
-    # Encoders such as BERT, which read what they are to predict, say that they are no decoders.
+# Roles
+
+
+def check_roles(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Check that the student is an encoder-decoder and the teacher a causal language model.
+
+    Raises:
+        ValueError: One is of another kind, or the teacher is a prompt-tuned model.
+    """
+    if not getattr(student.config, "is_encoder_decoder", False) or not _can_generate(student):
+        raise ValueError(
+            f"The student {type(student).__name__} must be an encoder-decoder with an output head. Use a model that "
+            "`AutoModelForSeq2SeqLM` loads; for a decoder-only student use TRL's DistillationTrainer."
+        )
+    # Encoders such as BERT, which read what they would predict, have `is_decoder=False`.
     is_other = getattr(teacher.config, "is_encoder_decoder", False) or not getattr(teacher.config, "is_decoder", True)
-    if is_other or not _writes(teacher):
-        raise ValueError(_no_teacher(type(teacher).__name__))
+    if is_other or not _can_generate(teacher):
+        raise ValueError(_wrong_teacher(type(teacher).__name__))
+    if any(getattr(config, "is_prompt_learning", False) for config in _adapters_of(teacher).values()):
+        raise ValueError(
+            "The teacher is tuned by virtual tokens (prompt or prefix tuning), which would shift its positions. Use a "
+            "LoRA adapter or a whole model."
+        )
 
 
-def _writes(model):
-    """Whether a model has an output head and generates."""
+def _adapters_of(model):
+    return getattr(model, "peft_config", None) or {}
+
+
+def _can_generate(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).can_generate()
 
 
-def _no_student(name):
+def _wrong_teacher(name):
     return (
-        f"The student {name} is no encoder-decoder with an output head, but its encoder is to read the source and "
-        "its decoder to write. "
-        "Use one that `AutoModelForSeq2SeqLM` loads; for a decoder-only student use TRL's DistillationTrainer."
+        f"The teacher {name!r} must be a causal language model, because it reads source and target in one row. Use a "
+        "decoder-only model that `AutoModelForCausalLM` loads."
     )
 
 
-def _no_teacher(name):
-    return (
-        f"The teacher {name} is no causal language model, but it is to read source and target in one row and to "
-        "predict the target. Use a decoder-only model that `AutoModelForCausalLM` loads."
-    )
+# Tokenizers
 
 
 def load_processing_classes(
-    processing_class, teacher_processing_class, student, teacher, args
-) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, PreTrainedTokenizerBase | ProcessorMixin]:
-    """Tokenizers of student and teacher, or processors of those that read images; from beside the models if not given.
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processing_class: Tokenizer | None,
+    teacher_processing_class: Tokenizer | None,
+    teacher_location: dict[str, Any],
+    args: Seq2SeqDistillationConfig,
+) -> tuple[Tokenizer, Tokenizer]:
+    """Return tokenizers of student and teacher, or processors of those that read images, loaded if not given.
 
     Raises:
         TypeError: One is of another kind.
-        ValueError: The student's cannot be found, has no end-of-text token, or means another token by images.
+        ValueError: The student's cannot be found, has no end-of-text token, or has another image token.
     """
-    has_images = _reads_images(student)
-    kind = ProcessorMixin if has_images else PreTrainedTokenizerBase
+    has_images, teacher_has_images = _has_images(student), _has_images(student) and _has_images(teacher)
+    location = {"pretrained_model_name_or_path": student.config._name_or_path}
     if processing_class is None:
-        processing_class = _saved_processing_class(student, args, has_images)
-        if processing_class is None:
-            raise ValueError(
-                f"No tokenizer lies beside the student {student.config._name_or_path!r}. Pass one as "
-                "`processing_class`."
-            )
+        processing_class = _load_processing_class(location, has_images, args)
+    if processing_class is None:
+        raise ValueError(
+            f"There is no tokenizer in the folder of the student ({student.config._name_or_path!r}). Pass one as "
+            "`processing_class`."
+        )
     if teacher_processing_class is None:
-        teacher_processing_class = _saved_processing_class(teacher, args, has_images and _reads_images(teacher))
+        teacher_processing_class = load_teacher_processing_class(teacher, teacher_location, args, teacher_has_images)
     if teacher_processing_class is None:
-        logger.warning("No tokenizer lies beside the teacher: it is taken to have the student's.")
-        teacher_processing_class = tokenizer_of(processing_class)
-    _check_kind("processing_class", processing_class, student, [kind])
-    # A teacher that could read images may be given text about them alone.
-    kinds = [PreTrainedTokenizerBase, *([ProcessorMixin] if has_images and _reads_images(teacher) else [])]
+        logger.warning("There is no tokenizer in the folder of the teacher. The student's is used for the teacher.")
+        teacher_processing_class = get_tokenizer(processing_class)
+    kind = ProcessorMixin if has_images else PreTrainedTokenizerBase
+    _check_kind("processing_class", processing_class, student, (kind,))
+    # A teacher that could read images may be given text about them.
+    kinds = (PreTrainedTokenizerBase, ProcessorMixin) if teacher_has_images else (PreTrainedTokenizerBase,)
     _check_kind("teacher_processing_class", teacher_processing_class, teacher, kinds)
-    tokenizer, teacher_tokenizer = tokenizer_of(processing_class), tokenizer_of(teacher_processing_class)
+    return _with_padding(processing_class, teacher_processing_class), teacher_processing_class
+
+
+def load_teacher_processing_class(
+    teacher: PreTrainedModel, location: dict[str, Any], args: Seq2SeqDistillationConfig, has_images: bool = False
+) -> Tokenizer | None:
+    """Load the tokenizer of a teacher, or the processor of one that reads images; `None` if there is none.
+
+    Args:
+        teacher ([`~transformers.PreTrainedModel`]): An adapter without a tokenizer has that of its base model.
+        location (`dict`): From [`load_teacher`].
+        args ([`Seq2SeqDistillationConfig`]): Settings of the run.
+        has_images (`bool`, *optional*, defaults to `False`): Whether the teacher reads the images of rows.
+    """
+    base = {"pretrained_model_name_or_path": teacher.config._name_or_path}
+    found = _load_processing_class(location, has_images, args)
+    return _load_processing_class(base, has_images, args) if found is None else found
+
+
+def _with_padding(processing_class, teacher_processing_class):
+    """Return the student's tokenizer with a padding token; warn if the two models end texts differently."""
+    tokenizer, teacher_tokenizer = get_tokenizer(processing_class), get_tokenizer(teacher_processing_class)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The student's tokenizer has no end-of-text token, so the student could not be taught to stop. Set its "
+            "The student's tokenizer has no end-of-text token, so the student cannot learn to stop. Set its "
             "`eos_token`."
         )
     if teacher_tokenizer.eos_token != tokenizer.eos_token:
         logger.warning(
-            f"The student ends its texts with {tokenizer.eos_token!r} and the teacher with "
-            f"{teacher_tokenizer.eos_token!r}: at the end of a text the teacher predicts another token than the "
-            "student is taught. If both know the teacher's, make it the `eos_token` of the student's tokenizer."
+            f"The student's end-of-text token is {tokenizer.eos_token!r} and the teacher's is "
+            f"{teacher_tokenizer.eos_token!r}, so the teacher predicts another token at the end of a text than the "
+            "student learns. If both have the teacher's, make it the `eos_token` of the student's tokenizer."
         )
     if tokenizer.pad_token is None:
         processing_class = copy.deepcopy(processing_class)
-        tokenizer_of(processing_class).pad_token = tokenizer.eos_token
-    return processing_class, teacher_processing_class
+        get_tokenizer(processing_class).pad_token = tokenizer.eos_token
+    return processing_class
 
 
-def _reads_images(model):
+def get_tokenizer(processing_class: Tokenizer) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def _has_images(model):
     return getattr(model.config, "image_token_id", None) is not None
 
 
 def _check_kind(name, value, model, kinds):
-    if not isinstance(value, tuple(kinds)):
+    if not isinstance(value, kinds):
         needed = "tokenizer" if kinds[0] is PreTrainedTokenizerBase else "processor"
-        raise TypeError(f"`{name}` is a {type(value).__name__}, but a {needed} is needed. Pass its {needed}.")
+        raise TypeError(f"`{name}` must be the {needed} of {type(model).__name__}, got {type(value).__name__}.")
     if isinstance(value, ProcessorMixin) and value.image_token_id != model.config.image_token_id:
         raise ValueError(
-            f"`{name}` puts images at the token id {value.image_token_id}, but {type(model).__name__} looks for them "
-            f"at `image_token_id` {model.config.image_token_id}. Use the processor that the model was made with."
+            f"`{name}` has the image token id {value.image_token_id}, but the `image_token_id` of "
+            f"{type(model).__name__} is {model.config.image_token_id}. Use the processor of the model."
         )
 
 
-def _saved_processing_class(model, args, has_images):
-    name, auto_class = model.config._name_or_path, AutoProcessor if has_images else AutoTokenizer
+def _load_processing_class(location, has_images, args):
+    if not location["pretrained_model_name_or_path"]:
+        return None
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code) if name else None
+        options = {"trust_remote_code": args.trust_remote_code, **location}
+        return (AutoProcessor if has_images else AutoTokenizer).from_pretrained(**options)
     except (OSError, ValueError):
         return None
 
 
-def common_tokens(tokenizer, teacher_tokenizer, student, teacher, args, image_tokens=()) -> int | None:
-    """How many ids both models score; `None` where they differ and nothing is to be compared (`kd_ratio` 0)."""
+def compare_vocabularies(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processing_class: Tokenizer,
+    teacher_processing_class: Tokenizer,
+    kd_ratio: float,
+) -> int | None:
+    """Count the ids that both models score; `None` if the vocabularies differ and nothing is compared (`kd_ratio=0`).
+
+    Raises:
+        ValueError: The vocabularies differ and `kd_ratio` is above 0.
+    """
+    processing_classes = (processing_class, teacher_processing_class)
     sizes = (model.config.get_text_config().vocab_size for model in (student, teacher))
     try:
-        return num_common_tokens(tokenizer, teacher_tokenizer, *sizes, image_tokens)
+        return count_common_tokens(
+            *map(get_tokenizer, processing_classes), *sizes, find_image_tokens(processing_classes)
+        )
     except ValueError:
-        if args.kd_ratio > 0:
+        if kd_ratio > 0:
             raise
         logger.warning("Student and teacher have different tokenizers: evaluation does not compare them.")
         return None
 
 
-def decoder_start_token_id(student) -> int:
-    """What the student's decoder begins with.
+def find_image_tokens(processing_classes: Sequence[Tokenizer]) -> list[str]:
+    """Return the tokens that stand for images."""
+    return [each.image_token for each in processing_classes if isinstance(each, ProcessorMixin)]
+
+
+# Generation
+
+
+class GenerationConfigs(NamedTuple):
+    """Generation configs of both models: for sampling targets, and greedy ones for evaluation."""
+
+    student: GenerationConfig
+    greedy_student: GenerationConfig
+    teacher: GenerationConfig
+    greedy_teacher: GenerationConfig
+
+
+def build_generation_configs(
+    base: GenerationConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processing_class: Tokenizer,
+    teacher_processing_class: Tokenizer,
+    num_common_tokens: int | None,
+    generation_kwargs: dict[str, Any],
+) -> GenerationConfigs:
+    """Build the generation configs of a run.
+
+    Args:
+        base ([`~transformers.GenerationConfig`]): Sampling settings and the end-of-text tokens of the student.
+        student ([`~transformers.PreTrainedModel`]): The student.
+        teacher ([`~transformers.PreTrainedModel`]): The teacher.
+        processing_class: Tokenizer or processor of the student.
+        teacher_processing_class: Tokenizer or processor of the teacher.
+        num_common_tokens (`int`, *optional*): Ids that both models score; `None` if the vocabularies differ.
+        generation_kwargs (`dict`): Settings of the user, which take precedence; token ids are the student's.
 
     Raises:
-        ValueError: Neither config says it.
+        ValueError: The student has no decoder start token.
+    """
+    tokenizers = [get_tokenizer(each) for each in (processing_class, teacher_processing_class)]
+    image_tokens = find_image_tokens((processing_class, teacher_processing_class))
+
+    def ids_to_suppress(model, tokenizer, settings):
+        """Ids that are not text: rows that pad the embedding table, and image tokens."""
+        vocabulary = tokenizer.get_vocab()
+        num_tokens = num_common_tokens or max(vocabulary.values()) + 1
+        padding = range(num_tokens, model.config.get_text_config().vocab_size)
+        image_ids = [vocabulary[token] for token in image_tokens if token in vocabulary]
+        return sorted({*padding, *image_ids, *(settings.get("suppress_tokens") or ())}) or None
+
+    config = copy.deepcopy(base)
+    defaults = {
+        "decoder_start_token_id": find_decoder_start_token_id(student),
+        "pad_token_id": tokenizers[0].pad_token_id,
+        "bos_token_id": tokenizers[0].bos_token_id,
+    }
+    config.update(**{**defaults, **generation_kwargs})
+    config.update(suppress_tokens=ids_to_suppress(student, tokenizers[0], generation_kwargs))
+    config.update(eos_token_id=as_id_list(config.eos_token_id))
+    teacher_config = copy.deepcopy(config)
+    is_common = num_common_tokens is not None
+    eos_token_ids = {tokenizers[1].eos_token_id, *as_id_list(teacher.generation_config.eos_token_id)} - {None}
+    teacher_config.update(
+        decoder_start_token_id=None,
+        pad_token_id=config.pad_token_id if is_common else tokenizers[1].pad_token_id or 0,
+        bos_token_id=tokenizers[1].bos_token_id,
+        eos_token_id=sorted(eos_token_ids),
+        suppress_tokens=ids_to_suppress(teacher, tokenizers[1], generation_kwargs if is_common else {}),
+    )
+    return GenerationConfigs(config, _without_sampling(config), teacher_config, _without_sampling(teacher_config))
+
+
+def _without_sampling(config):
+    config = copy.deepcopy(config)
+    config.update(do_sample=False, **dict.fromkeys(name for name in SAMPLING_SETTINGS if hasattr(config, name)))
+    return config
+
+
+def as_id_list(ids: int | Sequence[int] | None) -> list[int]:
+    """Return token ids as a list."""
+    return [ids] if isinstance(ids, int) else list(ids or ())
+
+
+def find_decoder_start_token_id(student: PreTrainedModel) -> int:
+    """Return the token that the student's decoder starts with.
+
+    Raises:
+        ValueError: Neither its config nor its generation config has one.
     """
     configs = (student.config, getattr(student.config, "text_config", None), student.generation_config)
     for config in configs:
         for name in ("decoder_start_token_id", "bos_token_id"):
             if (token_id := getattr(config, name, None)) is not None:
                 return token_id
-    raise ValueError("The student's config has no `decoder_start_token_id`. Set it to what its decoder begins with.")
+    raise ValueError("The student's config has no `decoder_start_token_id`. Set it to the decoder's first token.")

@@ -1,83 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder-only teacher teaches an encoder-decoder student: the trainer.
+"""Distillation of a decoder-only teacher into an encoder-decoder student.
+
+Private methods and attributes of TRL that are used here are listed in tests/test_trl_hooks.py, with a test for each.
 
 B batch, S source, T target, N target tokens of a batch, D width, V vocabulary.
 """
 
-import copy
-import math
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import EvalPrediction, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.utils.data import SequentialSampler
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import EvalLoopOutput
+from trl import DistillationTrainer
+from trl.models import prepare_deepspeed
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
-from ..hub_cards.cards import distillation_card
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_data import collate, encode_rows, padded, refuse_long_rows, stacked, trimmed, unpadded
-from .distillation_images import image_lists, image_token_ids, image_tokens_of, row_encoder
-from .distillation_losses import ObjectiveSettings, distillation_objective
+from .distillation_data import (
+    ENCODED_COLUMNS,
+    build_encoder,
+    check_row_length,
+    check_teacher_context,
+    collate,
+    to_lists,
+    trim_padding,
+)
+from .distillation_logs import complete_card, describe_lengths, describe_rows, log_completion_table
+from .distillation_losses import ROW_SUMS, ObjectiveSettings, add_to_rows, distillation_objective, reduce_row_sums
 from .distillation_models import (
+    build_generation_configs,
+    check_args,
     check_roles,
-    checked_args,
-    common_tokens,
-    decoder_start_token_id,
+    compare_vocabularies,
+    get_tokenizer,
     load_processing_classes,
     load_student,
     load_teacher,
 )
 from .output_heads import HeadReader
 from .resuming import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
-from .trl_hooks import EncoderDecoderHooks
+from .row_encoding import LABELS_PADDING, encode_rows, pad_ids
 
 
-# Sums over the tokens of each row, in the order of the last axis of what `_objective` returns.
-ROW_SUMS = ("kd_loss", "entropy", "teacher_agreement", "num_target_tokens", "ce_loss", "num_gold_tokens")
 NUM_LOGGED_COMPLETIONS = 8
 
 
-class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
-    """TRL's [`~trl.DistillationTrainer`] for an encoder-decoder student and a decoder-only teacher.
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, whose order depends on the epoch alone, so that a resumed run continues with the right rows."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the order of an epoch."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class Seq2SeqDistillationTrainer(DistillationTrainer):
+    """Distill a decoder-only teacher into an encoder-decoder student.
 
     The teacher reads source and target in one row; the student reads the source in its encoder and the target in its
-    decoder. Positions that predict the same target token are compared, end-of-text token included, padding never.
-    Targets come from the data, from the teacher or from the student: see [`Seq2SeqDistillationConfig`].
+    decoder. Distributions that predict the same target token are compared, including the end-of-text token. Targets
+    come from the data, the teacher or the student: see [`Seq2SeqDistillationConfig`].
+
+    Inherited from TRL's [`~trl.DistillationTrainer`]: one generation per optimizer step, batch buffering, distributed
+    routing, PEFT and logging.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student. A string is loaded with
-            `AutoModelForSeq2SeqLM`, `args.model_init_kwargs` and, unless these say otherwise, float32 weights.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student. A string is a model or a
+            LoRA adapter, whose training continues; it is loaded with `args.model_init_kwargs`, in float32 by default.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): A causal language
-            model, or a decoder-only one that reads images (LLaVA and the like); it is never trained nor saved. A
-            string (a model or a LoRA adapter) is loaded with `args.teacher_model_init_kwargs`. `None` takes
+            model, or a decoder-only one that reads images such as LLaVA; it is neither trained nor saved. A string is
+            a model or a LoRA adapter and is loaded with `args.teacher_model_init_kwargs`. `None` uses
             `args.teacher_model_name_or_path`.
-        args ([`Seq2SeqDistillationConfig`], *optional*): The run.
+        args ([`Seq2SeqDistillationConfig`], *optional*): Settings of the run.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): Rows of `prompt` and
-            `completion`, or of `source` and `target`; text, or lists of messages. Messages are rendered by the chat
-            template of the teacher for the teacher, and are plain text for the student. The target is needed where
-            targets come from the data and where `kd_ratio < 1`. For a student with a processor, rows may have
-            `images` (a list) or `image`, and a `teacher_prompt`, which the teacher reads instead of the prompt: see
-            [`~encdec_slm.trainers.distillation_images.ImageRowEncoder`].
-        eval_dataset (the same, or a `dict` of them, *optional*): Evaluated on the gold targets where there are any.
+            `completion`, or of `source` and `target`, as text or as lists of messages. Messages are rendered by the
+            chat template for the teacher and are plain text for a text student. Targets are required if the data
+            provides them and if `kd_ratio < 1`. Rows may have a `teacher_prompt`, which the teacher reads instead of
+            the prompt, and for a student with a processor `images` (a list) or `image`.
+        eval_dataset (the same, or a `dict` of them, *optional*): Evaluated on the gold targets if there are any.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            The student's tokenizer, or the processor of one that reads images. `None` loads it from where the student
-            comes from.
+            Tokenizer or processor of the student. `None` loads it from the folder of the student.
         callbacks (`list[TrainerCallback]`, *optional*): Added to those of the Trainer.
-        optimizers (`tuple`, *optional*): Optimizer and scheduler, instead of those that `args` describes.
+        optimizers (`tuple`, *optional*): Optimizer and scheduler, instead of those of `args`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): For a student given as a string.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapters to train instead of the student's weights.
-        teacher_processing_class (the same, *optional*): Of the teacher, with its own image tokens and tiles. `None`
-            loads it from where the teacher comes from, or takes the student's tokenizer if there is none.
-        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Scores token ids that the student wrote
-            (`predictions`) beside gold ones (`label_ids`, -100 for padding); needs `args.predict_with_generate`.
+        teacher_processing_class (the same as `processing_class`, *optional*): Of the teacher. `None` loads it from the
+            folder of the teacher, or uses the student's tokenizer if there is none.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Scores token ids that the student generates
+            (`predictions`) against gold ones (`label_ids`, -100 for padding); requires `args.predict_with_generate`.
 
     Raises:
         TypeError: `args`, a tokenizer or a processor is of another kind.
-        ValueError: The student is no encoder-decoder or the teacher no causal language model; their token ids mean
-            different tokens; the teacher's context is too short; the data lacks what `args` asks for.
+        ValueError: The student is not an encoder-decoder, the teacher is not a causal language model, their
+            vocabularies differ, the teacher's context is too short, or the data lacks what `args` requires.
     """
 
     _tag_names = ["trl", "distillation"]
@@ -97,29 +126,31 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
-        args = checked_args(args, model, compute_metrics)
-        student = load_student(model, args, quantization_config)
-        teacher = load_teacher(teacher_model, args)
+        args = check_args(args, model, compute_metrics)
+        student, saved_processing_class = load_student(model, args, quantization_config, peft_config)
+        teacher, teacher_location = load_teacher(teacher_model, args)
         check_roles(student, teacher)
-        processing_class, teacher_processing_class = load_processing_classes(
-            processing_class, teacher_processing_class, student, teacher, args
-        )
-        self.encoder = row_encoder(
-            processing_class,
+        processing_class, self.teacher_processing_class = load_processing_classes(
+            student,
+            teacher,
+            saved_processing_class if processing_class is None else processing_class,
             teacher_processing_class,
-            args.max_source_length,
-            args.max_completion_length,
-            args.chat_template_kwargs or {},
+            teacher_location,
+            args,
         )
-        self.teacher_tokenizer = self.encoder.teacher_tokenizer
-        self._image_tokens = image_tokens_of(processing_class, teacher_processing_class)
-        self.num_common_tokens = common_tokens(
-            self.encoder.tokenizer, self.teacher_tokenizer, student, teacher, args, self._image_tokens
+        self.row_encoder = build_encoder(processing_class, self.teacher_processing_class, args)
+        self.num_common_tokens = compare_vocabularies(
+            student, teacher, processing_class, self.teacher_processing_class, args.kd_ratio
         )
         self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-        # Texts of the student are for the divergence alone.
+        # Completions of the student are used by the divergence alone.
         self._lmbda = args.lmbda if args.kd_ratio > 0 else 0.0
-        train_dataset, eval_dataset = self._encoded_datasets(args, train_dataset, eval_dataset)
+        if train_dataset is not None:
+            train_dataset = self._encode_training_data(train_dataset, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._encode(rows, name) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._encode(eval_dataset, "evaluation data")
         super().__init__(
             model=student,
             args=args,
@@ -131,117 +162,137 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             peft_config=peft_config,
         )
         self.compute_metrics = compute_metrics
-        self.teacher_model = self.prepared_teacher(teacher)
-        self._set_generation_configs(student, teacher)
-        self._read_student, self._read_teacher = HeadReader("student"), HeadReader("teacher")
+        self.teacher_model = self._prepare_teacher(teacher)
+        self._student_reader, self._teacher_reader = HeadReader("student"), HeadReader("teacher")
+        self._generation_configs = build_generation_configs(
+            self.generation_config,
+            student,
+            teacher,
+            processing_class,
+            self.teacher_processing_class,
+            self.num_common_tokens,
+            args.generation_kwargs or {},
+        )
         self._eval_sums, self._logged_rows = [], []
 
-    def _encoded_datasets(self, args, train_dataset, eval_dataset):
-        """Token ids of all rows, after a look at what the run needs of them."""
-        if train_dataset is not None:
-            train_dataset = encode_rows(train_dataset, self.encoder, "training data")
-            has_targets = "target_ids" in next(iter(train_dataset))
-            if not has_targets and (self._lmbda < 1 and not args.seq_kd):
-                raise ValueError(
-                    f"`lmbda` is {self._lmbda} and `seq_kd` is false, so batches have the targets of the training "
-                    "data, which has none. Add a `completion` (or `target`) to each row, or set `seq_kd=True` or "
-                    "`lmbda=1`."
-                )
-            if not has_targets and (args.kd_ratio < 1 and self._lmbda > 0):
-                raise ValueError(
-                    f"`kd_ratio` is {args.kd_ratio}, which asks for cross-entropy on gold targets beside texts of the "
-                    "student, but the training data has none. Add a `completion` (or `target`) to each row, or set "
-                    "`kd_ratio=1`."
-                )
-            targets_are_given = self._lmbda == 0 and not args.seq_kd
-            self._check_teacher_context(train_dataset, None if targets_are_given else args.max_completion_length)
-        if isinstance(eval_dataset, dict):
-            return train_dataset, {name: self._encoded(rows, name) for name, rows in eval_dataset.items()}
-        if eval_dataset is not None:
-            eval_dataset = self._encoded(eval_dataset, "evaluation data")
-        return train_dataset, eval_dataset
+    def _prepare_teacher(self, teacher):
+        """Freeze the teacher and wrap it for inference."""
+        teacher.requires_grad_(False).eval()
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    def _encoded(self, dataset, name):
-        encoded = encode_rows(dataset, self.encoder, name)
-        self._check_teacher_context(encoded, None)
-        return encoded
+    # Data
+
+    def _encode_training_data(self, dataset, args):
+        dataset = encode_rows(dataset, self.row_encoder, "training data")
+        has_targets = "target_ids" in next(iter(dataset))
+        if not has_targets and self._lmbda < 1 and not args.seq_kd:
+            raise ValueError(
+                f"`lmbda={self._lmbda}` and `seq_kd=False` use the targets of the training data, which has none. Add "
+                "`completion` (or `target`) to each row, or set `seq_kd=True` or `lmbda=1`."
+            )
+        if not has_targets and args.kd_ratio < 1 and self._lmbda > 0:
+            raise ValueError(
+                f"`kd_ratio={args.kd_ratio}` uses the targets of the training data for the cross-entropy, but it has "
+                "none. Add a `completion` (or `target`) to each row, or set `kd_ratio=1`."
+            )
+        is_generated = self._lmbda > 0 or args.seq_kd
+        self._check_teacher_context(dataset, args.max_completion_length if is_generated else None)
+        return dataset
+
+    def _encode(self, dataset, name):
+        dataset = encode_rows(dataset, self.row_encoder, name)
+        self._check_teacher_context(dataset, None)
+        return dataset
+
+    @property
+    def _context_is_limited(self):
+        return self.num_common_tokens is not None and self.teacher_context is not None
 
     def _check_teacher_context(self, dataset, max_target_length):
-        if isinstance(dataset, Dataset) and self.num_common_tokens is not None and self.teacher_context is not None:
-            refuse_long_rows(dataset, max_target_length, self.teacher_context)
+        if isinstance(dataset, Dataset) and self._context_is_limited:
+            check_teacher_context(dataset, max_target_length, self.teacher_context)
 
-    def _set_generation_configs(self, student, teacher):
-        """How the student and the teacher sample in training, and how they write in evaluation."""
-        tokenizer, teacher_tokenizer = self.encoder.tokenizer, self.teacher_tokenizer
-        # Rows that only pad the student's table are no tokens, whatever untrained logits they have; an image's token
-        # that is written would be one without an image to whoever reads it.
-        num_tokens = self.num_common_tokens or len(tokenizer)
-        padding_rows = list(range(num_tokens, student.config.get_text_config().vocab_size))
-        image_ids = image_token_ids(tokenizer, self._image_tokens)
-        student_ids = {
-            "decoder_start_token_id": decoder_start_token_id(student),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": self.eos_token_ids,
-            "suppress_tokens": sorted({*padding_rows, *image_ids}) or None,
-        }
-        ends = teacher.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends or []
-        teacher_ids = {
-            "decoder_start_token_id": None,
-            "pad_token_id": tokenizer.pad_token_id if self.num_common_tokens else teacher_tokenizer.pad_token_id or 0,
-            "bos_token_id": teacher_tokenizer.bos_token_id,
-            "eos_token_id": sorted({teacher_tokenizer.eos_token_id, *ends} - {None}),
-        }
-        greedy = {"max_new_tokens": self.max_completion_length, "do_sample": False}
-        self.generation_config.update(**student_ids)
-        asked = {"repetition_penalty": self.repetition_penalty, **(self.args.generation_kwargs or {})}
-        self._greedy_config = GenerationConfig(**{**student_ids, **asked, **greedy})
-        self._teacher_generation_config = copy.deepcopy(self.generation_config)
-        teacher_ids["suppress_tokens"] = image_token_ids(teacher_tokenizer, self._image_tokens) or None
-        self._teacher_generation_config.update(**teacher_ids)
-        self._teacher_greedy_config = GenerationConfig(**teacher_ids, **greedy)
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = [*ENCODED_COLUMNS, "num_images", *self.row_encoder.kept_columns]
 
-    # Batches
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if len(sampler) == 0:
+            raise ValueError(
+                f"An optimizer step needs {sampler.batch_size} rows (batch size x accumulation steps x processes), "
+                f"but the training data has {sampler.num_samples}. Lower `per_device_train_batch_size` or "
+                "`gradient_accumulation_steps`, or add rows."
+            )
+        return EpochSampler(
+            data_source=sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed if self.args.data_seed is None else self.args.data_seed,
+        )
 
-    def make_batch(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Tensors of a generation batch: what is read, the targets that are compared and, beside these, gold ones.
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)  # TRL shuffles, but predictions must be in the order of the rows
 
-        Args:
-            rows (`list[dict]`): From the encoded data set; a whole optimizer step in training.
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As [`~transformers.Trainer.get_eval_dataloader`], after encoding the rows."""
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):
+            eval_dataset = self._encode(eval_dataset, "evaluation data")
+        rows = self.eval_dataset.get(eval_dataset) if isinstance(eval_dataset, str) else eval_dataset
+        if not isinstance(self.eval_dataset if rows is None else rows, IterableDataset):
+            return super().get_eval_dataloader(eval_dataset)
+        self.accelerator.dataloader_config.dispatch_batches = False  # lists cannot be sent to other processes
+        return Trainer.get_eval_dataloader(self, eval_dataset)  # TRL shuffles streams
 
-        Raises:
-            ValueError: A source and its target are longer than the teacher's context.
+    def get_test_dataloader(self, test_dataset):
+        """As [`~transformers.Trainer.get_test_dataloader`], after encoding the rows."""
+        if isinstance(test_dataset, IterableDataset):
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return super().get_test_dataloader(self._encode(test_dataset, "test data"))
+
+    # A step, from top to bottom: rows -> batch -> loss. `Trainer.training_step` calls TRL's `_prepare_inputs`, which
+    # calls `_generate_and_score_completions` once per optimizer step, shuffles the batch and splits it by the
+    # accumulation steps; then it calls `compute_loss` for each part.
+
+    def _generate_and_score_completions(self, rows: list[dict]) -> dict[str, torch.Tensor | list]:
+        """Make a batch of encoded rows: choose or generate the targets, and pad everything.
+
+        Returns:
+            `dict`: Tensors of [`~encdec_slm.trainers.distillation_data.collate`]; `gold_ids` and `gold_mask` if the
+            cross-entropy needs other targets; numbers of tokens of all processes, of shape `()`; and for rows with
+            images a list of image inputs per model.
         """
         mode = "train" if self.model.training else "eval"
-        rows = self.encoder.finished(rows)
-        origin = self._origin(mode, has_targets="target_ids" in rows[0])
-        images = image_lists(rows)
+        rows = self.row_encoder.read_images(rows)
+        origin = self._choose_origin(mode, has_targets="target_ids" in rows[0])
         if origin == "student":
-            sources = [row["source_ids"] for row in rows]
-            targets = self.student_texts(sources, images["student_images"]) if images else self.student_texts(sources)
+            targets = self.generate_as_student(rows, self._generation_configs.student)
+        elif origin == "teacher":
+            targets = self.generate_as_teacher(rows, self._generation_configs.teacher)
         else:
-            targets = self.teacher_texts(rows) if origin == "teacher" else [row["target_ids"] for row in rows]
-            self.count_tokens(
-                mode, sum(len(row["source_ids"]) + len(ids) for row, ids in zip(rows, targets, strict=True))
-            )
-        pad_token_id, multiple = self.encoder.tokenizer.pad_token_id, self.pad_to_multiple_of
-        batch = collate(rows, targets, pad_token_id, multiple)
+            targets = [row["target_ids"] for row in rows]
+        self._log_batch(mode, origin, rows, targets)
+        padding = (self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        batch = collate(rows, targets, *padding)
         if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
-            gold = [row["target_ids"] for row in rows]
-            batch["gold_ids"], batch["gold_mask"] = padded(gold, pad_token_id, multiple)
-        if mode == "train":
-            self._log_origin(origin, rows)
-        self._refuse_long_batch(batch)
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        gold_mask = batch.get("gold_mask", batch["target_mask"] if origin != "student" else torch.zeros(0))
-        for name, mask in (("target", batch["target_mask"]), ("gold", gold_mask)):
-            num_tokens = mask.sum().to(self.accelerator.device)
-            batch[f"num_{name}_tokens"] = self.accelerator.gather(num_tokens).sum()
-        return batch | images
+            batch["gold_ids"], batch["gold_mask"] = pad_ids([row["target_ids"] for row in rows], *padding)
+        if self._context_is_limited:
+            for row, target in zip(rows, targets, strict=True):
+                check_row_length(row["row"], len(row["teacher_source_ids"]), len(target), self.teacher_context)
+        num_target_tokens = batch["target_mask"].sum()
+        is_gold = origin != "student"
+        num_gold_tokens = num_target_tokens if is_gold else batch.get("gold_mask", torch.zeros(1, dtype=int)).sum()
+        counts = {"num_target_tokens": num_target_tokens, "num_gold_tokens": num_gold_tokens}
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in (batch | counts).items()}
+        batch |= {name: self.accelerator.gather(batch[name]).sum() for name in counts}
+        names = [name for name in ("student_images", "teacher_images") if name in rows[0]]
+        return batch | {name: [row[name] for row in rows] for name in names}
 
-    def _origin(self, mode, has_targets):
-        """Who wrote this batch's targets; the same on all processes and in a resumed run."""
+    def _choose_origin(self, mode, has_targets):
+        """Choose where the targets of a batch come from; all processes and a resumed run choose the same."""
         if mode == "eval":
             return "data" if has_targets else "teacher" if self.args.seq_kd else "student"
         draw = random.Random(f"{self.args.seed}-{self.state.global_step}").random()
@@ -249,140 +300,210 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             return "student"
         return "teacher" if self.args.seq_kd else "data"
 
-    def teacher_texts(self, rows: list[dict], do_sample: bool = True) -> list[list[int]]:
-        """What the teacher writes for encoded rows, in ids of the student, and ended as the student ends its texts."""
-        config = self._teacher_generation_config if do_sample else self._teacher_greedy_config
-        sources, images = [row["teacher_source_ids"] for row in rows], image_lists(rows).get("teacher_images")
-        texts = self.write(self.teacher_model, sources, config, images)
+    def generate_as_student(self, rows: list[dict], config: GenerationConfig) -> list[list[int]]:
+        """Generate a completion for each encoded row, with the end-of-text token if it is complete."""
+        images = [row.get("student_images") for row in rows]
+        return self._generate_ids(self.model_wrapped, [row["source_ids"] for row in rows], images, config)
+
+    def generate_as_teacher(self, rows: list[dict], config: GenerationConfig | None = None) -> list[list[int]]:
+        """Generate a completion of the teacher for each encoded row, in token ids of the student.
+
+        Args:
+            rows (`list[dict]`): Encoded rows.
+            config ([`~transformers.GenerationConfig`], *optional*): Defaults to greedy generation.
+        """
+        config = self._generation_configs.greedy_teacher if config is None else config
+        images = [row.get("teacher_images") for row in rows]
+        prompts = [row["teacher_source_ids"] for row in rows]
         targets = []
-        for ids in texts:
-            is_whole = ids[-1] in config.eos_token_id
-            ids = ids[:-1] if is_whole else ids
+        for ids in self._generate_ids(self.teacher_model, prompts, images, config):
+            is_complete = ids[-1] in config.eos_token_id
+            ids = ids[:-1] if is_complete else ids
             if self.num_common_tokens is None:
-                text = self.teacher_tokenizer.decode(ids, skip_special_tokens=True)
-                ids = self.encoder.target_ids(text)[: self.max_completion_length - 1]
-            targets.append([*ids, self.encoder.tokenizer.eos_token_id] if is_whole or not ids else ids)
+                text = get_tokenizer(self.teacher_processing_class).decode(ids, skip_special_tokens=True)
+                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_completion_length - 1]
+            targets.append([*ids, self._tokenizer.eos_token_id] if is_complete or not ids else ids)
         return targets
 
-    def _log_origin(self, origin, rows):
-        self._logged_rows = rows[: self.num_completions_to_print or NUM_LOGGED_COMPLETIONS]
-        for name in ("student", "teacher"):
-            self.log_metric("train", f"targets/from_{name}_ratio", float(origin == name))
-        bounds = {"source": self.args.max_source_length, "target": self.max_completion_length}
-        for kind, bound in bounds.items():
-            lengths = [row[f"num_{kind}_tokens"] for row in rows if f"num_{kind}_tokens" in row]
-            if lengths and (kind == "source" or origin == "data"):
-                self.log_metric("train", f"{kind}s/mean_length", sum(lengths) / len(lengths))
-                self.log_metric("train", f"{kind}s/max_length", max(lengths))
-                num_cut = sum(bound is not None and length > bound for length in lengths)
-                self.log_metric("train", f"{kind}s/cut_ratio", num_cut / len(lengths))
+    def _generate_ids(self, model, prompts, images, config):
+        """Generate token ids for prompts of token ids, in eval mode, so that caches are used and dropout is not."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        is_decoder_only = not unwrapped.config.is_encoder_decoder
+        side = "left" if is_decoder_only else "right"
+        ids, mask = pad_ids(prompts, config.pad_token_id, self.pad_to_multiple_of, side)
+        inputs = Trainer._prepare_inputs(self, {"input_ids": ids, "attention_mask": mask})
+        was_training = unwrapped.training
+        unwrapped.eval()
+        try:
+            with (
+                warnings.catch_warnings(),
+                unwrap_model_for_generation(
+                    model,
+                    self.accelerator,
+                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                ) as generator,
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                self._dist.summon_full_params(model, recurse=False),
+            ):
+                # TRL 1.16 uses names of gradient checkpointing that transformers 5.23 deprecates.
+                warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+                output = generator.generate(
+                    **inputs,
+                    **self._image_inputs(images),
+                    generation_config=config,
+                    # Processes that share sharded weights must make equally many steps; transformers knows FSDP1 only.
+                    synced_gpus=True if self.is_fsdp_enabled else None,
+                )
+        finally:
+            unwrapped.train(was_training)
+        # The output of an encoder-decoder begins with its start token, that of a decoder-only model with the prompt.
+        start = ids.shape[1] if is_decoder_only else 1
+        return [_cut_behind_end(row, config.eos_token_id) for row in output[:, start:].tolist()]
 
-    def _refuse_long_batch(self, batch):
-        length, row = batch["teacher_mask"].sum(-1).max(0)
-        if self.teacher_context is not None and self.num_common_tokens is not None and length > self.teacher_context:
-            source_length = int(batch["teacher_source_lengths"][row])
-            raise ValueError(
-                f"Row {int(batch['row'][row])} has {source_length} source tokens for the teacher and "
-                f"{int(length) - source_length} target tokens, {int(length)} together, but the teacher's context is "
-                f"{self.teacher_context}. Lower `max_source_length` or `max_completion_length`."
-            )
+    def _image_inputs(self, images):
+        """Concatenate the image inputs of rows on the model's device; empty for text."""
+        images = [inputs for inputs in images or () if inputs]
+        if not images:
+            return {}
+        from .image_rows import concatenate_inputs
 
-    # Loss
+        return self._prepare_input(concatenate_inputs(images))
+
+    def _log_batch(self, mode, origin, rows, targets):
+        """Log the numbers of tokens, lengths, and where the targets come from."""
+        device, metrics = self.accelerator.device, self._metrics[mode]
+        lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in targets], device=device))
+        num_source_tokens = torch.tensor(sum(len(row["source_ids"]) for row in rows), device=device)
+        if mode == "train":
+            self.state.num_input_tokens_seen += (
+                self.accelerator.gather(num_source_tokens).sum() + lengths.sum()
+            ).item()
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        values = {}
+        if origin == "student":
+            eos_token_ids = self._generation_configs.student.eos_token_id
+            is_complete = torch.tensor([ids[-1] in eos_token_ids for ids in targets], device=device)
+            values |= describe_lengths(lengths, self.accelerator.gather(is_complete))
+        if mode == "train":
+            values |= {f"targets/from_{name}_ratio": float(origin == name) for name in ("student", "teacher")}
+            values |= describe_rows(rows, "source", self.args.max_source_length)
+            if origin == "data":
+                values |= describe_rows(rows, "target", self.max_completion_length)
+            self._logged_rows = rows[: self.num_completions_to_print or NUM_LOGGED_COMPLETIONS]
+        for name, value in values.items():
+            metrics[name].append(value)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The objective of one batch from [`make_batch`]; in training a share of the optimizer step's mean.
+        """Compute the loss of a batch; in training its share of the mean over the tokens of an optimizer step.
 
         Raises:
-            FloatingPointError: The loss of a training batch is not finite; names the rows.
+            FloatingPointError: The loss of a training batch is not finite. The message names the rows.
         """
-        loss, row_sums = self.routed(model, self._objective, inputs)
+        loss, row_sums = self._call_wrapped(model, self._compute_row_sums, inputs)
         gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
         row_sums, rows = gather(row_sums), gather(inputs["row"])
         if self.model.training:
-            self._refuse_non_finite_loss(row_sums, rows)
-            means = _means(row_sums.sum(0), self.args)
-            for name in means.keys() - {"loss"}:
-                self.log_metric("train", name, means[name])
+            self._check_finite(row_sums, rows)
+            for name, value in self._reduce(row_sums).items():
+                if name != "loss":
+                    self._metrics["train"][name].append(value)
         else:
-            self._eval_sums.append(row_sums.double().sum(0))
+            self._eval_sums.append(row_sums.double())
         return (loss, None) if return_outputs else loss
 
-    def _objective(self, student, inputs):
-        """Loss of shape () and sums of shape (B, 6) over the tokens of each row; runs inside the student's wrapper."""
-        base = student.get_base_model() if hasattr(student, "get_base_model") else student
-        hidden, labels, rows, positions = self._student_at(base, inputs)
-        head, num_rows = self._read_student.head(base), len(inputs["source_ids"])
-        kd_weight, ce_weight = self._weights(inputs)
-        has_own_gold = "gold_ids" in inputs
-        target_is_gold = not has_own_gold and bool(inputs["num_gold_tokens"] > 0)
-        row_sums = torch.zeros(num_rows, len(ROW_SUMS), device=hidden.device)
+    def _reduce(self, row_sums):
+        return reduce_row_sums(row_sums, self.args.kd_ratio, self.args.kd_temperature)
 
-        of_target = rows < num_rows
-        teacher = (
-            (None, None) if kd_weight is None else self._teacher_at(inputs, rows[of_target], positions[of_target])
-        )
-        settings = self._settings(0.0 if kd_weight is None else kd_weight, ce_weight if target_is_gold else 0.0)
-        objective = distillation_objective(hidden[of_target], head, *teacher, labels[of_target], settings)
+    def _call_wrapped(self, wrapped, function, *args, **kwargs):
+        """Call `function(unwrapped, ...)` inside the forward of the wrapped model, as DDP, FSDP and ZeRO need."""
+        unwrapped = self.accelerator.unwrap_model(wrapped)
+        # The redirection replaces the forward that accelerate has wrapped in autocast.
+        with self.accelerator.autocast():
+            return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args, **kwargs)
+
+    def _compute_row_sums(self, student, inputs):
+        """Return the loss of shape (), and the sums `ROW_SUMS` of each row, of shape (B, 6)."""
+        student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        positions = self._run_student(student, inputs)
+        head, (kd_weight, ce_weight) = self._student_reader.head(student), self._loss_weights(inputs)
+        hidden, labels, rows, indices = positions["target"]
+        row_sums = torch.zeros(len(inputs["row"]), len(ROW_SUMS), device=hidden.device)
+        teacher = (None, None) if kd_weight is None else self._run_teacher(inputs, rows, indices)
+        targets_are_gold = "gold" not in positions and bool(inputs["num_gold_tokens"] > 0)
+        settings = self._objective_settings(kd_weight or 0.0, ce_weight if targets_are_gold else 0.0)
+        objective = distillation_objective(hidden, head, *teacher, labels, settings)
         loss = objective.loss
         if kd_weight is not None:
-            parts = (objective.divergence, objective.entropy, objective.agreement)
-            _add_per_row(row_sums[:, :4], rows[of_target], *parts)
-        if target_is_gold:
-            _add_per_row(row_sums[:, 4:], rows, objective.cross_entropy)
-        if has_own_gold:
-            settings = self._settings(0.0, ce_weight)
-            objective = distillation_objective(hidden[~of_target], head, None, None, labels[~of_target], settings)
+            add_to_rows(row_sums[:, :4], rows, objective.divergence, objective.entropy, objective.agreement)
+        if "gold" in positions:
+            hidden, labels, rows, _ = positions["gold"]
+            objective = distillation_objective(
+                hidden, head, None, None, labels, self._objective_settings(0.0, ce_weight)
+            )
             loss = loss + objective.loss
-            _add_per_row(row_sums[:, 4:], rows[~of_target] - num_rows, objective.cross_entropy)
+        if "gold" in positions or targets_are_gold:
+            add_to_rows(row_sums[:, 4:], rows, objective.cross_entropy)
         return loss, row_sums
 
-    def _student_at(self, student, inputs):
-        """Hidden states of shape (N, D) that predict the target tokens, those tokens, their rows and positions.
+    def _run_student(self, student, inputs):
+        """Run the student on the targets and, if there are others, on the gold targets of a batch.
 
-        Where texts of the student are compared and gold ones are learnt, these follow in rows of their own: the source
-        is encoded once, and no weight is used twice.
+        Both are rows of one forward pass, so that the source is encoded once and DDP sees each weight used once.
+
+        Returns:
+            `dict`: For `target` and `gold`: hidden states of shape (N, D) that predict tokens, these tokens, their
+            rows, and their indices in the target.
         """
-        source_ids, source_mask = trimmed(inputs["source_ids"], inputs["source_mask"])
-        images = self.image_inputs(inputs.get("student_images"))
+        source_ids, source_mask = trim_padding(inputs["source_ids"], inputs["source_mask"])
+        images = self._image_inputs(inputs.get("student_images"))
         encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask, **images).last_hidden_state
-        kinds = [kind for kind in ("target", "gold") if f"{kind}_ids" in inputs]
-        ids, mask = trimmed(
-            *stacked(*((inputs[f"{kind}_ids"], inputs[f"{kind}_mask"]) for kind in kinds))
+        names = [name for name in ("target", "gold") if f"{name}_ids" in inputs]
+        ids = [trim_padding(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name in names]
+        width = max(each.shape[1] for each, _ in ids)
+        ids, mask = (
+            torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in kind])
+            for kind in zip(*ids, strict=True)
         )  # (B or 2B, T)
-        start_ids = torch.full_like(ids[:, :1], self.generation_config.decoder_start_token_id)
-        hidden = self._read_student(
+        start_ids = torch.full_like(ids[:, :1], self._generation_configs.student.decoder_start_token_id)
+        hidden = self._student_reader(
             student,
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat(len(kinds), 1, 1)),
-            attention_mask=source_mask.repeat(len(kinds), 1),
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat(len(names), 1, 1)),
+            attention_mask=source_mask.repeat(len(names), 1),
             decoder_input_ids=torch.cat((start_ids, ids[:, :-1]), 1),
             use_cache=False,
-        )
-        rows, positions = mask.nonzero(as_tuple=True)
-        return hidden[rows, positions], ids[rows, positions], rows, positions
+        )  # (B or 2B, T, D)
+        positions, num_rows = {}, len(source_ids)
+        for number, name in enumerate(names):
+            part = slice(number * num_rows, (number + 1) * num_rows)
+            rows, indices = mask[part].nonzero(as_tuple=True)
+            positions[name] = (hidden[part][rows, indices], ids[part][rows, indices], rows, indices)
+        return positions
 
-    def _teacher_at(self, inputs, rows, positions):
-        """The teacher's hidden states that predict the same target tokens, of shape (N, D), and its head."""
-        teacher_ids, teacher_mask = trimmed(inputs["teacher_ids"], inputs["teacher_mask"])
+    def _run_teacher(self, inputs, rows, indices):
+        """Return the teacher's hidden states that predict target tokens, of shape (N, D), and its head."""
+        teacher_ids, teacher_mask = trim_padding(inputs["teacher_ids"], inputs["teacher_mask"])
         self.teacher_model.eval()
         with torch.no_grad():
-            hidden = self.routed(
+            hidden = self._call_wrapped(
                 self.teacher_model,
-                self._read_teacher,
+                self._teacher_reader,
                 input_ids=teacher_ids,
                 attention_mask=teacher_mask,
                 use_cache=False,
-                **self.image_inputs(inputs.get("teacher_images")),
+                **self._image_inputs(inputs.get("teacher_images")),
             )
-            # The token at index i of a row is predicted at i - 1; the target begins behind the source.
-            hidden = hidden[rows, inputs["teacher_source_lengths"][rows] - 1 + positions]
-            return hidden, self._read_teacher.head(self.accelerator.unwrap_model(self.teacher_model))
+            # The token at index i is predicted at i - 1, and the target begins behind the source.
+            hidden = hidden[rows, inputs["teacher_source_lengths"][rows] - 1 + indices]
+            return hidden, self._teacher_reader.head(self.accelerator.unwrap_model(self.teacher_model))
 
-    def _weights(self, inputs):
-        """Factors of the summed divergence (`None` leaves the teacher out) and of the summed cross-entropy."""
+    def _loss_weights(self, inputs):
+        """Return the weights of the summed divergence (`None` without teacher) and of the summed cross-entropy."""
         num_processes, args = 1, self.args
         num_target, num_gold = inputs["target_mask"].sum(), inputs.get("gold_mask", inputs["target_mask"]).sum()
         if self.model.training:
-            # DDP averages gradients over processes; counts are those of all of them.
+            # DDP averages gradients over processes, but counts are those of all processes.
             num_processes = self.accelerator.num_processes
             num_target, num_gold = inputs["num_target_tokens"], inputs["num_gold_tokens"]
         is_compared = self.num_common_tokens is not None and (args.kd_ratio > 0 or not self.model.training)
@@ -390,7 +511,7 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
         ce_weight = (1 - args.kd_ratio) * num_processes / num_gold.clamp(min=1)
         return kd_weight if is_compared else None, ce_weight
 
-    def _settings(self, kd_weight, ce_weight):
+    def _objective_settings(self, kd_weight, ce_weight):
         return ObjectiveSettings(
             kd_weight=kd_weight,
             ce_weight=ce_weight,
@@ -400,141 +521,107 @@ class Seq2SeqDistillationTrainer(EncoderDecoderHooks):
             num_common_tokens=self.num_common_tokens,
         )
 
-    def _refuse_non_finite_loss(self, row_sums, rows):
-        losses = row_sums[:, [ROW_SUMS.index("kd_loss"), ROW_SUMS.index("ce_loss")]]
-        is_finite = losses.isfinite().all(-1)  # the agreement is not a number where it was not measured
+    def _check_finite(self, row_sums, rows):
+        is_finite = row_sums[:, [ROW_SUMS.index("kd_loss"), ROW_SUMS.index("ce_loss")]].isfinite().all(-1)
         if is_finite.all():
             return
-        bad = sorted(rows[~is_finite].tolist())
+        names = ", ".join(map(str, sorted(rows[~is_finite].tolist())[:20]))
         checkpoint = last_complete_checkpoint(self.args.output_dir)
-        cause = "These rows" if len(bad) < len(rows) else "All rows of the batch: the weights or the learning rate"
+        cause = "Check the weights and the learning rate" if not is_finite.any() else "Check these rows"
         raise FloatingPointError(
-            f"The loss after step {self.state.global_step} is not finite for row(s) {', '.join(map(str, bad[:20]))} "
-            f"of the training data (counted from 0). {cause} are the cause. Training stops before an update is made "
-            f"of it; {'nothing has been saved' if checkpoint is None else f'the last checkpoint is {checkpoint}'}."
+            f"The loss after step {self.state.global_step} is not finite for rows {names} of the training data "
+            f"(counted from 0). {cause}. Training stops before this update; "
+            f"{'nothing was saved' if checkpoint is None else f'the last checkpoint is {checkpoint}'}."
         )
 
     # Evaluation
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As of the Trainer; rows of text are encoded first."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._encoded(eval_dataset, "evaluation data")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """As of the Trainer; rows of text are encoded first."""
-        return super().get_test_dataloader(self._encoded(test_dataset, "test data"))
-
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """As of the Trainer, with means over all target tokens instead of over batches.
+        """As [`~transformers.Trainer.evaluation_loop`], with means over all target tokens instead of over batches.
 
-        Metrics: `loss` (the objective without label smoothing), `kd_loss` (the divergence at `kd_temperature`),
-        `ce_loss`, `entropy` of the student in nats per token, and `teacher_agreement`, the share of positions at
-        which both models' likeliest tokens are the same.
+        Metrics: `loss` (without label smoothing), `kd_loss` (the divergence at `kd_temperature`), `ce_loss` and
+        `entropy` of the student, in nats per token, and `teacher_agreement`, the share of positions at which the most
+        probable token of both models is the same.
         """
         self._eval_sums = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = _means(torch.stack(self._eval_sums).sum(0), self.args)
+        means = self._reduce(torch.cat(self._eval_sums))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of a batch of rows and, with `predict_with_generate`, the ids that the student writes and gold ones."""
+        """Return the loss of a batch and, with `predict_with_generate`, generated ids and gold ids."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
         if prediction_loss_only or not self.args.predict_with_generate:
             return loss, None, None
-        sources = list(unpadded(inputs["source_ids"], inputs["source_mask"]))
-        written = self.write(self.model_wrapped, sources, self._greedy_config, inputs.get("student_images"))
-        written, _ = padded(written, self.encoder.tokenizer.pad_token_id, None)
+        sources = to_lists(inputs["source_ids"], inputs["source_mask"])
+        generated = self._generate_ids(
+            self.model_wrapped, sources, inputs.get("student_images"), self._generation_configs.greedy_student
+        )
+        generated, _ = pad_ids(generated, self._tokenizer.pad_token_id)
         labels = None
         if inputs["num_gold_tokens"] > 0:
             gold = "gold" if "gold_ids" in inputs else "target"
-            labels = inputs[f"{gold}_ids"].masked_fill(inputs[f"{gold}_mask"] == 0, -100)
-        return loss, written.to(loss.device), labels
+            labels = inputs[f"{gold}_ids"].masked_fill(inputs[f"{gold}_mask"] == 0, LABELS_PADDING)
+        return loss, generated.to(loss.device), labels
 
     # Logs and files
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As of TRL; with `log_completions`, what the student writes beside the teacher's text and the gold target."""
+        """As TRL's; `log_completions` logs greedy completions of student and teacher beside the gold targets."""
         log_completions, self.log_completions = self.log_completions, False
         super().log(logs, start_time)
         self.log_completions = log_completions
-        if log_completions and self.model.training and self._logged_rows:
-            self.log_texts(*self._texts_side_by_side())
-
-    def _texts_side_by_side(self):
-        rows, decode = self._logged_rows, self.encoder.tokenizer.batch_decode
-        sources = [row["source_ids"] for row in rows]
-        student = self.write(self.model_wrapped, sources, self._greedy_config, image_lists(rows).get("student_images"))
-        gold = [row.get("target_ids", []) for row in rows]
-        teacher = self.teacher_texts(rows, do_sample=False)
-        return [decode(ids, skip_special_tokens=True) for ids in (sources, student, teacher, gold)]
+        if not log_completions or not self.model.training or not self._logged_rows:
+            return
+        rows, decode = self._logged_rows, self._tokenizer.batch_decode
+        columns = {
+            "prompt": [row["source_ids"] for row in rows],
+            "completion": self.generate_as_student(rows, self._generation_configs.greedy_student),
+            "teacher": self.generate_as_teacher(rows),
+            "gold": [row.get("target_ids", []) for row in rows],
+        }
+        if self.accelerator.is_main_process:
+            texts = {name: decode(ids, skip_special_tokens=True) for name, ids in columns.items()}
+            log_completion_table(texts, self.state.global_step, self.args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As of the Trainer; `resume_from_checkpoint=True` passes over a checkpoint that was being written."""
+        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` ignores incomplete checkpoints."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"`resume_from_checkpoint` is true, but {self.args.output_dir} holds no complete checkpoint. "
-                    "Leave it out to begin anew."
+                    f"`resume_from_checkpoint=True` requires a complete checkpoint in {self.args.output_dir}, but "
+                    "there is none. Leave it out to start from the beginning."
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student, never the teacher.
+        """Save the student.
 
         Raises:
-            FloatingPointError: A weight is not finite; what was saved before stays.
+            FloatingPointError: A weight is not finite. Earlier files are not changed.
         """
         refuse_non_finite_weights(self.model, self.state.global_step, self.args.output_dir)
         if output_dir is not None and self.args.should_save:
-            # A checkpoint of an earlier run that is written anew is complete once its state is there again.
+            # A checkpoint of an earlier run that is overwritten is complete once its state is written again.
             (Path(output_dir) / STATE_NAME).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes a card that names teacher, data, objective and the last evaluation, with TRL's tags."""
-        if not self.is_world_process_zero():
-            return
-        evaluations = [entry for entry in self.state.log_history if "eval_ce_loss" in entry or "eval_kd_loss" in entry]
-        card = distillation_card(
-            model_name or Path(self.args.output_dir).name,
-            student=self.accelerator.unwrap_model(self.model).config,
-            teacher=self.accelerator.unwrap_model(self.teacher_model).config,
-            args=self.args,
-            dataset_name=dataset_name,
-            num_rows=len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            train_steps=self.state.global_step,
-            evaluation=evaluations[-1] if evaluations else None,
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
+        """Write TRL's model card, with a code example for an encoder-decoder and the settings of the run."""
+        super().create_model_card(model_name or Path(self.args.output_dir).name, dataset_name, tags)
+        if self.is_world_process_zero():
+            complete_card(self)
 
 
-def _add_per_row(row_sums, rows, *parts):
-    """Adds parts of shape (N,), and their number, to the last axis of the rows that they belong to."""
-    row_sums.index_add_(0, rows, torch.stack((*parts, torch.ones_like(parts[0])), 1))
-
-
-def _means(sums, args) -> dict[str, float]:
-    """Means per token of what `_objective` summed, and the loss that they make."""
-    kd_loss, entropy, agreement, num_target, ce_loss, num_gold = sums.tolist()
-    means = {"loss": 0.0}
-    if num_target:
-        means |= {"kd_loss": kd_loss / num_target, "entropy": entropy / num_target}
-        means["loss"] += args.kd_ratio * args.kd_temperature**2 * means["kd_loss"]
-        if not math.isnan(agreement):  # not measured by the kernel
-            means["teacher_agreement"] = agreement / num_target
-    if num_gold:
-        means["ce_loss"] = ce_loss / num_gold
-        means["loss"] += (1 - args.kd_ratio) * means["ce_loss"]
-    return means
+def _cut_behind_end(ids, eos_token_ids):
+    """Return ids up to the first end-of-text token."""
+    return next((ids[: index + 1] for index, token_id in enumerate(ids) if token_id in eos_token_ids), ids)
 
 
 __all__ = ["Seq2SeqDistillationTrainer"]

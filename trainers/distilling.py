@@ -23,11 +23,12 @@ from ..generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from .decoder_only_training import train_decoder_only, train_seconds_of
 from .distillation_config import Seq2SeqDistillationConfig
-from .distillation_data import as_prompts, collate, encode_rows
-from .distillation_models import load_teacher
+from .distillation_data import as_prompts, collate
+from .distillation_models import load_teacher, load_teacher_processing_class
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .new_models import preset_config
 from .resuming import last_complete_checkpoint
+from .row_encoding import encode_rows
 from .run_reports import (
     first_lines,
     held_out_texts,
@@ -149,10 +150,8 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
 def _teacher(args, training_args, splits, resumes):
     """A teacher, its tokenizer, and the seconds of its training, which is `None` for one that is not ours."""
     if args.teacher_preset is None or training_args.teacher_model_name_or_path is not None:
-        teacher = load_teacher(None, training_args)
-        name = teacher.config._name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
-        return teacher, tokenizer, None
+        teacher, location = load_teacher(None, training_args)
+        return teacher, load_teacher_processing_class(teacher, location, training_args), None
     folder = f"{training_args.output_dir}_teacher"
     seconds = train_seconds_of(folder) if resumes else None
     if seconds is None:
@@ -182,7 +181,9 @@ def _student_tokenizer(args, teacher_tokenizer):
 
 
 def _trainer(args, training_args, settings, teacher, tokenizer, teacher_tokenizer, splits):
-    training_args = replace(training_args, **settings)
+    # The teacher is loaded already.
+    loaded = dict.fromkeys(name for name in vars(training_args) if name.startswith("teacher_model_"))
+    training_args = replace(training_args, **loaded, **settings)
     set_seed(training_args.seed)
     if args.model_name_or_path is None and args.student_from_teacher:
         student = from_decoder_only(teacher, tokenizer=tokenizer)
@@ -232,8 +233,8 @@ def _student_scores(trainer, test):
 @torch.no_grad()
 def _teacher_scores(trainer, test):
     """The same numbers of the teacher, which agrees with itself."""
-    teacher, tokenizer = trainer.teacher_model, trainer.teacher_tokenizer
-    encoded = encode_rows(test, trainer.encoder, "test data")
+    teacher, tokenizer = trainer.teacher_model, trainer.teacher_processing_class
+    encoded = encode_rows(test, trainer.row_encoder, "test data")
     total_loss, num_tokens, predictions = 0.0, 0, []
     for start in range(0, len(encoded), trainer.args.eval_batch_size):
         rows = encoded.select(range(start, min(start + trainer.args.eval_batch_size, len(encoded)))).to_list()
@@ -245,13 +246,13 @@ def _teacher_scores(trainer, test):
         count = int(batch["target_mask"].sum())
         total_loss += count * teacher(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
         num_tokens += count
-        predictions += tokenizer.batch_decode(trainer.teacher_texts(rows, do_sample=False), skip_special_tokens=True)
+        predictions += tokenizer.batch_decode(trainer.generate_as_teacher(rows), skip_special_tokens=True)
     scores = {"num_parameters": teacher.num_parameters(), "loss": total_loss / num_tokens, "teacher_agreement": 100.0}
     return {**scores, **score_beside_other_rows([text.strip() for text in predictions], test["completion"])}
 
 
 def _add_speeds(rows, models, trainer, test):
-    encoded = encode_rows(test.select(range(min(NUM_TIMED_SOURCES, len(test)))), trainer.encoder, "timed rows")
+    encoded = encode_rows(test.select(range(min(NUM_TIMED_SOURCES, len(test)))), trainer.row_encoder, "timed rows")
     sources = [encoded["teacher_source_ids"][:], *[encoded["source_ids"][:]] * (len(models) - 1)]
     models = [trainer.accelerator.unwrap_model(model).eval() for model in models]
     for row, speed in zip(rows, compare_speed(list(zip(models, sources, strict=True)), NUM_TIMED_TOKENS), strict=True):
