@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -271,12 +272,14 @@ def test_a_recipe_gives_options_and_arguments_and_the_command_line_overrides_it(
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in (*TRAINING, "presets")])
 def test_a_recipe_can_give_all_options_of_a_command(command, tmp_path):
-    values = {}
-    for option in COMMANDS[command].params:
-        value = {"N": 2, "T": 0.5, "JSON": "{}"}.get(option.metavar, "some")
-        value = True if getattr(option, "is_flag", False) else "onnx" if option.name == "format" else value
-        values[option.name] = [value] if getattr(option, "multiple", False) else value
-    values = {name: value for name, value in values.items() if name not in ("config", "help")}
+    (function,) = (one.callback for one in app.registered_commands if one.callback.__name__ == command)
+    samples, values = {int: 2, float: 0.5, bool: True}, {}
+    for name, kind in get_type_hints(function).items():
+        parts = [kind, *get_args(kind), *(inner for part in get_args(kind) for inner in get_args(part))]
+        choices = [get_args(part)[0] for part in parts if get_origin(part) is Literal]
+        values[name] = next(iter([*choices, *(samples[part] for part in parts if part in samples), "some"]))
+        values[name] = [values[name]] if list in map(get_origin, parts) else values[name]
+    values = {name: value for name, value in values.items() if name not in ("ctx", "config")}
     given = parse(command, "--config", write_yaml(tmp_path / "recipe.yaml", values))
     given = {name: list(given[name]) if isinstance(given[name], tuple) else given[name] for name in values}
     assert {name: str(value) for name, value in given.items()} == {name: str(value) for name, value in values.items()}

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "cli": ("models", "configuration", "trainers", "cli", *LEAVES),
 }
 CORE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
-INSTALLED = {*CORE, "safetensors", "tokenizers", "yaml", "typer", "filelock", "tqdm"}
+INSTALLED = {*CORE, "safetensors", "tokenizers", "yaml", "typer", "filelock", "jinja2", "tqdm"}
 # pyarrow and pandas come with datasets.
 TRAIN = {"accelerate", "datasets", "matplotlib", "pandas", "peft", "pyarrow", "rouge_score", "sklearn", "trl"}
 EXPORT = {"ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"}
