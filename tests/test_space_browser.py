@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a headless Chromium, its server in another process: what a visitor does, and does wrongly."""
+"""The page served by another process: its API, and correct and wrong input in a headless Chromium."""
 
 import os
 import re
@@ -12,28 +12,27 @@ from urllib.request import urlopen
 
 import pytest
 from PIL import Image
-from test_space import save_text_folder, save_vision_folder
 
+from conftest import save_text_folder, save_vision_folder
 from encdec_slm.hub_cards.space import app
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)"),
-]
+pytestmark = pytest.mark.slow
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-# Of a machine that is busy with other things too.
+# For a busy machine.
 START_SECONDS, ANSWER_MILLISECONDS = 300, 120_000
-# As in a Space: the file by itself, and no package beside it.
+# As in a Space: the file alone, without the package.
 ALONE = "import runpy, sys; sys.modules['encdec_slm'] = None; runpy.run_path({!r}, run_name='__main__')"
 
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
@@ -42,7 +41,7 @@ def browser():
 
 
 class Server:
-    """A page's server in a process of its own, with its address."""
+    """A server of the page in its own process."""
 
     def __init__(self, command, log, **variables):
         with socket.socket() as free:
@@ -78,25 +77,26 @@ class Server:
 @pytest.fixture(scope="module")
 def text_server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    command = [app.__file__, "--model", str(save_text_folder(folder / "scribe")), "--compare"]
+    save_text_folder(folder / "scribe")
+    command = [app.__file__, "--model", str(folder / "scribe"), "--compare"]
     with Server(command, folder / "server.log") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def vision_server(tmp_path_factory):
-    """Named by the variables of a Space, and without the package."""
+    """The model is named by the variables of a Space, and the package is not installed."""
     folder = tmp_path_factory.mktemp("vision")
-    model = save_vision_folder(folder / "viewer")
+    save_vision_folder(folder / "viewer")
     shutil.copy(app.__file__, folder / "app.py")
     command = ["-c", ALONE.format(str(folder / "app.py")), "--compare"]
-    with Server(command, folder / "server.log", MODEL_ID=str(model), PYTHONPATH="") as server:
+    with Server(command, folder / "server.log", MODEL_ID=str(folder / "viewer"), PYTHONPATH="") as server:
         yield server
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens a server's page, and afterwards checks that it asked nobody else for anything."""
+    """Open the page of a server; afterwards check that it made no requests to other servers."""
     pages, asked = [], []
 
     def opened(server):
@@ -104,7 +104,7 @@ def visit(browser):
         page.set_default_timeout(ANSWER_MILLISECONDS)
         page.on("request", lambda request: asked.append((server.url, request.url)))
         page.goto(server.url)
-        page.wait_for_selector("#write")
+        page.wait_for_selector("#generate")
         pages.append(page)
         return page
 
@@ -120,7 +120,7 @@ def fill(page, text):
 
 
 def wait_for(page, part, pattern):
-    """The text of a part of the page, once the pattern is in it."""
+    """Wait until a part of the page matches a pattern; returns its text."""
     from playwright.sync_api import expect
 
     locator = page.locator(f"#{part}")
@@ -132,7 +132,7 @@ def upload(page, file):
     page.locator("#picture input[type=file]").first.set_input_files(file)
 
 
-def written(page, part="answer"):
+def value_of(page, part="answer"):
     return page.locator(f"#{part} textarea").input_value()
 
 
@@ -140,27 +140,26 @@ def test_type_submit_read_and_compare(visit, text_server):
     page = visit(text_server)
     assert "scribe" in page.locator("h1").inner_text() and page.title() == "scribe"
     fill(page, "def area(width, height):\n    return width * height")
-    page.click("#write")
-    told = wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
-    assert written(page) or "before it wrote a word" in told
+    page.click("#generate")
+    message = wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
+    assert value_of(page) or "empty text" in message
     speeds = wait_for(page, "speeds", "median of 3")
     numbers = re.findall(r"([\d.,]+) ms\s+([\d.,]+)", speeds)
     assert len(numbers) == 2 and all(float(n.replace(",", "")) > 0 for pair in numbers for n in pair)
-    assert "its text is noise, and only its speed counts" in speeds
-    assert "random weights: this text is noise" in page.locator("#noise").inner_text()
-    assert written(page, "noise")
+    assert "random weights" in page.locator("#baseline_text").inner_text()
+    assert value_of(page, "baseline_text")
 
 
-def test_empty_and_very_long_inputs_are_told_and_the_page_goes_on(visit, text_server):
+def test_empty_and_very_long_inputs_are_explained(visit, text_server):
     page = visit(text_server)
-    page.click("#write")
-    wait_for(page, "message", "There is nothing to read yet")
+    page.click("#generate")
+    wait_for(page, "message", "Enter a text")
     fill(page, "word " * 40_000)
-    page.click("#write")
-    wait_for(page, "message", r"The text has [\d,]+ tokens, but this model reads at most 64")
+    page.click("#generate")
+    wait_for(page, "message", r"The text has [\d,]+ tokens, but this model reads at most 512")
     page.get_by_text("return width * height").first.click()  # an example
     page.wait_for_function("document.querySelector('#source textarea').value.startsWith('def area')")
-    page.click("#write")
+    page.click("#generate")
     wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
 
 
@@ -168,29 +167,44 @@ def test_an_image_is_uploaded_and_asked_about(visit, vision_server, tmp_path):
     file = tmp_path / "picture.png"
     Image.effect_noise((60, 40), 90).convert("RGB").save(file)
     page = visit(vision_server)
-    wait_for(page, "message", "needs the package `?encdec_slm`?, which is not installed")
+    wait_for(page, "message", "requires the package `?encdec_slm`?, which is not installed")
     upload(page, file)
     page.wait_for_selector("#picture img")
     fill(page, "what is this?")
     page.locator("#source textarea, #source input").first.press("Enter")
-    told = wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
-    assert written(page) or "before it wrote a word" in told
+    message = wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
+    assert value_of(page) or "empty text" in message
 
 
-def test_wrong_files_are_told_and_the_server_lives_on(visit, vision_server, tmp_path):
+def test_wrong_files_are_explained(visit, vision_server, tmp_path):
     page = visit(vision_server)
     (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
     upload(page, tmp_path / "notes.txt")
     page.get_by_text("Invalid file type: notes.txt. Only image/* allowed.").wait_for()
     (tmp_path / "renamed.png").write_text("hello", encoding="utf-8")
     upload(page, tmp_path / "renamed.png")
-    wait_for(page, "message", "This file is no image that can be read")
+    wait_for(page, "message", "This file cannot be read as an image")
     page.wait_for_selector("#picture input[type=file]", state="attached")
     fill(page, "what is this?")
-    page.click("#write")
-    wait_for(page, "message", "There is no image yet. Upload one")
+    page.click("#generate")
+    wait_for(page, "message", "Upload an image first")
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     upload(page, tmp_path / "red.png")
     page.wait_for_selector("#picture img")
-    page.click("#write")
+    page.click("#generate")
     wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
+
+
+def test_the_api_explains_arguments_of_other_types(text_server, vision_server, tmp_path):
+    client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    text_page = client.Client(text_server.url, verbose=False)
+    for arguments in (("x", "abc"), ("x", None), (5, 4), (None, 4), ({"a": 1}, [3])):
+        _, message, *_ = text_page.predict(*arguments, api_name="/write")
+        assert "must be" in message or "Enter a text" in message
+    assert "tokens in" in text_page.predict("x", 4, api_name="/write")[1]
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    picture = client.handle_file(str(tmp_path / "red.png"))
+    page = client.Client(vision_server.url, verbose=False)
+    assert "must be" in page.predict("x", "abc", picture, api_name="/write")[1]
+    assert "Upload" in page.predict("x", 4, None, api_name="/write")[1]
+    assert "tokens in" in page.predict("x", 4, picture, api_name="/write")[1]
