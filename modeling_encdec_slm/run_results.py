@@ -223,8 +223,8 @@ class RunResults:
 
 
 def _build_model(content):
-    metrics = {name: Metric(**metric) for name, metric in content.pop("metrics", {}).items()}
-    return ModelResults(metrics=metrics, **content)
+    metrics = {name: Metric(**metric) for name, metric in content.get("metrics", {}).items()}
+    return ModelResults(**{**content, "metrics": metrics})
 
 
 def _convert_evaluation_0_1(content):

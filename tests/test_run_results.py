@@ -47,6 +47,8 @@ def test_results_are_the_same_after_saving_and_loading(results, tmp_path):
     loaded = RunResults.load(tmp_path / "results.json")
     assert loaded == results and loaded.saved.metrics["rougeL"].high == 16
     assert "torch" in loaded.versions and loaded.date
+    content = loaded.to_dict()
+    assert RunResults.from_dict(content) == RunResults.from_dict(content) == results
 
 
 def test_a_table_has_a_row_per_number_and_a_column_per_model(results):
