@@ -89,7 +89,7 @@ def token_divergence(
         )
     log_student = F.log_softmax(student_logits / temperature, dim=-1)
     log_teacher = _teacher_log_probs(teacher_logits / temperature)
-    return _divergence(log_student, log_student.exp(), log_teacher, beta)[0]
+    return divergence_of_log_probs(log_student, log_student.exp(), log_teacher, beta)[0]
 
 
 def _teacher_log_probs(logits):
@@ -97,7 +97,7 @@ def _teacher_log_probs(logits):
     return F.log_softmax(logits, dim=-1).clamp_(min=LOWEST_LOG_PROBABILITY)
 
 
-def _divergence(log_student, student, log_teacher, beta):
+def divergence_of_log_probs(log_student, student, log_teacher, beta):
     """Return the divergence of shape (N,) and its gradient for the student's logits, of shape (N, V)."""
     if beta == 0.0:
         teacher = log_teacher.exp()
@@ -253,7 +253,9 @@ def _compare(logits, log_student, student, teacher_logits, settings):
         student = log_student.exp()
     if temperature != 1.0:
         teacher_logits = teacher_logits / temperature
-    divergence, gradient = _divergence(log_student, student, _teacher_log_probs(teacher_logits), settings.beta)
+    divergence, gradient = divergence_of_log_probs(
+        log_student, student, _teacher_log_probs(teacher_logits), settings.beta
+    )
     return divergence, agreement, gradient
 
 
