@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uses a repository's folder as a downloader does, in a process that has no network and cannot import `encdec_slm`.
+"""Use a repository in a process without network and without `encdec_slm`, as users who download it do.
 
-[`check_in_fresh_process`] runs this file as a script; it imports nothing of this package.
+[`check_in_fresh_process`] runs this file as a script, so it imports nothing from this package.
 """
 
 import os
@@ -11,26 +11,26 @@ import tempfile
 from pathlib import Path
 
 
-# What a user's environment may hold that would let the check pass here and fail elsewhere.
+# Variables with which the check could pass here and fail elsewhere.
 CLEARED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_CACHE", "HF_HUB_CACHE", "HF_HOME", "HF_MODULES_CACHE")
 CHECK_SECONDS = 1800
 
 
 def check_in_fresh_process(folder: Path) -> None:
-    """Loads a folder by every Auto class, generates and runs the pipeline where nothing but transformers is installed.
+    """Load a folder with every Auto class, generate, and run the pipeline in a process that has only transformers.
 
     Args:
-        folder (`Path`): A repository as it is to be uploaded.
+        folder (`Path`): Repository to upload.
 
     Raises:
-        ValueError: Something of it fails there; the message ends in the last line of that process's error.
+        ValueError: Something fails. The message has the last line of the error.
     """
     with tempfile.TemporaryDirectory(prefix="encdec_slm_check_") as workspace:
         environment = {name: value for name, value in os.environ.items() if name not in CLEARED}
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(Path(workspace, "hf")), "CUDA_VISIBLE_DEVICES": ""}
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         Path(workspace, "empty").mkdir()
-        # -P keeps the folder of this file, whose modules have everyday names, from where imports are looked for.
+        # -P: do not import modules from the folder of this file.
         done = subprocess.run(
             [sys.executable, "-P", "-W", "ignore", str(Path(__file__).resolve()), str(Path(folder).resolve())],
             cwd=Path(workspace, "empty"),
@@ -42,15 +42,15 @@ def check_in_fresh_process(folder: Path) -> None:
         )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1] if lines else f"it ended with status {done.returncode} and said nothing"
+        last = lines[-1] if lines else f"exit status {done.returncode} without a message"
         raise ValueError(
-            f"The folder that was built from this model does not work where `encdec_slm` is not installed: {last}. "
-            "Nothing was written or uploaded. Correct the model or its tokenizer, and publish again."
+            f"The repository of this model does not work without `encdec_slm`: {last}. Nothing was written or "
+            "uploaded. Correct the model or its tokenizer, and publish again."
         )
 
 
 class _PackageIsNotInstalled:
-    """An import finder for the front of `sys.meta_path`, which makes this package unknown."""
+    """An import finder that hides this package."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("encdec_slm", "modeling_encdec_slm"):
@@ -59,11 +59,11 @@ class _PackageIsNotInstalled:
 
 def _load(auto_class, folder):
     model, info = auto_class.from_pretrained(folder, trust_remote_code=True, dtype="auto", output_loading_info=True)
-    # A body has no use for the head, and an encoder none for the decoder: only what is missing counts.
+    # Unexpected keys are normal: the base model has no head, and the encoder no decoder.
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"{auto_class.__name__} misses weights: {info['missing_keys'] or info['mismatched_keys']}")
+        raise ValueError(f"{auto_class.__name__} lacks weights: {info['missing_keys'] or info['mismatched_keys']}")
     if not type(model).__module__.startswith("transformers_modules."):
-        raise ValueError(f"{auto_class.__name__} loads code from outside the folder: {type(model).__module__}")
+        raise ValueError(f"{auto_class.__name__} runs code from outside the folder: {type(model).__module__}")
     return model.eval()
 
 
@@ -87,7 +87,7 @@ def _use_vision(folder):
         _load(auto_class, folder)
     image = Image.new("RGB", (40, 30), (200, 30, 30))
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    batch = processor(images=[image], text=["one two three"], return_tensors="pt")
+    batch = processor.encode_questions("one two three", image, return_tensors="pt")
     _load(AutoModelForImageTextToText, folder).generate(**batch, max_new_tokens=2, do_sample=False)
     pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True, device="cpu")
     pipe(images=image, text="one two three", max_new_tokens=2, return_full_text=False)[0]["generated_text"]

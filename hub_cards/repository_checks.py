@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must not get into a repository: secrets, paths of this machine, states of a training, and pickles."""
+"""Find files that must not be published: secrets, paths of this machine, training states, and pickles."""
 
 import json
 import re
@@ -33,12 +33,12 @@ SECRETS = {
     "an API key": rb"\bsk-(?:[a-z0-9]{2,8}-)*[A-Za-z0-9_]{32,}",
     "a key or password": rb"\b[A-Z0-9_]*(?:API_KEY|_TOKEN|SECRET|PASSWORD)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9/+_-]{16,}",
 }
-# Numbers and code, where a match would be chance, and where searching would take long.
+# Weights, code and images: a match would be accidental, and searching would take long.
 UNSEARCHED = ("*.safetensors", "*.onnx", "*.onnx_data", "*.bin", "*.py", "*.png", "*.jpg")
 TEXTS_WITH_PATHS = ("*.json", "*.md", "*.yaml", "*.yml", "*.jinja")
-# Their strings are tokens, which may well look like paths.
+# Their strings are tokens, which can look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "shared_vocabulary.json", "*vocabulary.json")
-# Folders that only a machine has; what begins with any other name may be an address on a server.
+# Paths below folders of a machine; others can be addresses on a server.
 PATH_IN_TEXT = re.compile(
     r"(?<![\w.:/~-])(?:file://)?/(?:home|Users|root|tmp|var|mnt|media|data|opt|srv|work|workspace|scratch|content|"
     r"kaggle|private|gpfs|lustre|nfs|export|project|projects|Volumes)/[^\s\"'`)<>\]]+"
@@ -47,46 +47,48 @@ PATH_IN_TEXT = re.compile(
 )
 PATH_AS_VALUE = re.compile(r"(?:file://|/|~[/\\]|[A-Za-z]:[\\/]|\\\\)[^\s<>{}]+")
 PATH_IN_COMMAND = re.compile(r"(?P<before>^|[\s='\"(\[,])(?P<path>(?:file://|~|[A-Za-z]:)?[/\\][^\s'\",)\]]*)")
-ADVICE = "Remove them, or name them in `leave_out` to leave them where they are."
+ADVICE = "Remove them, or name them in `leave_out`."
 
 
 def refuse_unsafe_files(folder: Path, paths: Iterable[Path], is_repository: bool = False) -> None:
-    """Refuses files that nobody should upload; every one of them is named with what is wrong with it.
+    """Refuse files that must not be published.
 
     Args:
-        folder (`Path`): What names in the message are relative to.
-        paths (`Iterable[Path]`): Files, and folders by their name only.
-        is_repository (`bool`, *optional*, defaults to `False`): The files are what is about to be uploaded.
+        folder (`Path`): Names in the message are relative to it.
+        paths (`Iterable[Path]`): Files, and folders, of which only the name is checked.
+        is_repository (`bool`, *optional*, defaults to `False`): Whether these are the files to upload, and not the
+            source.
 
     Raises:
-        ValueError: There is a secret, an absolute path, a state of a training, or a pickle.
+        ValueError: A file has a secret or an absolute path, or is a training state or a pickle. The message names all
+            of them.
     """
     found = [f"{path.relative_to(folder).as_posix()} ({problem})" for path in paths if (problem := find_problem(path))]
     if found:
         raise ValueError(
-            f"{str(folder)!r} has what must not get into a repository: {format_list(found, 20)}. "
+            f"{str(folder)!r} has files that must not be published: {format_list(found, 20)}. "
             + ("Nothing was uploaded." if is_repository else ADVICE)
         )
 
 
 def find_problem(path: Path) -> str | None:
-    """What is wrong with a file for a repository, in words; `None` if nothing is."""
+    """Return why a file must not be published, or `None`."""
     if _is_named(path, SECRET_NAMES) and not _is_named(path, ("*.py",)):
-        return "a file that holds secrets: keep it out, and replace the secret if it was shared"
+        return "a file with secrets: do not publish it, and replace the secret if it was shared"
     if _is_named(path, TRAINING_STATES) and not _is_named(path, ("*.safetensors", "*.py")):
-        return "a state of a training, of no use to anybody who loads the model"
+        return "a training state, which is not needed to load the model"
     if not path.is_file():
         return None
     if is_pickle(path):
-        return "a pickle, which can run code when it is loaded: save weights as safetensors"
+        return "a pickle, which can run code when it is loaded: save the weights as safetensors"
     return _find_problem_in_content(path)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle by its name or its first bytes. CTranslate2's `model.bin` is none."""
+    """Return whether a file is a pickle by its name or first bytes. CTranslate2's `model.bin` is not."""
     with path.open("rb") as file:
         start = file.read(512)
-    # A pickle of protocol 2 or later, or the archive of several that `torch.save` writes.
+    # A pickle of protocol 2 or later, or an archive of `torch.save`.
     if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or (start[:2] == b"PK" and b"data.pkl" in start):
         return True
     is_ctranslate2 = path.name == "model.bin" and (path.parent / "export_manifest.json").is_file()
@@ -99,10 +101,10 @@ def _find_problem_in_content(path):
     content = path.read_bytes()
     for secret, pattern in SECRETS.items():
         if re.search(pattern, content):
-            return f"has {secret}: remove it, and replace it where it is used, since it may have been seen"
+            return f"contains {secret}: remove it, and replace it wherever it is used"
     if _is_named(path, TEXTS_WITH_PATHS) and not _is_named(path, VOCABULARIES):
         place = next(_absolute_paths(path, content.decode(errors="replace")), None)
-        return place and f"has a path of this machine, {place}: write a name of the Hub instead, or remove it"
+        return place and f"contains a path of this machine, {place}: replace it by a name on the Hub, or remove it"
     return None
 
 
@@ -113,7 +115,7 @@ def _absolute_paths(path, text) -> Iterator[str]:
         except ValueError:
             content = None
         for key, value in _strings(content):
-            # One name behind a slash may be anything; under such a key it is a path.
+            # A slash and one name can be anything, except under such a key.
             if PATH_AS_VALUE.fullmatch(value) and (re.search(r"[/\\]", value[1:]) or re.search("path|dir|file", key)):
                 yield f"`{key}`: {value!r}"
             elif match := PATH_IN_TEXT.search(value):
@@ -138,7 +140,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def remove_local_paths(text: str) -> str:
-    """A text, such as a command, in which every absolute path has become the last name of it."""
+    """Replace every absolute path in a text, such as a command, by its last part."""
     return PATH_IN_COMMAND.sub(lambda match: match["before"] + _last_name(match["path"]), text)
 
 

@@ -46,7 +46,6 @@ EXCEPTIONS = {
     ("encdec_slm.auto_classes", "export"),
     ("encdec_slm.export.onnx_quantization", "trainers"),
     ("encdec_slm.hub_cards.publishing", "export"),
-    ("encdec_slm.trainers.finetuning", "hub_cards"),
 }
 SHIPPED = sorted(
     path.stem for path in FOLDERS["encdec_slm"].glob("*_encdec_*.py") if path.stem.endswith(("_slm", "_vlm"))
