@@ -202,7 +202,7 @@ def capture_completions(trainer, role="student"):
 
 def capture_batches(trainer):
     """Return a list to which each batch of the trainer is appended with its rows."""
-    return capture(trainer, "_generate_and_score_completions")
+    return capture(trainer, "make_batch")
 
 
 def greedy_completion(model, source, start):

@@ -150,7 +150,7 @@ def test_a_batch_holds_source_target_and_what_the_teacher_reads():
         {"row": 7, "source_ids": [10, 11, EOS], "teacher_source_ids": [1, 10]},
         {"row": 3, "source_ids": [13], "teacher_source_ids": [1, 13, 14, 15]},
     ]
-    batch = collate(rows, [[20, EOS], [21, 22, EOS]], pad_token_id=EOS)
+    batch = collate(rows, [[20, EOS], [21, 22, EOS]], [[30], [31, EOS]], pad_token_id=EOS)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "source_ids": [[10, 11, EOS], [13, EOS, EOS]],
         "source_mask": [[1, 1, 1], [1, 0, 0]],
@@ -158,11 +158,19 @@ def test_a_batch_holds_source_target_and_what_the_teacher_reads():
         "target_mask": [[1, 1, 0], [1, 1, 1]],
         "teacher_ids": [[1, 10, 20, EOS, EOS, EOS, EOS], [1, 13, 14, 15, 21, 22, EOS]],
         "teacher_mask": [[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]],
+        "gold_ids": [[30, EOS], [31, EOS]],
+        "gold_mask": [[1, 0], [1, 1]],
         "teacher_source_lengths": [2, 4],
         "row": [7, 3],
+        "num_target_tokens": 5,
+        "num_gold_tokens": 3,
     }
-    lengths = {name: ids.shape[1] for name, ids in collate(rows, [[20], [21]], 0, 4).items() if name.endswith("_ids")}
-    assert lengths == {"source_ids": 4, "target_ids": 4, "teacher_ids": 8}
+    targets = [[20], [21, EOS]]
+    for gold, num_gold_tokens in ((targets, 3), (None, 0)):
+        batch = collate(rows, targets, gold, 0, 4)
+        assert (batch["num_target_tokens"], batch["num_gold_tokens"]) == (3, num_gold_tokens)
+        lengths = {name: ids.shape[1] for name, ids in batch.items() if name.endswith("_ids")}
+        assert lengths == {"source_ids": 4, "target_ids": 4, "teacher_ids": 8}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -183,7 +183,7 @@ def test_an_incomplete_checkpoint_is_ignored(damage, uninterrupted, tmp_path):
 
 def test_resuming_without_a_complete_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
-    with pytest.raises(ValueError, match="`resume_from_checkpoint=True`"):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

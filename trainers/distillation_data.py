@@ -168,6 +168,7 @@ def check_row_length(row: int, source_length: int, target_length: int, teacher_c
 def collate(
     rows: Sequence[Mapping[str, Any]],
     targets: Sequence[Sequence[int]],
+    gold: Sequence[Sequence[int]] | None,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -176,20 +177,26 @@ def collate(
     Args:
         rows (`Sequence[Mapping]`): From a [`DistillationRowEncoder`].
         targets (`Sequence[Sequence[int]]`): Token ids on which student and teacher are compared, for each row.
+        gold (`Sequence[Sequence[int]]`, *optional*): Token ids of the cross-entropy, for each row; may be `targets`.
         pad_token_id (`int`): Fills the padding.
         pad_to_multiple_of (`int`, *optional*): Lengths are rounded up to multiples of this.
 
     Returns:
-        `dict`: `source_ids`, `target_ids` and `teacher_ids` (source and target in one row) of shape `(batch_size,
-        length)` and their masks; `teacher_source_lengths` and `row` of shape `(batch_size,)`.
+        `dict`: `source_ids`, `target_ids`, `teacher_ids` (source and target in one row) and, if `gold` is not
+        `targets`, `gold_ids` of shape `(batch_size, length)`, and their masks; `teacher_source_lengths` and `row` of
+        shape `(batch_size,)`; `num_target_tokens` and `num_gold_tokens` of shape `()`.
     """
     teacher_rows = [[*row["teacher_source_ids"], *target] for row, target in zip(rows, targets, strict=True)]
     sequences = {"source": [row["source_ids"] for row in rows], "target": targets, "teacher": teacher_rows}
+    if gold is not None and gold is not targets:
+        sequences["gold"] = gold
     batch = {}
     for name, ids in sequences.items():
         batch[f"{name}_ids"], batch[f"{name}_mask"] = pad_ids(ids, pad_token_id, pad_to_multiple_of)
     batch["teacher_source_lengths"] = torch.tensor([len(row["teacher_source_ids"]) for row in rows])
     batch["row"] = torch.tensor([row["row"] for row in rows])
+    batch["num_target_tokens"] = torch.tensor(sum(map(len, targets)))
+    batch["num_gold_tokens"] = torch.tensor(sum(map(len, gold or ())))
     return batch
 
 

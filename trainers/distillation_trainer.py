@@ -52,7 +52,7 @@ from .distillation_models import (
     load_teacher,
 )
 from .output_heads import HeadReader
-from .resuming import STATE_NAME, last_complete_checkpoint, refuse_non_finite_weights
+from .resuming import STATE_NAME, find_checkpoint, last_complete_checkpoint, refuse_non_finite_weights
 from .row_encoding import LABELS_PADDING, encode_rows, pad_ids
 
 
@@ -257,13 +257,15 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
     # calls `_generate_and_score_completions` once per optimizer step, shuffles the batch and splits it by the
     # accumulation steps; then it calls `compute_loss` for each part.
 
-    def _generate_and_score_completions(self, rows: list[dict]) -> dict[str, torch.Tensor | list]:
+    def _generate_and_score_completions(self, inputs):
+        return self.make_batch(inputs)
+
+    def make_batch(self, rows: list[dict]) -> dict[str, torch.Tensor | list]:
         """Make a batch of encoded rows: choose or generate the targets, and pad everything.
 
         Returns:
-            `dict`: Tensors of [`~encdec_slm.trainers.distillation_data.collate`]; `gold_ids` and `gold_mask` if the
-            cross-entropy needs other targets; numbers of tokens of all processes, of shape `()`; and for rows with
-            images a list of image inputs per model.
+            `dict`: Tensors of [`~encdec_slm.trainers.distillation_data.collate`], with numbers of tokens of all
+            processes; and for rows with images a list of image inputs per model.
         """
         mode = "train" if self.model.training else "eval"
         rows = self.row_encoder.read_images(rows)
@@ -275,19 +277,16 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         else:
             targets = [row["target_ids"] for row in rows]
         self._log_batch(mode, origin, rows, targets)
-        padding = (self._tokenizer.pad_token_id, self.pad_to_multiple_of)
-        batch = collate(rows, targets, *padding)
-        if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
-            batch["gold_ids"], batch["gold_mask"] = pad_ids([row["target_ids"] for row in rows], *padding)
         if self._context_is_limited:
             for row, target in zip(rows, targets, strict=True):
                 check_row_length(row["row"], len(row["teacher_source_ids"]), len(target), self.teacher_context)
-        num_target_tokens = batch["target_mask"].sum()
-        is_gold = origin != "student"
-        num_gold_tokens = num_target_tokens if is_gold else batch.get("gold_mask", torch.zeros(1, dtype=int)).sum()
-        counts = {"num_target_tokens": num_target_tokens, "num_gold_tokens": num_gold_tokens}
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in (batch | counts).items()}
-        batch |= {name: self.accelerator.gather(batch[name]).sum() for name in counts}
+        gold = targets if origin != "student" else None
+        if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
+            gold = [row["target_ids"] for row in rows]
+        batch = collate(rows, targets, gold, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        for name in ("num_target_tokens", "num_gold_tokens"):
+            batch[name] = self.accelerator.gather(batch[name]).sum()
         names = [name for name in ("student_images", "teacher_images") if name in rows[0]]
         return batch | {name: [row[name] for row in rows] for name in names}
 
@@ -377,9 +376,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in targets], device=device))
         num_source_tokens = torch.tensor(sum(len(row["source_ids"]) for row in rows), device=device)
         if mode == "train":
-            self.state.num_input_tokens_seen += (
-                self.accelerator.gather(num_source_tokens).sum() + lengths.sum()
-            ).item()
+            num_tokens = self.accelerator.gather(num_source_tokens).sum() + lengths.sum()
+            self.state.num_input_tokens_seen += num_tokens.item()
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         values = {}
         if origin == "student":
@@ -589,14 +587,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` ignores incomplete checkpoints."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True` requires a complete checkpoint in {self.args.output_dir}, but "
-                    "there is none. Leave it out to start from the beginning."
-                )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student.
