@@ -101,6 +101,8 @@ def assert_plain(student, teacher, labels, settings, scale=1.0, softcap=None):
     hidden, weight, bias = student
     teacher_hidden, head = teacher
     teacher_logits = plain_logits(teacher_hidden, head.weight, head.bias, head.scale, head.softcap)
+    if settings.teacher_token_ids is not None:
+        teacher_logits = teacher_logits[:, settings.teacher_token_ids]
     expected = plain_loss(plain_logits(hidden, weight, bias, scale, softcap), teacher_logits, labels, settings)
     loss = distillation_objective(hidden, OutputHead(weight, bias, scale, softcap), *teacher, labels, settings).loss
     assert_same(loss, expected, student, **CLOSE)
@@ -184,6 +186,33 @@ def test_scales_and_caps_of_the_head_reach_the_gradient(
     assert_plain(student, (teacher_hidden, capped), labels, settings, scale, softcap)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("temperature", [1, 2])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_trimmed_vocabulary_restricts_and_renormalizes_the_teacher(
+    student, teacher, labels, beta, temperature, label_smoothing
+):
+    teacher_token_ids = torch.tensor([0, 2, 3, 7, 8, 11, 14, 18])
+    settings = build_settings(
+        **{"beta": beta, "temperature": temperature, "label_smoothing": label_smoothing},
+        **{"num_common_tokens": len(teacher_token_ids), "teacher_token_ids": teacher_token_ids},
+    )
+    assert_plain(student, teacher, labels, settings)
+    objective = distillation_objective(student[0], OutputHead(*student[1:]), *teacher, labels, settings)
+    probabilities = (teacher[0] @ teacher[1].weight.T).softmax(-1)
+    torch.testing.assert_close(objective.kept_mass, probabilities[:, teacher_token_ids].sum(-1))
+
+
+def test_a_map_of_all_tokens_changes_nothing(student, teacher, labels):
+    hidden, weight, bias = student
+    plain, mapped = (
+        distillation_objective(hidden, OutputHead(weight, bias), *teacher, labels, build_settings(**settings))
+        for settings in ({}, {"teacher_token_ids": torch.arange(NUM_COMMON)})
+    )
+    assert_same(mapped.loss, plain.loss, student, **CLOSE)
+    torch.testing.assert_close(mapped[1:-1], plain[1:-1])
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (torch.tensor(0.2), torch.tensor(2.0))])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_each_part_has_its_weight(student, teacher, labels, weights, has_bias):
@@ -240,7 +269,7 @@ def test_no_positions_make_a_loss_of_zero_that_has_a_gradient(student, teacher):
     inputs = (hidden[:0], OutputHead(weight, bias), teacher[0][:0], teacher[1], nothing)
     result = distillation_objective(*inputs, build_settings())
     assert result.loss == 0 and result.loss.shape == ()
-    assert [part.shape for part in result[1:]] == [(0,)] * 4
+    assert [part.shape for part in result[1:]] == [(0,)] * 5
     assert not any(gradient.any() for gradient in torch.autograd.grad(result.loss, student))
 
 
@@ -363,7 +392,9 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(num_positions, num_rows, voc
     teacher = draw(num_positions, width, seed=2), OutputHead(draw(vocab_size, width, seed=3))
     budget = {"num_common_tokens": vocab_size, "logits_budget_bytes": num_rows * 4 * vocab_size}
     settings = build_settings(label_smoothing=0.1, **budget)
-    with LargestTensor() as largest:
-        objective = distillation_objective(hidden, OutputHead(weight), *teacher, torch.arange(num_positions), settings)
-        objective.loss.backward()
-    assert largest.num_elements == num_rows * vocab_size
+    trimmed = settings._replace(num_common_tokens=300, teacher_token_ids=torch.arange(300))
+    for each in (settings, trimmed):
+        with LargestTensor() as largest:
+            inputs = (hidden, OutputHead(weight), *teacher, torch.arange(num_positions))
+            distillation_objective(*inputs, each).loss.backward()
+        assert largest.num_elements == num_rows * vocab_size

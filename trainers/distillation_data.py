@@ -171,6 +171,7 @@ def collate(
     gold: Sequence[Sequence[int]] | None,
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
+    teacher_token_ids: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Make a batch of encoded rows, padded on the right.
 
@@ -180,13 +181,18 @@ def collate(
         gold (`Sequence[Sequence[int]]`, *optional*): Token ids of the cross-entropy, for each row; may be `targets`.
         pad_token_id (`int`): Fills the padding.
         pad_to_multiple_of (`int`, *optional*): Lengths are rounded up to multiples of this.
+        teacher_token_ids (`Sequence[int]`, *optional*): The teacher's id of each token of a trimmed vocabulary. `None`
+            if the teacher reads the ids of the student.
 
     Returns:
         `dict`: `source_ids`, `target_ids`, `teacher_ids` (source and target in one row) and, if `gold` is not
         `targets`, `gold_ids` of shape `(batch_size, length)`, and their masks; `teacher_source_lengths` and `row` of
         shape `(batch_size,)`; `num_target_tokens` and `num_gold_tokens` of shape `()`.
     """
-    teacher_rows = [[*row["teacher_source_ids"], *target] for row, target in zip(rows, targets, strict=True)]
+    teacher_targets = targets
+    if teacher_token_ids is not None:
+        teacher_targets = [[teacher_token_ids[token_id] for token_id in target] for target in targets]
+    teacher_rows = [[*row["teacher_source_ids"], *ids] for row, ids in zip(rows, teacher_targets, strict=True)]
     sequences = {"source": [row["source_ids"] for row in rows], "target": targets, "teacher": teacher_rows}
     if gold is not None and gold is not targets:
         sequences["gold"] = gold

@@ -30,6 +30,8 @@ class Objective(NamedTuple):
         entropy (`torch.Tensor` of shape `(num_positions,)`): Entropy of the student, in nats.
         agreement (`torch.Tensor` of shape `(num_positions,)`): 1 if the most probable token of both models is the
             same, else 0.
+        kept_mass (`torch.Tensor` of shape `(num_positions,)`): Probability that the teacher gives to the tokens of a
+            trimmed vocabulary; 1 without `teacher_token_ids`.
     """
 
     loss: torch.Tensor
@@ -37,6 +39,7 @@ class Objective(NamedTuple):
     cross_entropy: torch.Tensor
     entropy: torch.Tensor
     agreement: torch.Tensor
+    kept_mass: torch.Tensor
 
 
 class ObjectiveSettings(NamedTuple):
@@ -48,7 +51,10 @@ class ObjectiveSettings(NamedTuple):
         beta (`float`): 0 is the forward KL divergence, 1 the reverse one, between them the generalized JSD.
         temperature (`float`): Divides both logits in the divergence; > 0.
         label_smoothing (`float`): Share of the label's probability that goes to all tokens; cross-entropy only.
-        num_common_tokens (`int`): Token ids below it are the same tokens for both models and are compared.
+        num_common_tokens (`int`): Token ids below it are the same tokens for both models and are compared. Each
+            distribution is restricted to them and renormalized.
+        teacher_token_ids (`torch.LongTensor` of shape `(num_common_tokens,)`, *optional*): The teacher's ids of these
+            tokens, for a student with a trimmed vocabulary. `None` if the ids are the same.
         logits_budget_bytes (`int`, *optional*): Size of one chunk of float32 logits of one model. `None` means 32 MiB
             on a CPU and 256 MiB on an accelerator.
     """
@@ -59,6 +65,7 @@ class ObjectiveSettings(NamedTuple):
     temperature: float
     label_smoothing: float
     num_common_tokens: int
+    teacher_token_ids: torch.Tensor | None = None
     logits_budget_bytes: int | None = None
 
 
@@ -130,7 +137,7 @@ def distillation_objective(
         student_hidden (`torch.Tensor` of shape `(num_positions, student_width)`): Inputs of `student_head`.
         student_head ([`OutputHead`]): Head of the student; its weight and bias receive gradients.
         teacher_hidden (`torch.Tensor` of shape `(num_positions, teacher_width)`, *optional*): Inputs of
-            `teacher_head`. `None` computes the cross-entropy alone; divergence and agreement are 0.
+            `teacher_head`. `None` computes the cross-entropy alone; what compares the models is 0.
         teacher_head ([`OutputHead`], *optional*): Head of the teacher.
         labels (`torch.LongTensor` of shape `(num_positions,)`): Token that each position predicts.
         settings ([`ObjectiveSettings`]): Weights and kind of divergence.
@@ -160,7 +167,7 @@ class _ChunkedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, labels, settings):
         loss = torch.zeros((), device=hidden.device)
-        parts = [torch.zeros(len(hidden), device=hidden.device) for _ in range(4)]
+        parts = [torch.zeros(len(hidden), device=hidden.device) for _ in range(5)]
         gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         size = _chunk_size(hidden, head, teacher_hidden, teacher_head, settings)
         for start in range(0, len(hidden), size):
@@ -224,7 +231,7 @@ def _chunk_objective(logits, teacher_logits, labels, settings):
     smoothing, vocab_size = settings.label_smoothing, logits.shape[-1]
     cross_entropy = -log_student.gather(-1, labels[:, None])[:, 0]
     entropy = -torch.linalg.vecdot(student, log_student)
-    divergence = agreement = torch.zeros_like(cross_entropy)
+    divergence = agreement = kept_mass = torch.zeros_like(cross_entropy)
     loss = settings.ce_weight * (1 - smoothing) * cross_entropy.sum()
     gradient = settings.ce_weight * student
     label_gradient = torch.as_tensor(
@@ -235,18 +242,27 @@ def _chunk_objective(logits, teacher_logits, labels, settings):
         loss -= settings.ce_weight * smoothing * log_student.mean(-1).sum()
         gradient -= settings.ce_weight * smoothing / vocab_size
     if teacher_logits is not None:
+        teacher_logits, kept_mass = _restrict(teacher_logits, settings)
         divergence, agreement, kd_gradient = _compare(logits, log_student, student, teacher_logits, settings)
         loss += settings.kd_weight * divergence.sum()
         kd_gradient.mul_(settings.kd_weight / settings.temperature)
         gradient[:, : settings.num_common_tokens].add_(kd_gradient)
-    return loss, (divergence, cross_entropy, entropy, agreement), gradient
+    return loss, (divergence, cross_entropy, entropy, agreement, kept_mass), gradient
+
+
+def _restrict(teacher_logits, settings):
+    """Return the teacher's logits of the common tokens, and the probability of these, of shape (N,)."""
+    if settings.teacher_token_ids is None:
+        return teacher_logits[:, : settings.num_common_tokens], torch.ones_like(teacher_logits[:, 0])
+    kept_logits = teacher_logits[:, settings.teacher_token_ids]
+    return kept_logits, (kept_logits.logsumexp(-1) - teacher_logits.logsumexp(-1)).exp()
 
 
 def _compare(logits, log_student, student, teacher_logits, settings):
     """Return divergence and agreement on the common tokens, of shape (N,), and the gradient for the logits."""
     num_tokens, temperature = settings.num_common_tokens, settings.temperature
     is_whole = logits.shape[-1] == num_tokens
-    logits, teacher_logits = logits[:, :num_tokens], teacher_logits[:, :num_tokens]
+    logits = logits[:, :num_tokens]
     agreement = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
     if temperature != 1.0 or not is_whole:
         log_student = F.log_softmax(logits / temperature, dim=-1)
@@ -262,7 +278,8 @@ def _compare(logits, log_student, student, teacher_logits, settings):
 # Sums over the tokens of rows, for means over batches of any size
 
 # Columns of the sums.
-ROW_SUMS = ("kd_loss", "entropy", "teacher_agreement", "num_target_tokens", "ce_loss", "num_gold_tokens")
+COMPARISON_SUMS = ("kd_loss", "entropy", "teacher_agreement", "kept_mass", "num_target_tokens")
+ROW_SUMS = (*COMPARISON_SUMS, "ce_loss", "num_gold_tokens")
 
 
 def add_to_rows(row_sums: torch.Tensor, rows: torch.Tensor, *parts: torch.Tensor) -> None:
@@ -271,11 +288,11 @@ def add_to_rows(row_sums: torch.Tensor, rows: torch.Tensor, *parts: torch.Tensor
 
 
 def reduce_row_sums(row_sums: torch.Tensor, kd_ratio: float, kd_temperature: float) -> dict[str, float]:
-    """Return means per token from `ROW_SUMS` of shape `(num_rows, 6)`, and the loss that they make."""
+    """Return means per token from `ROW_SUMS` of shape `(num_rows, 7)`, and the loss that they make."""
     sums = dict(zip(ROW_SUMS, row_sums.sum(0).tolist(), strict=True))
     means = {"loss": 0.0}
     if num_tokens := sums["num_target_tokens"]:
-        means |= {name: sums[name] / num_tokens for name in ("kd_loss", "entropy", "teacher_agreement")}
+        means |= {name: sums[name] / num_tokens for name in COMPARISON_SUMS[:-1]}
         means["loss"] += kd_ratio * kd_temperature**2 * means["kd_loss"]
     if num_tokens := sums["num_gold_tokens"]:
         means["ce_loss"] = sums["ce_loss"] / num_tokens

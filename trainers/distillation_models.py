@@ -23,7 +23,7 @@ from transformers.utils import is_peft_available
 
 from ..checkpoints import load_checkpoint
 from .distillation_config import Seq2SeqDistillationConfig
-from .vocabulary import count_common_tokens
+from .vocabulary import count_common_tokens, find_teacher_token_ids
 
 
 logger = logging.getLogger(__name__)
@@ -325,23 +325,29 @@ def compare_vocabularies(
     processing_class: Tokenizer,
     teacher_processing_class: Tokenizer,
     kd_ratio: float,
-) -> int | None:
-    """Count the ids that both models score; `None` if the vocabularies differ and nothing is compared (`kd_ratio=0`).
+) -> tuple[int | None, list[int] | None]:
+    """Count the tokens that both models score, and find the teacher's ids of a trimmed vocabulary.
+
+    Returns:
+        `tuple`: The number, `None` if the vocabularies differ and nothing is compared (`kd_ratio=0`); and the
+        teacher's id of each of these tokens, `None` if the ids are the same.
 
     Raises:
         ValueError: The vocabularies differ and `kd_ratio` is above 0.
     """
     processing_classes = (processing_class, teacher_processing_class)
     sizes = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    vocabularies = (*map(get_tokenizer, processing_classes), *sizes, find_image_tokens(processing_classes))
     try:
-        return count_common_tokens(
-            *map(get_tokenizer, processing_classes), *sizes, find_image_tokens(processing_classes)
-        )
+        teacher_token_ids = find_teacher_token_ids(*vocabularies)
+        if teacher_token_ids is not None:
+            return len(teacher_token_ids), teacher_token_ids
+        return count_common_tokens(*vocabularies), None
     except ValueError:
         if kd_ratio > 0:
             raise
         logger.warning("Student and teacher have different tokenizers: evaluation does not compare them.")
-        return None
+        return None, None
 
 
 def find_image_tokens(processing_classes: Sequence[Tokenizer]) -> list[str]:
@@ -378,7 +384,7 @@ def build_generation_configs(
         teacher ([`~transformers.PreTrainedModel`]): The teacher.
         processing_class: Tokenizer or processor of the student.
         teacher_processing_class: Tokenizer or processor of the teacher.
-        num_common_tokens (`int`, *optional*): Ids that both models score; `None` if the vocabularies differ.
+        num_common_tokens (`int`, *optional*): Ids that both models score; `None` if the models have different ids.
         generation_kwargs (`dict`): Settings of the user, which take precedence; token ids are the student's.
 
     Raises:

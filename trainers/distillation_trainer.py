@@ -40,7 +40,14 @@ from .distillation_data import (
     trim_padding,
 )
 from .distillation_logs import complete_card, describe_lengths, describe_rows, log_completion_table
-from .distillation_losses import ROW_SUMS, ObjectiveSettings, add_to_rows, distillation_objective, reduce_row_sums
+from .distillation_losses import (
+    COMPARISON_SUMS,
+    ROW_SUMS,
+    ObjectiveSettings,
+    add_to_rows,
+    distillation_objective,
+    reduce_row_sums,
+)
 from .distillation_models import (
     build_generation_configs,
     check_args,
@@ -139,7 +146,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             args,
         )
         self.row_encoder = build_encoder(processing_class, self.teacher_processing_class, args)
-        self.num_common_tokens = compare_vocabularies(
+        self.num_common_tokens, self.teacher_token_ids = compare_vocabularies(
             student, teacher, processing_class, self.teacher_processing_class, args.kd_ratio
         )
         self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
@@ -170,9 +177,10 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             teacher,
             processing_class,
             self.teacher_processing_class,
-            self.num_common_tokens,
+            self.num_common_tokens if self.teacher_token_ids is None else None,
             args.generation_kwargs or {},
         )
+        self._student_token_ids = {old_id: new_id for new_id, old_id in enumerate(self.teacher_token_ids or ())}
         self._eval_sums, self._logged_rows = [], []
 
     def _prepare_teacher(self, teacher):
@@ -283,7 +291,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         gold = targets if origin != "student" else None
         if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
             gold = [row["target_ids"] for row in rows]
-        batch = collate(rows, targets, gold, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        padding = (self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        batch = collate(rows, targets, gold, *padding, self.teacher_token_ids)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         for name in ("num_target_tokens", "num_gold_tokens"):
             batch[name] = self.accelerator.gather(batch[name]).sum()
@@ -318,7 +327,9 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         for ids in self._generate_ids(self.teacher_model, prompts, images, config):
             is_complete = ids[-1] in config.eos_token_id
             ids = ids[:-1] if is_complete else ids
-            if self.num_common_tokens is None:
+            if self._student_token_ids.keys() >= set(ids):
+                ids = [self._student_token_ids[token_id] for token_id in ids]
+            elif self.num_common_tokens is None or self.teacher_token_ids is not None:
                 text = get_tokenizer(self.teacher_processing_class).decode(ids, skip_special_tokens=True)
                 ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_completion_length - 1]
             targets.append([*ids, self._tokenizer.eos_token_id] if is_complete or not ids else ids)
@@ -412,7 +423,11 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _reduce(self, row_sums):
-        return reduce_row_sums(row_sums, self.args.kd_ratio, self.args.kd_temperature)
+        means = reduce_row_sums(row_sums, self.args.kd_ratio, self.args.kd_temperature)
+        kept_mass = means.pop("kept_mass", None)
+        return (
+            means if self.teacher_token_ids is None or kept_mass is None else {**means, "teacher/kept_mass": kept_mass}
+        )
 
     def _call_wrapped(self, wrapped, function, *args, **kwargs):
         """Call `function(unwrapped, ...)` inside the forward of the wrapped model, as DDP, FSDP and ZeRO need."""
@@ -422,7 +437,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             return self._forward_redirection(wrapped, unwrapped, function, unwrapped, *args, **kwargs)
 
     def _compute_row_sums(self, student, inputs):
-        """Return the loss of shape (), and the sums `ROW_SUMS` of each row, of shape (B, 6)."""
+        """Return the loss of shape (), and the sums `ROW_SUMS` of each row, of shape (B, 7)."""
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         positions = self._run_student(student, inputs)
         head, (kd_weight, ce_weight) = self._student_reader.head(student), self._loss_weights(inputs)
@@ -434,7 +449,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         objective = distillation_objective(hidden, head, *teacher, labels, settings)
         loss = objective.loss
         if kd_weight is not None:
-            add_to_rows(row_sums[:, :4], rows, objective.divergence, objective.entropy, objective.agreement)
+            parts = (objective.divergence, objective.entropy, objective.agreement, objective.kept_mass)
+            add_to_rows(row_sums[:, : len(COMPARISON_SUMS)], rows, *parts)
         if "gold" in positions:
             hidden, labels, rows, _ = positions["gold"]
             objective = distillation_objective(
@@ -442,7 +458,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             )
             loss = loss + objective.loss
         if "gold" in positions or targets_are_gold:
-            add_to_rows(row_sums[:, 4:], rows, objective.cross_entropy)
+            add_to_rows(row_sums[:, len(COMPARISON_SUMS) :], rows, objective.cross_entropy)
         return loss, row_sums
 
     def _run_student(self, student, inputs):
@@ -510,6 +526,9 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         return kd_weight if is_compared else None, ce_weight
 
     def _objective_settings(self, kd_weight, ce_weight):
+        teacher_token_ids = self.teacher_token_ids
+        if teacher_token_ids is not None:
+            teacher_token_ids = torch.tensor(teacher_token_ids, device=self.accelerator.device)
         return ObjectiveSettings(
             kd_weight=kd_weight,
             ce_weight=ce_weight,
@@ -517,6 +536,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             temperature=self.args.kd_temperature,
             label_smoothing=self.args.label_smoothing_factor if self.model.training else 0.0,
             num_common_tokens=self.num_common_tokens,
+            teacher_token_ids=teacher_token_ids,
         )
 
     def _check_finite(self, row_sums, rows):
@@ -539,7 +559,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
 
         Metrics: `loss` (without label smoothing), `kd_loss` (the divergence at `kd_temperature`), `ce_loss` and
         `entropy` of the student, in nats per token, and `teacher_agreement`, the share of positions at which the most
-        probable token of both models is the same.
+        probable token of both models is the same. With a trimmed vocabulary the models are compared over its tokens,
+        and `teacher/kept_mass` is the probability that the teacher gives to them.
         """
         self._eval_sums = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -238,7 +238,9 @@ def _teacher_scores(trainer, test):
     total_loss, num_tokens, predictions = 0.0, 0, []
     for start in range(0, len(encoded), trainer.args.eval_batch_size):
         rows = encoded.select(range(start, min(start + trainer.args.eval_batch_size, len(encoded)))).to_list()
-        batch = collate(rows, [row["target_ids"] for row in rows], None, trainer.processing_class.pad_token_id)
+        targets = [row["target_ids"] for row in rows]
+        pad_token_id, teacher_token_ids = trainer.processing_class.pad_token_id, trainer.teacher_token_ids
+        batch = collate(rows, targets, None, pad_token_id, teacher_token_ids=teacher_token_ids)
         batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
         ids, mask = batch["teacher_ids"], batch["teacher_mask"]
         is_source = torch.arange(ids.shape[1], device=ids.device) < batch["teacher_source_lengths"][:, None]

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import format_list
+from ..vocabulary import old_token_ids, read_vocabulary_map
+
 
 NUM_SHOWN = 3
 
@@ -47,14 +50,51 @@ def count_common_tokens(
             "the teacher's tokenizer for the student and train on its ids, or use the teacher for sequence-level "
             "distillation only (`seq_kd=True, lmbda=0, kd_ratio=0`)."
         )
-    for role, tokens, num_rows in (("student", student, student_vocab_size), ("teacher", teacher, teacher_vocab_size)):
-        if num_rows <= max(tokens):
-            raise ValueError(
-                f"The embedding table of the {role} has {num_rows:,} rows, but its tokenizer has ids up to "
-                f"{max(tokens):,}. Call `{role}.resize_token_embeddings({max(tokens) + 1})`, or use the tokenizer of "
-                f"the {role}."
-            )
+    _check_table("student", max(student), student_vocab_size)
+    _check_table("teacher", max(teacher), teacher_vocab_size)
     return size
+
+
+def find_teacher_token_ids(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+    image_tokens: Sequence[str] = (),
+) -> list[int] | None:
+    """Return the teacher's id of each token of the student; `None` if the student's tokenizer is not trimmed from it.
+
+    Args: as in [`count_common_tokens`].
+
+    Raises:
+        ValueError: The tokenizer was trimmed from another one than the teacher's, or has tokens that were added since,
+            or a tokenizer has more ids than its table rows.
+    """
+    vocabulary = student_tokenizer.get_vocab()
+    if read_vocabulary_map(student_tokenizer) is None or vocabulary == teacher_tokenizer.get_vocab():
+        return None
+    teacher_token_ids = old_token_ids(student_tokenizer, teacher_tokenizer)
+    added = [
+        token
+        for token, token_id in vocabulary.items()
+        if token_id >= len(teacher_token_ids) and token not in image_tokens
+    ]
+    if added:
+        raise ValueError(
+            f"Tokens were added to the student's trimmed tokenizer ({format_list(added, NUM_SHOWN)}), but "
+            "the teacher does not have them. Add them to the teacher's tokenizer and trim that."
+        )
+    _check_table("student", max(vocabulary.values()), student_vocab_size)
+    _check_table("teacher", teacher_token_ids[-1], teacher_vocab_size)
+    return teacher_token_ids
+
+
+def _check_table(role, last_id, num_rows):
+    if num_rows <= last_id:
+        raise ValueError(
+            f"The embedding table of the {role} has {num_rows:,} rows, but its tokenizer has ids up to {last_id:,}. "
+            f"Call `{role}.resize_token_embeddings({last_id + 1})`, or use the tokenizer of the {role}."
+        )
 
 
 def _describe(ids, student, teacher):
@@ -67,4 +107,4 @@ def _describe(ids, student, teacher):
     return "; ".join(shown) + ("; and others" if len(ids) > NUM_SHOWN else "")
 
 
-__all__ = ["count_common_tokens"]
+__all__ = ["count_common_tokens", "find_teacher_token_ids"]
