@@ -419,7 +419,7 @@ def write_folder(
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"The output {str(output_dir)!r} is a file, but a folder is written. Give another path.")
     _check_replaceable(output_dir, overwrite, find_foreign_files)
-    with _created_folder(output_dir), _locked(output_dir):
+    with _created_folder(output_dir), lock_folder(output_dir):
         _remove_leftovers(output_dir)
         before = _entries(output_dir)
         _check_replaceable(output_dir, overwrite, find_foreign_files)
@@ -485,7 +485,13 @@ def _created_folder(folder):
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Make sure that no other process writes to an existing folder in this way.
+
+    Raises:
+        ValueError: Another process does.
+    """
+    folder = Path(folder)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
         lock.acquire()
@@ -555,6 +561,7 @@ __all__ = [
     "has_vision",
     "load_checkpoint",
     "load_processing_class",
+    "lock_folder",
     "matches_any",
     "move_to_device",
     "read_config",

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from encdec_slm.checkpoints import load_checkpoint
+from encdec_slm.checkpoints import load_checkpoint, lock_folder
 from encdec_slm.conversion import question_answering_prompt
 from encdec_slm.run_results import DataSource, RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint, list_tasks
@@ -247,6 +247,15 @@ def test_other_files_are_not_overwritten(text_folder, rows_file, tmp_path):
         evaluate_checkpoint(text_folder, "text", output_dir=tmp_path, **options)
     with pytest.raises(ValueError, match="output_dir"):
         evaluate_checkpoint(text_folder, "text", output_dir=rows_file, **options)
+    for name in ("evaluation.json", "evaluation_run.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text('{"of": "another program"}')
+        with pytest.raises(ValueError, match=name):
+            evaluate_checkpoint(text_folder, "text", output_dir=tmp_path / name, **options)
+        assert (tmp_path / name / name).read_text() == '{"of": "another program"}'
+    (tmp_path / "own").mkdir()
+    with lock_folder(tmp_path / "own"), pytest.raises(ValueError, match="Another process"):
+        evaluate_checkpoint(text_folder, "text", output_dir=tmp_path / "own", **options)
     evaluate_checkpoint(text_folder, "text", output_dir=tmp_path / "own", **options)
     path = tmp_path / "own" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"row": 3', '"row": 5'))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a checkpoint on a task: rows, predictions, and metrics with confidence intervals."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -8,16 +9,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ...checkpoints import lock_folder
 from ...run_results import DataSource, ModelResults, RunResults, package_versions
 from .generation import AnswerGenerator, check_model_fits_task, compute_digest, load_model
-from .predictions import Predictions
+from .predictions import RESULT_NAME, Predictions
 from .results import build_command, mean_with_interval, public_path
 from .task_rows import compute_data_digest, load_examples
 from .tasks import find_task
 
 
 CONFIDENCE = 0.95
-RESULT_NAME = "evaluation.json"
 COUNTS = ("batch_size", "num_bootstrap", "num_beams", "max_samples", "max_new_tokens", "max_source_length")
 
 
@@ -118,8 +119,12 @@ def evaluate_checkpoint(
     run = {"task": task, "model": compute_digest(generator), "data": compute_data_digest(examples), **settings}
     if output_dir is not None:
         _check_replaceable(Path(output_dir, RESULT_NAME))
-    predictions = Predictions(None if output_dir is None else Path(output_dir), run, len(examples))
-    _generate_missing(generator, examples, predictions, batch_size, show_progress)
+    with contextlib.ExitStack() as stack:
+        folder = None if output_dir is None else _create_folder(output_dir)
+        if folder is not None:
+            stack.enter_context(lock_folder(folder))
+        predictions = Predictions(folder, run, len(examples))
+        _generate_missing(generator, examples, predictions, batch_size, show_progress)
     pairs = zip(predictions.texts, examples, strict=True)
     scores = [found.score(text, example.references) for text, example in pairs]
     settings |= {"batch_size": batch_size, "num_bootstrap": num_bootstrap, "seed": seed}
@@ -142,8 +147,8 @@ def evaluate_checkpoint(
         seconds=round(predictions.seconds, 1),
         versions=package_versions("datasets", "rouge-score"),
     )
-    if output_dir is not None:
-        results.save(Path(output_dir) / RESULT_NAME)
+    if folder is not None:
+        results.save(folder / RESULT_NAME)
     return results
 
 
@@ -155,6 +160,14 @@ def _check_replaceable(path):
             raise ValueError(
                 f"{path} is not from an earlier evaluation, and would be replaced. Give another `output_dir`."
             ) from error
+
+
+def _create_folder(output_dir):
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file. Give the path of a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints import write_file
+from ...errors import format_list
+from ...run_results import RunResults
 from .tasks import Example
 
 
 PREDICTIONS_NAME = "predictions.jsonl"
 RUN_NAME = "evaluation_run.json"
+RESULT_NAME = "evaluation.json"
 
 
 class Predictions:
     """The predictions of a run so far, in the order of the rows.
 
     Args:
-        folder (`Path`, *optional*): Folder of `predictions.jsonl`, which grows with each batch, and of
+        folder (`Path`, *optional*): Existing folder of `predictions.jsonl`, which grows with each batch, and of
             `evaluation_run.json`, which identifies the run. `None` keeps the predictions in memory only.
         run (`dict`): Everything that decides the predictions. A run that differs in it cannot be resumed.
         num_rows (`int`): Number of rows of the run.
 
     Raises:
-        ValueError: The folder is a file, or holds predictions of another run or other files of these names.
+        ValueError: The folder holds predictions of another run, or other files of these names.
     """
 
     def __init__(self, folder: Path | None, run: dict[str, Any], num_rows: int):
@@ -32,13 +35,9 @@ class Predictions:
         self.texts: list[str] = []
         self.num_cut = 0  # rows whose source was truncated
         self.seconds = 0.0
-        if folder is None:
-            return
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file. Give the path of a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._resume(num_rows)
-        self.save_state()
+        if folder is not None:
+            self._resume(num_rows)
+            self.save_state()
 
     @property
     def path(self) -> Path:
@@ -66,9 +65,10 @@ class Predictions:
             write_file(self.folder / RUN_NAME, json.dumps(state, indent=2))
 
     def _resume(self, num_rows):
+        state = self._state()
+        self._check_other_files(state)
         if not self.path.is_file():
             return
-        state = self._state()
         if state is None:
             raise ValueError(
                 f"{self.path} exists, but without a readable {RUN_NAME} that identifies its run. Give another "
@@ -89,6 +89,21 @@ class Predictions:
         rows = self._read()[:num_rows]
         self.texts = [row["prediction"] for row in rows]
         self.num_cut = sum(row["is_cut"] for row in rows)
+
+    def _check_other_files(self, state):
+        """Refuse to overwrite files that an evaluation did not write."""
+        results = self.folder / RESULT_NAME
+        is_foreign = {RUN_NAME: state is None and (self.folder / RUN_NAME).exists(), RESULT_NAME: False}
+        if results.exists():
+            try:
+                is_foreign[RESULT_NAME] = RunResults.load(results).kind != "evaluation"
+            except ValueError:
+                is_foreign[RESULT_NAME] = True
+        if found := [name for name, foreign in is_foreign.items() if foreign]:
+            raise ValueError(
+                f"`output_dir` {str(self.folder)!r} has {format_list(found)}, which an evaluation did not write. Give "
+                "another `output_dir`."
+            )
 
     def _state(self):
         try:
