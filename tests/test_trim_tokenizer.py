@@ -17,6 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from conftest import build_byte_tokenizer, build_model
+from encdec_slm.hub_cards import publish
 from encdec_slm.vocabulary import old_token_ids, report_trim, trim_tokenizer
 
 
@@ -335,6 +337,16 @@ def test_the_map_survives_saving_without_this_package(build, tmp_path):
     assert loaded("a").keys() == trimmed("a").keys() == tokenizer("a").keys()
     assert old_token_ids(loaded, tokenizer) == old_ids
     assert str(tmp_path) not in (tmp_path / "second" / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.slow  # loads the repository in a fresh process
+def test_a_published_repository_has_the_map(tmp_path):
+    tokenizer = build_byte_tokenizer(words=["Ġlines", "Ġunused"])
+    trimmed, old_ids = trim_tokenizer(tokenizer, ["read lines"])
+    for part in (build_model(vocab_size=len(trimmed), max_position_embeddings=512), trimmed):
+        part.save_pretrained(tmp_path / "student")
+    folder = publish(tmp_path / "student", output_dir=tmp_path / "published").folder
+    assert old_token_ids(AutoTokenizer.from_pretrained(folder), tokenizer) == old_ids
 
 
 def test_a_map_fits_its_original_with_tokens_added_since_and_no_other_tokenizer():
