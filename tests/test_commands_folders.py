@@ -65,8 +65,11 @@ COMMANDS = {
             *("--max-samples", "1", "--max-new-tokens", "2", "--num-bootstrap", "2"),
         ],
     ),
+    "label": ("decoder_only", ["label", "{source}", "{rows}", "{output}", "--distributions", "topk:4"]),
     "bench": (None, ["bench", "--preset", "tiny", "--output", "{output}"]),
 }
+# Commands that add files to any folder that has none of their names.
+ADDING = ("evaluate", "label")
 REPLACING = ("adapt", "convert", "export", "export onnx")
 # The file that a user looks at.
 MAIN_FILES = {"evaluate": "evaluation.json", "bench": "benchmark.png"}
@@ -160,8 +163,8 @@ def test_no_command_loses_a_file_that_it_did_not_write(command, options, kind, w
     after = snapshot(workspace)
     messages = capfd.readouterr().err
     assert "Traceback" not in messages and "(`--debug` shows" not in messages, messages
-    if code == 0:  # an evaluation adds its files to any folder that has none of their names
-        assert command == "evaluate" and kind in ("input", "inside", "parent", "link")
+    if code == 0:
+        assert command in ADDING
         assert {name: after.get(name) for name in before} == before
     else:
         assert code == 1 and after == before, messages

@@ -64,11 +64,14 @@ def _exit(number, frame):
 
 def set_up_logging(debug: bool) -> None:
     """Show the log of this package; hide the notes of libraries unless `debug`. Call it before they are imported."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("encdec_slm").setLevel(logging.INFO)
+    logger = logging.getLogger("encdec_slm")
+    logger.setLevel(logging.INFO)
+    # Not the root logger: libraries with handlers of their own would print each line twice.
+    logger.handlers = [logging.StreamHandler()]
     if debug:
         return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     os.environ.setdefault("TQDM_DELAY", str(PROGRESS_DELAY_SECONDS))
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
