@@ -48,14 +48,16 @@ def describe_lengths(lengths: torch.Tensor, is_complete: torch.Tensor) -> dict[s
 
 
 def describe_rows(rows: Sequence[Mapping[str, Any]], kind: str, limit: int | None) -> dict[str, float]:
-    """Describe the lengths of the sources or targets of encoded rows before truncation.
+    """Describe the lengths of the sources or targets of encoded rows before truncation; empty if they are unknown.
 
     Args:
         rows (`Sequence[Mapping]`): Encoded rows.
         kind (`str`): `"source"` or `"target"`.
         limit (`int`, *optional*): Length that they are truncated to.
     """
-    lengths = [row[f"num_{kind}_tokens"] for row in rows]
+    lengths = [row[f"num_{kind}_tokens"] for row in rows if f"num_{kind}_tokens" in row]
+    if not lengths:
+        return {}
     num_cut = sum(limit is not None and length > limit for length in lengths)
     return {
         f"{kind}s/mean_length": sum(lengths) / len(lengths),
