@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family's catalogue: sizes and training recipes, as data."""
+"""The family's catalog: sizes and training recipes as data."""
 
 from ..configuration_encdec_slm import EncDecSLMConfig
 from ..configuration_encdec_vlm import EncDecVLMConfig

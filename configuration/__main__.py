@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m encdec_slm.configuration` prints the table of sizes."""
+"""Print the table of sizes: `python -m encdec_slm.configuration`."""
 
 from .sizes import preset_table
 

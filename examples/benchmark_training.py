@@ -37,10 +37,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from encdec_slm import EncDecSLMConfig
-from encdec_slm.benchmarks.contenders import random_weights
-from encdec_slm.benchmarks.machine import machine, matmul_rate, peak_bytes
+from encdec_slm.benchmarks.machine import describe_machine, matmul_rate, peak_bytes
 from encdec_slm.benchmarks.measuring import spread
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
+from encdec_slm.configuration.sizes import build_model
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 from encdec_slm.trainers.distillation_losses import LOGITS_BUDGET_BYTES, ObjectiveSettings, distillation_objective
 from encdec_slm.trainers.output_heads import OutputHead
@@ -62,8 +62,13 @@ def build(arguments):
     vocabulary = {"vocab_size": arguments.vocab_size, "eos_token_id": EOS_TOKEN_ID}
     presets = (load_preset(name).to_dict() for name in (arguments.preset, arguments.teacher_preset))
     student_config, teacher_shape = (EncDecSLMConfig.from_dict(preset | vocabulary) for preset in presets)
-    student = random_weights(student_config, torch.float32, arguments.device).train()
-    teacher = random_weights(decoder_only_twin(teacher_shape), torch.float32, arguments.device)
+    torch.manual_seed(0)
+    student, teacher = (
+        build_model(config, arguments.device, dtype=torch.float32)
+        for config in (student_config, decoder_only_twin(teacher_shape))
+    )
+    student.train().generation_config.eos_token_id = student.generation_config.max_length = None
+    teacher.eval()
     draw = partial(torch.randint, EOS_TOKEN_ID + 1, arguments.vocab_size, generator=torch.Generator().manual_seed(0))
     shapes = (arguments.batch_size, arguments.source_length), (arguments.batch_size, arguments.new_tokens)
     source_ids, gold_ids = (draw(shape).to(arguments.device) for shape in shapes)
@@ -269,7 +274,7 @@ def measure_memory(arguments):
 
 def run(arguments):
     """The contents of `benchmark_training.json`."""
-    here = {**machine(arguments.device), trl.__name__: trl.__version__}
+    here = {**describe_machine(arguments.device), trl.__name__: trl.__version__}
     memory, bench = measure_memory(arguments), build(arguments)
     runs, matmul_rates = measure_times(bench, arguments)
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from encdec_slm.benchmarks.machine import machine
+from encdec_slm.benchmarks.machine import describe_machine
 from encdec_slm.hub_cards import publish
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
@@ -111,7 +111,7 @@ def build_facts(training, provenance, evaluation, samples):
         rouge=evaluation.saved.metrics["rougeL"].value,
         baseline=score_shuffled(samples),
     )
-    about = machine("cpu")
+    about = describe_machine("cpu")
     return {
         "name": "Docstring writer",
         "license": "apache-2.0",

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from encdec_slm.benchmarks.contenders import TWIN, Contender, random_model
+from encdec_slm.benchmarks.contenders import BASELINE, Contender
 from encdec_slm.benchmarks.decoder_only import decoder_only_spec, decoder_only_token_seconds, export_decoder_only
 from encdec_slm.export.onnx_runtime import Graph
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`
 
 @pytest.fixture(scope="module")
 def twin():
-    return random_model(Contender(TWIN, "transformers", "float32", "cpu", "tiny"), torch.float32)
+    return Contender(BASELINE, "transformers", "float32", "cpu", "tiny").build_model(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ def test_the_timed_loop_writes_what_greedy_search_writes(session, twin, prompt):
 @pytest.mark.parametrize("preset", ["tiny", "330m"])
 def test_ctranslate2_gives_the_twins_logits(preset, prompt, tmp_path):
     # The twin of 330m is a Qwen3 without norms of queries and keys, and narrow heads: here with fewer, smaller layers.
-    one = Contender(TWIN, "ctranslate2", "float32", "cpu", preset)
+    one = Contender(BASELINE, "ctranslate2", "float32", "cpu", preset)
     if preset == "330m":
         config = one.config
         config.num_hidden_layers, config.intermediate_size, config.vocab_size = 2, 64, 320
         config.layer_types = config.layer_types[:2]
         one = _with_config(one, config)
-    model = random_model(one, torch.float32)
+    model = one.build_model(torch.float32)
     spec = decoder_only_spec(model)
     spec.validate()
     spec.save(str(tmp_path))

@@ -1,26 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+from functools import partial
+from multiprocessing import get_context
 
+import pytest
 import torch
 
-from encdec_slm.benchmarks.machine import in_new_process, machine, matmul_rate, memory_bandwidth, peak_bytes
+from encdec_slm.benchmarks.machine import (
+    Worker,
+    describe_machine,
+    matmul_rate,
+    memory_bandwidth,
+    peak_bytes,
+    run_in_new_process,
+)
 
 
-def test_a_new_process_is_another_one_and_counts_its_own_memory():
-    held = torch.ones(2**26)  # 268 MB that the other process does not hold
-    assert in_new_process(os.getpid) != os.getpid()
-    assert in_new_process(peak_bytes, "cpu") < peak_bytes("cpu")
-    assert held.nbytes < peak_bytes("cpu")
+def load_bytes(num_bytes):
+    held = bytearray(num_bytes)
+    return lambda *task: [os.getpid(), len(held), *task]
 
 
-def test_rates_are_work_by_time(monkeypatch):
-    moments = iter([1.0, 3.0, 5.0, 5.5])
-    monkeypatch.setattr("encdec_slm.benchmarks.machine.time.perf_counter", lambda: next(moments))
-    assert memory_bandwidth(torch.ones(1000)) == 4000 / 2
-    assert matmul_rate(torch.ones(10, 10)) == 2 * 10**3 / 0.5
+def fail():
+    raise ValueError("There is no such model.")
 
 
-def test_the_machine_is_named_with_its_versions():
-    named = machine("cpu")
-    assert named["cpu"] and named["cores"] == os.cpu_count() and named["gpu"] is None
-    assert named["torch"] == torch.__version__
+@pytest.fixture(autouse=True)
+def fork(monkeypatch):
+    """Start processes without importing everything again; nothing here runs torch's threads."""
+    monkeypatch.setattr("encdec_slm.benchmarks.machine.get_context", lambda method: get_context("fork"))
+
+
+def test_a_worker_runs_in_its_own_process_and_measures_its_memory():
+    worker = Worker("one", partial(load_bytes, 2**28), "cpu", ["json"])
+    pid, num_held, *task = worker.token_seconds("ids", 4)
+    assert pid != os.getpid() and (num_held, task) == (2**28, ["ids", 4])
+    assert worker.peak_bytes() - worker.bytes_before > 0.9 * 2**28
+    held = torch.ones(2**28)  # 1 GB, which the other process does not hold
+    assert worker.peak_bytes() < held.nbytes < peak_bytes("cpu")
+    worker.close()
+
+
+def test_a_contender_that_cannot_be_loaded_is_named_with_the_reason():
+    with pytest.raises(RuntimeError, match="another failed: There is no such model"):
+        Worker("another", fail, "cpu")
+
+
+def test_a_killed_process_is_named_with_the_likely_reason():
+    with pytest.raises(RuntimeError, match=r"last.*memory"):
+        Worker("last", partial(os._exit, 1), "cpu")
+
+
+def test_rates_are_positive_and_the_machine_is_described():
+    assert run_in_new_process(os.getpid) != os.getpid()
+    assert memory_bandwidth(torch.ones(1000)) > 0 and matmul_rate(torch.ones(10, 10)) > 0
+    described = describe_machine("cpu")
+    assert described["cpu"] and described["cores"] == os.cpu_count() and described["gpu"] is None
+    assert described["torch"] == torch.__version__

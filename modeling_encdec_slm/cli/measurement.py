@@ -135,7 +135,7 @@ def bench(
 
     from encdec_slm.benchmarks.contenders import list_contenders
     from encdec_slm.benchmarks.measuring import run_benchmark
-    from encdec_slm.benchmarks.reports import figure, tables, verdict
+    from encdec_slm.benchmarks.reports import build_figure, build_tables, build_verdict
     from encdec_slm.checkpoints import write_file
 
     _check_preset(preset)
@@ -143,11 +143,11 @@ def bench(
     lengths = sorted(_parse_setting(text) for text in settings)
     contenders = list_contenders(preset, _parse_devices(devices), only)
     report = run_benchmark(contenders, lengths, repetitions, threads or torch.get_num_threads(), models)
-    print(f"\n{tables(report)}\n\n{verdict(report)}\n")
+    print(f"\n{build_tables(report)}\n\n{build_verdict(report)}\n")
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": " ".join(sys.argv), "preset": preset, **report}, indent=2)
     write_file(output / "benchmark.json", text + "\n")
-    write_file(output / "benchmark.png", lambda path: figure(report).savefig(path, format="png", dpi=110))
+    write_file(output / "benchmark.png", lambda path: build_figure(report).savefig(path, format="png", dpi=110))
     print(f"Wrote benchmark.json and benchmark.png to {output}")
 
 
