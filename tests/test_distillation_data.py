@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from conftest import build_tokenizer
 from encdec_slm.trainers.distillation_data import (
     DistillationRowEncoder,
+    as_prompts,
     check_teacher_context,
     collate,
     to_lists,
@@ -186,3 +187,10 @@ def test_padding_is_removed(side, multiple):
         ]
     nothing = torch.zeros(2, 3, dtype=torch.long)
     assert [tensor.shape for tensor in trim_padding(nothing, nothing)] == [(2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_prompts_of_both_models_are_text_or_messages(is_chat):
+    rows = Dataset.from_list([{"source": "w5", "target": "w6", "teacher_prompt": "w7 w5"}])
+    source, prompt = ([{"role": "user", "content": text}] if is_chat else text for text in ("w5", "w7 w5"))
+    assert as_prompts(rows, is_chat)[0] == {"prompt": source, "completion": "w6", "teacher_prompt": prompt}

@@ -102,3 +102,19 @@ def test_data_that_does_not_exist_is_refused(jsonl, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"`{list(fields)[-1]}`"):
             load(**fields)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("by_name", [False, True], ids=["files", "folder"])
+def test_a_template_renders_the_teachers_prompt_from_all_columns(jsonl, tmp_path, by_name, streaming):
+    rows = [{**row, "language": "Python"} for row in ROWS]
+    paths = {f"{split}_file": jsonl(rows, f"{split}.jsonl") for split in ("train", "validation", "test")}
+    where = {"dataset_name": str(tmp_path)} if by_name else paths
+    args = FinetuneArguments(**where, dataset_streaming=streaming)
+    splits = load_splits(args, teacher_prompt_template="{{ language }}: {{ source }}")
+    for dataset in splits.values():
+        row = next(iter(dataset))
+        assert row.keys() == {"source", "target", "teacher_prompt"}
+        assert row["teacher_prompt"] == f"Python: {row['source']}"
+    with pytest.raises(ValueError, match="sorce"):
+        load_splits(args, teacher_prompt_template="{{ sorce }}")

@@ -6,17 +6,22 @@ whole teacher, restricted and renormalized.
 """
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from ddp_worker import build, history_of
 from distillation_worker import OTHER_ORDER, capture_completions, make_teacher, make_trainer, metrics_of, save_folder
 from torch import nn
+from transformers import AutoTokenizer
 
 from conftest import build_byte_tokenizer
 from encdec_slm.vocabulary import trim_tokenizer
 
 
+ROOT = Path(__file__).parent.parent
 WORDS = ("Ġreads", "Ġreturns", "Ġlines", "Ġbytes", "Ġunused", "reader", "writer")
 ROWS = [
     {"prompt": f"{kind} reads {things}", "completion": f"returns{' lines' * number}"}
@@ -138,3 +143,20 @@ def test_a_map_of_another_teacher_is_refused(pair, tmp_path):
     arguments = {"processing_class": pair.tokenizer, "teacher_processing_class": pair.teacher_tokenizer}
     with pytest.raises(ValueError, match="student has 200 rows"):
         make_trainer(tmp_path, build(vocab_size=200), pair.teacher, ROWS, arguments)
+
+
+def test_the_study_of_vocabulary_sizes_prints_a_row_for_each(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    study = importlib.import_module("trim_vocabulary")
+    tokenizer = copy.deepcopy(pair.teacher_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    teacher = save_folder(tmp_path / "teacher", pair.teacher, tokenizer)
+    rows = Dataset.from_list(ROWS).rename_columns({"prompt": "source", "completion": "target"})
+    monkeypatch.setattr(study, "build_docstring_task", lambda: {"train": rows, "test": rows})
+    study.main([teacher, "--sizes", "270", "--rows", "2", "--output_dir", str(tmp_path / "trimmed")])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in table] == [str(len(pair.old_ids)), "270"]
+    assert table[0][1:4] == ["0.0%", "0.0%", "100.0%"]
+    masses = [float(row[4].rstrip("%")) for row in table]
+    assert 0 < masses[1] < masses[0] < 100
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "trimmed")) == 270

@@ -18,6 +18,7 @@ import pyarrow.parquet
 from datasets import Dataset, IterableDataset
 
 from ..errors import format_list, summarize_error
+from .prompt_templates import load_prompt_template
 
 
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
@@ -26,7 +27,11 @@ csv.field_size_limit(2**31 - 1)  # characters per cell; 131,072 by default
 
 
 def load_data_file(
-    path: str | Path, columns: Mapping[str, str], argument: str = "path", streaming: bool = False
+    path: str | Path,
+    columns: Mapping[str, str],
+    argument: str = "path",
+    streaming: bool = False,
+    teacher_prompt_template: str | None = None,
 ) -> Dataset | IterableDataset:
     """Load text columns of a data file.
 
@@ -37,25 +42,29 @@ def load_data_file(
         columns (`Mapping[str, str]`): Name in the file of each column, such as `{"source": "article"}`.
         argument (`str`, *optional*): Name of `path` in messages.
         streaming (`bool`, *optional*, defaults to `False`): Read rows as they are needed.
+        teacher_prompt_template (`str`, *optional*): Template of an additional column, `teacher_prompt`; see
+            [`~encdec_slm.trainers.prompt_templates.load_prompt_template`].
 
     Raises:
         ValueError: The file cannot be read, or lacks a column. Rows of a stream are checked when they are read.
         TypeError: A value is not text. The message names the row and the column.
     """
     find_file_ending(path, argument)
-    options = {"path": str(path), "columns": dict(columns), "argument": argument}
+    options = {"path": str(path), "columns": dict(columns), "argument": argument, "template": teacher_prompt_template}
     if streaming:
         return IterableDataset.from_generator(_read_text_columns, gen_kwargs=options)
     return Dataset.from_list(list(_read_text_columns(**options)))
 
 
-def _read_text_columns(path, columns, argument):
+def _read_text_columns(path, columns, argument, template):
+    render = None if template is None else load_prompt_template(template)
     for number, row in enumerate(read_data_file(path, argument), start=1):
         where = f"Row {number} of {path}"
         check_columns(row, columns, where)
         for column in columns.values():
             check_text(row[column], column, where)
-        yield {name: row[column] for name, column in columns.items()}
+        texts = {name: row[column] for name, column in columns.items()}
+        yield texts if render is None else {**texts, "teacher_prompt": render(row)}
 
 
 def read_data_file(path: str | Path, argument: str = "path") -> Iterator[dict[str, Any]]:

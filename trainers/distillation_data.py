@@ -118,11 +118,14 @@ def check_not_empty(num_source_tokens: int, num_teacher_tokens: int, where: str)
 
 
 def as_prompts(dataset: Dataset | IterableDataset, is_chat: bool) -> Dataset | IterableDataset:
-    """Convert `source` and `target` to `prompt` and `completion`; the prompt is text, or a message of the user."""
+    """Convert `source` and `target` to `prompt` and `completion`; prompts are text, or a message of the user."""
+
+    def as_prompt(text):
+        return [{"role": "user", "content": text}] if is_chat else text
 
     def convert(row):
-        prompt = [{"role": "user", "content": row["source"]}] if is_chat else row["source"]
-        return {"prompt": prompt, "completion": row["target"]}
+        teacher_prompt = {"teacher_prompt": as_prompt(row["teacher_prompt"])} if "teacher_prompt" in row else {}
+        return {"prompt": as_prompt(row["source"]), "completion": row["target"], **teacher_prompt}
 
     options = {"remove_columns": ["source", "target"]}
     return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})

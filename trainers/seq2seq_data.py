@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetsError
 from ..errors import format_list, summarize_error
 from ..run_results import DataSource
 from .data_files import check_columns, check_data_folder, check_text, load_data_file
+from .prompt_templates import load_prompt_template
 from .tasks.docstrings import SPLITS, build_docstring_task
 
 
@@ -94,34 +95,45 @@ class DataArguments(DatasetArguments):
         return [file for file in (self.train_file, self.validation_file, self.test_file) if file is not None]
 
 
-def load_splits(args: DataArguments, seed: int = 0) -> dict[str, Dataset | IterableDataset]:
+def load_splits(
+    args: DataArguments, seed: int = 0, teacher_prompt_template: str | None = None
+) -> dict[str, Dataset | IterableDataset]:
     """Load the splits `train`, `validation` and `test` with text columns `source` and `target`.
 
     Args:
         args ([`DataArguments`]): Names the data. Missing held-out splits are taken off the training rows; at most
             `max_eval_samples` rows of each are kept.
         seed (`int`, *optional*, defaults to 0): Draws the held-out rows, and shuffles streamed rows.
+        teacher_prompt_template (`str`, *optional*): Template of an additional column, `teacher_prompt`; its fields are
+            all columns of the data.
 
     Raises:
-        ValueError: The data cannot be found or read, lacks a column or has no rows.
+        ValueError: The data cannot be found or read, lacks a column or has no rows, or the template has a field that
+            is not a column.
         TypeError: A `source` or `target` is not text.
     """
     columns = {"source": args.source_column, "target": args.target_column}
     if args.train_file is not None:
         splits = {
-            split: load_data_file(file, columns, f"{split}_file", args.dataset_streaming)
+            split: load_data_file(file, columns, f"{split}_file", args.dataset_streaming, teacher_prompt_template)
             for split in SPLITS
             if (file := getattr(args, f"{split}_file")) is not None
         }
     elif args.dataset_name is not None:
         splits = load_named_splits(args, args.dataset_streaming)
         try:
-            splits = {split: _select_text(dataset, columns, split) for split, dataset in splits.items()}
+            splits = {
+                split: _select_text(dataset, columns, split, teacher_prompt_template)
+                for split, dataset in splits.items()
+            }
         except UnicodeDecodeError:  # its message names no file
             check_data_folder(args.dataset_name)
             raise
     else:
-        splits = {split: rows.select_columns(list(columns)) for split, rows in build_docstring_task().items()}
+        splits = {
+            split: _select_text(rows, {name: name for name in columns}, split, teacher_prompt_template)
+            for split, rows in build_docstring_task().items()
+        }
     for split, dataset in splits.items():
         if next(iter(dataset), None) is None:
             raise ValueError(f"The {split} split has no rows, but at least one is required. Check the data.")
@@ -165,13 +177,17 @@ def load_named_splits(args: DatasetArguments, streaming: bool = False) -> dict[s
     return {split: loaded[name] for split, name in zip(SPLITS, names, strict=True) if name in loaded}
 
 
-def _select_text(dataset, columns, split):
+def _select_text(dataset, columns, split, template):
     """Rename columns of text, and check them before rows are shuffled, so that messages name the row of the split."""
     first_row = next(iter(dataset), None)
     if first_row is None:
         return dataset
     check_columns(first_row, columns, f"The {split} split")
-    dataset = dataset.select_columns(list(columns.values()))
+    names = list(columns.values())
+    if template is not None:
+        render = load_prompt_template(template)
+        dataset, names = dataset.map(lambda row: {"teacher_prompt": render(row)}), [*names, "teacher_prompt"]
+    dataset = dataset.select_columns(names)
     dataset = dataset.rename_columns({column: name for name, column in columns.items() if column != name})
 
     def check(row, index):
