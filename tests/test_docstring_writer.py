@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that ships with this repository, and the script that writes docstrings with it."""
+"""The checkpoint in this repository, and the script that generates docstrings with it."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from encdec_slm.trainers.evaluation import evaluate_checkpoint
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "docstring-writer"
 SCRIPT = ROOT / "examples" / "write_docstring.py"
-MOST_BYTES = 14_000_000
-# Of 128 rows of the test split; the card says what it is on all of them.
+MAX_BYTES = 14_000_000
+# On 128 rows of the test split; the card has the value for all rows.
 ROUGE_FLOOR = 16.0
 WITHOUT_PACKAGE = """
 import runpy, sys
@@ -40,35 +40,35 @@ async def close(file): "Close it."
 
 @pytest.fixture(scope="module")
 def script():
-    """What the script defines."""
+    """The functions of the script."""
     return runpy.run_path(str(SCRIPT))
 
 
-def write(tmp_path, *arguments, **options):
-    """A run of the script by a process that has no `encdec_slm` and no network."""
+def run_script(tmp_path, *arguments, **options):
+    """Run the script in a process without `encdec_slm` and without network."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(SCRIPT), str(CHECKPOINT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, **options)
 
 
-def test_the_folder_is_small_and_holds_no_weights_but_safetensors():
+def test_the_checkpoint_is_small_and_has_safetensors_weights():
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
     assert {"config.json", "generation_config.json", "LICENSE", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in files
     }
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".py", ".md", ".yaml", ""}
 
 
-def test_the_code_files_are_those_of_the_package():
+def test_the_code_files_equal_those_of_the_package():
     shipped = sorted(CHECKPOINT.glob("*.py"))
     assert shipped
     for path in shipped:
-        of_package = ROOT / "modeling_encdec_slm" / path.name
-        assert path.read_bytes() == of_package.read_bytes(), "run `python examples/publish_docstring_writer.py`"
+        expected = ROOT / "modeling_encdec_slm" / path.name
+        assert path.read_bytes() == expected.read_bytes(), "run `python examples/publish_docstring_writer.py`"
 
 
-def test_the_card_is_valid_and_names_data_results_and_limits():
+def test_the_card_has_data_results_and_limits():
     card = ModelCard.load(CHECKPOINT / "README.md")
     assert card.data.pipeline_tag == "text2text-generation" and card.data.license == "apache-2.0"
     for part in ("PSF-2.0", "## Results", "rougeL", "Limits", "| distribution | version | license |", "Author:"):
@@ -78,14 +78,14 @@ def test_the_card_is_valid_and_names_data_results_and_limits():
         assert str(RunResults.from_dict(result).saved.metrics["rougeL"]) in card.text
 
 
-def test_it_beats_its_floor_on_functions_that_it_has_not_seen():
+def test_rouge_on_unseen_functions_is_above_a_floor():
     result = evaluate_checkpoint(CHECKPOINT, "docstrings", max_samples=128, batch_size=32, show_progress=False)
     assert result.num_rows == {"test": 128}
     assert result.saved.metrics["rougeL"].value > ROUGE_FLOOR
 
 
-def test_the_script_writes_a_sentence_for_an_installed_function_without_the_package(tmp_path):
-    run = write(tmp_path, "textwrap.shorten", timeout=120)
+def test_the_script_works_without_the_package(tmp_path):
+    run = run_script(tmp_path, "textwrap.shorten", timeout=120)
     assert run.returncode == 0, run.stderr
     name, sentence, *_ = run.stdout.splitlines()
     assert name == "textwrap.shorten"
@@ -129,7 +129,7 @@ def test_the_script_finds_functions_methods_and_properties_by_dotted_names(scrip
         ("broken.py", "this is no Python code: line 1"),
     ],
 )
-def test_the_script_says_in_a_sentence_what_it_cannot_read(script, given, message, tmp_path, monkeypatch):
+def test_the_script_explains_what_it_cannot_read(script, given, message, tmp_path, monkeypatch):
     for name, text in {"shapes.py": TWO_FUNCTIONS, "empty.py": "x = 1\n", "broken.py": "def f(:\n"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics against worked examples that others have published, and intervals against the spread that is known."""
+"""Metrics against published examples, and intervals against known distributions."""
 
 import math
 
@@ -21,17 +21,16 @@ from encdec_slm.trainers.evaluation.results import build_command, mean_with_inte
 from encdec_slm.trainers.evaluation.vqa_answers import normalize_answer, vqa_accuracy
 
 
-def test_rouge_is_that_of_the_rouge_score_package():
-    # The example of its own manual.
+def test_rouge_gives_the_example_of_the_rouge_score_package():
     scores = summary_scores("The quick brown dog jumps on the log.", ["The quick brown fox jumps over the lazy dog"])
     assert scores["rouge1"] == pytest.approx(12 / 17) and scores["rougeL"] == pytest.approx(10 / 17)
     assert summary_scores("jumping dogs", ["jumped dog"])["rouge2"] == 1  # words are stemmed
 
 
-def test_squad_gives_the_values_of_the_metric_card():
-    written = ["1976", "Beyonce", "climate change"]
+def test_squad_gives_the_example_of_the_metric_card():
+    predictions = ["1976", "Beyonce", "climate change"]
     answers = ["1976", "Beyoncé and Bruno Mars", "climate change"]
-    rows = [squad_scores(text, [answer]) for text, answer in zip(written, answers, strict=True)]
+    rows = [squad_scores(text, [answer]) for text, answer in zip(predictions, answers, strict=True)]
     metrics = mean_with_interval(rows)
     assert {name: metric.value for name, metric in metrics.items()} == dict.fromkeys(
         ("exact", "f1", "HasAns_exact", "HasAns_f1"), 66.67
@@ -55,13 +54,13 @@ def test_squad_gives_the_values_of_the_metric_card():
 def test_squad_scores_spans_and_missing_answers(prediction, answers, exact, f1):
     scores = squad_scores(prediction, answers)
     assert (scores["exact"], scores["f1"]) == (exact, pytest.approx(f1))
-    concerned = "NoAns" if answers in ([], ["the"]) else "HasAns"
+    kind = "NoAns" if answers in ([], ["the"]) else "HasAns"
     assert {name for name, value in scores.items() if value is None} == {
-        f"{other}_{name}" for other in {"NoAns", "HasAns"} - {concerned} for name in ("exact", "f1")
+        f"{other}_{name}" for other in {"NoAns", "HasAns"} - {kind} for name in ("exact", "f1")
     }
 
 
-def test_smoothed_bleu_is_add_one_bleu_where_nothing_is_too_short():
+def test_smoothed_bleu_is_add_one_bleu_for_long_texts():
     pairs = [
         ("returns the sum of the two numbers", "return the sum of two numbers"),
         ("a cat sat on the mat today", "the cat sat on a mat"),
@@ -70,7 +69,7 @@ def test_smoothed_bleu_is_add_one_bleu_where_nothing_is_too_short():
     metric = BLEU(smooth_method="add-k", smooth_value=1, tokenize="none", effective_order=False)
     for prediction, reference in pairs:
         expected = metric.sentence_score(prediction, [reference]).score / 100
-        # Where no word is right, theirs counts half a word and CodeXGLUE's none.
+        # Without a common word, sacrebleu counts half a word and CodeXGLUE none.
         expected = 0 if not set(prediction.split()) & set(reference.split()) else expected
         assert smoothed_bleu(prediction, reference) == pytest.approx(expected, abs=1e-9)
 
@@ -86,13 +85,13 @@ def test_smoothed_bleu_is_add_one_bleu_where_nothing_is_too_short():
         ("red car", "red bus", (1 / 4) ** (1 / 4)),
     ],
 )
-def test_smoothed_bleu_has_the_values_of_its_formula(prediction, reference, expected):
+def test_smoothed_bleu_follows_its_formula(prediction, reference, expected):
     assert smoothed_bleu(prediction, reference) == pytest.approx(expected)
     assert docstring_scores(prediction, [reference])["bleu"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("num_people", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_vqa_accuracy_is_that_of_the_challenge_for_so_many_of_ten_people(num_people, expected):
+def test_vqa_accuracy_depends_on_how_many_of_ten_people_agree(num_people, expected):
     answers = ["yes"] * num_people + ["no"] * (10 - num_people)
     assert vqa_accuracy("Yes.", answers) == pytest.approx(expected)
 
@@ -116,11 +115,11 @@ def test_vqa_accuracy_is_that_of_the_challenge_for_so_many_of_ten_people(num_peo
         ("line\nbreak", "line break"),
     ],
 )
-def test_answers_are_normalised_as_the_challenge_does(text, expected):
+def test_answers_are_normalized_as_in_the_vqa_challenge(text, expected):
     assert normalize_answer(text) == expected
 
 
-def test_one_answer_is_too_few_for_vqa_accuracy():
+def test_vqa_accuracy_requires_two_answers():
     with pytest.raises(ValueError, match="at least 2"):
         vqa_accuracy("yes", ["yes"])
 
@@ -143,16 +142,16 @@ def test_one_answer_is_too_few_for_vqa_accuracy():
         ("nan", "10", False),
     ],
 )
-def test_relaxed_accuracy_allows_five_percent_on_numbers_only(prediction, answer, expected):
+def test_relaxed_accuracy_allows_five_percent_for_numbers(prediction, answer, expected):
     assert is_relaxed_match(prediction, answer) is expected
     assert chart_scores(prediction, ["something else", answer])["relaxed_accuracy"] == expected
 
 
-def test_exact_ignores_only_white_space_around():
+def test_exact_match_ignores_outer_white_space():
     assert exact_scores(" 7\n", ["7"])["exact"] == 1 and exact_scores("A", ["a"])["exact"] == 0
 
 
-def test_the_interval_of_a_share_is_the_binomial_one():
+def test_the_interval_of_a_proportion_is_binomial():
     rows = [{"exact": float(number % 4 == 0)} for number in range(400)]
     metric = mean_with_interval(rows, num_bootstrap=4000)["exact"]
     half = 196 * math.sqrt(0.25 * 0.75 / 400)
@@ -160,18 +159,18 @@ def test_the_interval_of_a_share_is_the_binomial_one():
     assert (metric.low, metric.high) == (pytest.approx(25 - half, abs=0.4), pytest.approx(25 + half, abs=0.4))
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_cover_the_truth_as_often_as_stated():
     generator = np.random.default_rng(3)
     covered = 0
     for seed in range(100):
         rows = [{"x": value} for value in generator.random(60)]
         metric = mean_with_interval(rows, num_bootstrap=100, seed=seed)["x"]
         covered += metric.low <= 50 <= metric.high
-    # 95 of 100, and what chance and the few rows take off.
+    # 95 of 100, less chance and the small number of rows.
     assert 86 <= covered <= 99
 
 
-def test_the_same_seed_gives_the_same_interval_and_rows_left_out_count_nowhere():
+def test_intervals_depend_on_the_seed_and_ignore_rows_without_the_metric():
     rows = [{"a": 1.0, "b": None, "c": None}, {"a": 0.0, "b": 0.5, "c": None}, {"a": 1.0, "b": 0.5, "c": None}]
     metrics = mean_with_interval(rows, num_bootstrap=50, seed=5)
     assert metrics == mean_with_interval(rows, num_bootstrap=50, seed=5)
@@ -180,11 +179,11 @@ def test_the_same_seed_gives_the_same_interval_and_rows_left_out_count_nowhere()
     assert set(metrics) == {"a", "b"}
 
 
-def test_one_row_has_an_interval_of_no_width():
+def test_the_interval_of_one_row_has_no_width():
     assert mean_with_interval([{"a": 1.0}], num_bootstrap=5)["a"] == Metric(100, 100, 100, "percent")
 
 
-def test_commands_leave_defaults_out_and_paths_of_the_machine_too(tmp_path, monkeypatch):
+def test_commands_have_no_defaults_and_no_local_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert public_path("outputs/model") == "outputs/model"
     assert public_path(tmp_path / "a b") == "a b"

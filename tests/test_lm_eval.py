@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EleutherAI's lm-evaluation-harness runs a checkpoint by its own encoder-decoder backend, without our package."""
+"""EleutherAI's lm-evaluation-harness runs a checkpoint with its own encoder-decoder backend, without our package."""
 
 import json
 import os
@@ -9,10 +9,6 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-from conftest import randomised
-from encdec_slm import EncDecSLMForConditionalGeneration
-from encdec_slm.trainers.new_models import preset_config, train_tokenizer
 
 
 ROWS = [
@@ -54,7 +50,7 @@ metric_list:
 metadata:
   version: 1
 """
-# What the harness runs, where `encdec_slm` cannot be imported: the code that comes with the checkpoint has to do.
+# The harness, without `encdec_slm`: it runs the code of the checkpoint.
 HARNESS = """
 import sys
 sys.modules["encdec_slm"] = None
@@ -64,24 +60,14 @@ cli_evaluate()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer((row["question"] for row in ROWS), 300, 64)
-    model = randomised(EncDecSLMForConditionalGeneration(preset_config("tiny", tokenizer)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def harness(checkpoint, tmp_path_factory):
-    """Results and samples by task, of one run of the command that its manual gives."""
+def harness(text_folder, tmp_path_factory):
+    """Results, and samples by task, of the command in its manual."""
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (folder / "choices.yaml").write_text(MULTIPLE_CHOICE.format(data=data))
     (folder / "answers.yaml").write_text(GENERATION.format(data=data))
-    model_args = f"pretrained={checkpoint},trust_remote_code=True,backend=seq2seq,dtype=float32"
+    model_args = f"pretrained={text_folder},trust_remote_code=True,backend=seq2seq,dtype=float32"
     command = ["run", "--model", "hf", "--model_args", model_args, "--tasks", "tiny_choices,tiny_answers"]
     command += ["--include_path", str(folder), "--device", "cpu", "--batch_size", "2", "--log_samples"]
     command += ["--output_path", str(folder / "out")]
@@ -101,43 +87,42 @@ def harness(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint):
+def loaded(text_folder):
     options = {"trust_remote_code": False}
-    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float32, **options).eval()
-    return model, AutoTokenizer.from_pretrained(checkpoint, **options)
+    model = AutoModelForSeq2SeqLM.from_pretrained(text_folder, dtype=torch.float32, **options).eval()
+    return model, AutoTokenizer.from_pretrained(text_folder, **options)
 
 
 @pytest.mark.slow
-def test_the_harness_scores_choices_with_the_likelihoods_of_the_model(harness, loaded):
+def test_choices_are_scored_with_the_likelihoods_of_the_model(harness, loaded):
     results, samples = harness
     model, tokenizer = loaded
     num_right = 0
     for row, sample in zip(ROWS, samples["choices"], strict=True):
-        of_harness = [float(pair[0][0] if isinstance(pair[0], list) else pair[0]) for pair in sample["resps"]]
-        of_model = [log_likelihood(model, tokenizer, row["question"], choice) for choice in row["choices"]]
-        assert of_harness == pytest.approx(of_model, rel=1e-4)
-        num_right += max(range(2), key=of_model.__getitem__) == row["gold"]
+        found = [float(pair[0][0] if isinstance(pair[0], list) else pair[0]) for pair in sample["resps"]]
+        expected = [log_likelihood(model, tokenizer, row["question"], choice) for choice in row["choices"]]
+        assert found == pytest.approx(expected, rel=1e-4)
+        num_right += max(range(2), key=expected.__getitem__) == row["gold"]
     assert results["tiny_choices"]["acc,none"] == pytest.approx(num_right / len(ROWS))
 
 
 @pytest.mark.slow
-def test_the_harness_writes_what_the_model_writes(harness, loaded):
+def test_answers_are_those_that_the_model_generates(harness, loaded):
     results, samples = harness
     model, tokenizer = loaded
     for row, sample in zip(ROWS, samples["answers"], strict=True):
         inputs = tokenizer(row["question"], return_tensors="pt")
-        # The harness bounds the target by the source's length and `max_gen_toks` together.
+        # The harness limits the target to the length of the source plus `max_gen_toks`.
         limit = inputs["input_ids"].shape[1] + 12
         ids = model.generate(**inputs, do_sample=False, max_length=limit)[0]
-        written = tokenizer.decode(ids, skip_special_tokens=True).split("\n\n")[0]
-        of_harness = sample["resps"][0][0]
-        # In a batch the bound is that of its longest source.
-        assert of_harness.startswith(written) and of_harness
+        text = tokenizer.decode(ids, skip_special_tokens=True).split("\n\n")[0]
+        # In a batch the limit is that of the longest source.
+        assert sample["resps"][0][0].startswith(text)
     assert "exact_match,none" in results["tiny_answers"]
 
 
 def log_likelihood(model, tokenizer, source, target):
-    """The sum of the log-probabilities of the target's tokens, by the definition."""
+    """Sum the log-probabilities of the target tokens."""
     inputs = tokenizer(source, return_tensors="pt")
     target_ids = tokenizer(target, add_special_tokens=False, return_tensors="pt")["input_ids"]
     start = torch.full((1, 1), model.config.decoder_start_token_id)
