@@ -32,9 +32,8 @@ from encdec_slm.adaptation import STRATEGIES, from_decoder_only
 from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import list_presets
 from encdec_slm.run_results import RunResults, package_versions
-from encdec_slm.trainers.decoder_only_training import train_decoder_only, train_seconds_of
+from encdec_slm.trainers.decoder_only_job import train_decoder_only
 from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
-from encdec_slm.trainers.run_reports import run_script
 from encdec_slm.trainers.seq2seq_data import load_splits
 
 
@@ -79,7 +78,8 @@ def main():
     train_source(arguments.preset, folder / "source")
     runs = train_students(folder)
     table = study_table(runs)
-    results = {"preset": arguments.preset, "source_train_seconds": train_seconds_of(folder / "source")}
+    source = RunResults.load(folder / "source" / "results.json")
+    results = {"preset": arguments.preset, "source_train_seconds": source.saved.train_seconds}
     results |= {"students": runs, "versions": package_versions()}
     write_file(folder / "study.json", lambda path: path.write_text(json.dumps(results, indent=2), encoding="utf-8"))
     write_file(folder / "study.md", lambda path: path.write_text(table + "\n", encoding="utf-8"))
@@ -89,7 +89,7 @@ def main():
 
 def train_source(preset, folder):
     """The decoder-only model that students are cut from, unless an earlier run has trained it."""
-    if train_seconds_of(folder) is not None:
+    if (folder / "results.json").is_file():
         return
     args = TrainingArguments(str(folder), seed=0, **EVERY_RUN, **SOURCE_RUN)
     rows = load_splits(FinetuneArguments())["train"]
@@ -196,4 +196,4 @@ def study_figure(runs):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -39,12 +39,12 @@ from transformers import PreTrainedTokenizerFast
 from encdec_slm import EncDecSLMConfig
 from encdec_slm.benchmarks.machine import describe_machine, matmul_rate, peak_bytes
 from encdec_slm.benchmarks.measuring import spread
+from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import build_model
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 from encdec_slm.trainers.distillation_losses import LOGITS_BUDGET_BYTES, ObjectiveSettings, distillation_objective
 from encdec_slm.trainers.output_heads import OutputHead
-from encdec_slm.trainers.run_reports import write_file
 
 
 PAD_TOKEN_ID, START_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2

@@ -25,11 +25,11 @@ from transformers import AutoModelForImageTextToText
 from encdec_slm.benchmarks.contenders import has_bfloat16_units
 from encdec_slm.benchmarks.machine import machine, memory_bandwidth
 from encdec_slm.benchmarks.workers import Worker
+from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import decoder_only_twin, list_presets, load_preset
 from encdec_slm.configuration.sizes import num_cached_values, num_parameters, num_weights_per_token
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
 from encdec_slm.generation_speed import decode_rate, token_seconds
-from encdec_slm.trainers.run_reports import write_file
 
 
 OURS, TWIN = "encoder-decoder", "LLaVA-NeXT twin"

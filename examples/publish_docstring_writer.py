@@ -22,7 +22,7 @@ from encdec_slm.benchmarks.machine import describe_machine
 from encdec_slm.hub_cards import publish
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
-from encdec_slm.trainers.run_reports import first_lines, run_script, score_texts
+from encdec_slm.trainers.evaluation.metrics import text_scores
 
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "docstring-writer"
@@ -134,7 +134,9 @@ def score_shuffled(samples):
     """Return ROUGE-L, in percent, against references from the other half of the modules."""
     references = [sample["references"][0] for sample in samples]
     half = len(references) // 2
-    return score_texts([sample["prediction"] for sample in samples], references[half:] + references[:half])["rougeL"]
+    pairs = zip(samples, references[half:] + references[:half], strict=True)
+    scores = [text_scores(sample["prediction"], [reference])["rougeL"] for sample, reference in pairs]
+    return round(100 * sum(scores) / len(scores), 2)
 
 
 def _format_samples(samples):
@@ -142,7 +144,9 @@ def _format_samples(samples):
     parts = []
     for sample in chosen:
         # Indented, because formatters rewrite code between fences.
-        parts.append(textwrap.indent(first_lines(sample["source"], 5), "    ") + "\n")
+        lines = sample["source"].splitlines()
+        source = "\n".join([*lines[:5], "    ..."] if len(lines) > 5 else lines)
+        parts.append(textwrap.indent(source, "    ") + "\n")
         parts.append(f"- Author: {sample['references'][0]}\n- Model: {sample['prediction']}\n")
     return "\n".join(parts)
 
@@ -175,4 +179,4 @@ def _format_distributions(provenance):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

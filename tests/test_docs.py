@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from encdec_slm.configuration.recipe_files import list_recipes
 from encdec_slm.trainers import Seq2SeqDistillationConfig
-from encdec_slm.trainers.distilling import DistillArguments
+from encdec_slm.trainers.distill_job import DistillArguments
 from encdec_slm.trainers.finetune_job import FinetuneArguments
 from encdec_slm.trainers.vision_job import VisionArguments
 

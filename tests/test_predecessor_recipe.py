@@ -11,7 +11,7 @@ from distillation_worker import make_teacher
 
 from encdec_slm.configuration.recipe_files import parse_recipe
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
-from encdec_slm.trainers.distilling import DistillArguments
+from encdec_slm.trainers.distill_job import DistillArguments
 
 
 GOLDEN_SCHEDULE = json.loads((Path(__file__).parent / "golden" / "lr_schedule.json").read_text("utf-8"))

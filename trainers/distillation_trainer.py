@@ -335,6 +335,11 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             targets.append([*ids, self._tokenizer.eos_token_id] if is_complete or not ids else ids)
         return targets
 
+    @property
+    def greedy_generation_config(self) -> GenerationConfig:
+        """Generation config of the student in evaluation."""
+        return self._generation_configs.greedy_student
+
     def _generate_ids(self, model, prompts, images, config):
         """Generate token ids for prompts of token ids, in eval mode, so that caches are used and dropout is not."""
         unwrapped = self.accelerator.unwrap_model(model)

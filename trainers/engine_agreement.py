@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .run_reports import score_texts
+from .evaluation.metrics import text_scores
+from .evaluation.results import mean_with_interval
 
 
 def agreement(
@@ -51,9 +52,14 @@ def agreement(
     return {
         "token_match": round(100 * sum(positions) / len(positions), 2),
         "exact_match": round(100 * sum(first == second for first, second in written) / len(written), 2),
-        "rougeL_model": score_texts(texts[0], references)["rougeL"],
-        "rougeL_exported": score_texts(texts[1], references)["rougeL"],
+        "rougeL_model": _rouge(texts[0], references),
+        "rougeL_exported": _rouge(texts[1], references),
     }
+
+
+def _rouge(texts, references):
+    rows = [text_scores(text, [reference]) for text, reference in zip(texts, references, strict=True)]
+    return mean_with_interval(rows)["rougeL"].value
 
 
 def _longest_source(tokenizer, model):

@@ -197,7 +197,7 @@ def save_run(
     trainer: Trainer,
     generation_config: GenerationConfig,
     results: RunResults,
-    predictions: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Mapping[str, Any]] = (),
     **figures: Figure,
 ) -> None:
     """Save the model and what was measured to the output folder; on failure the folder is as it was.

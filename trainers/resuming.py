@@ -31,82 +31,86 @@ def prepare_output_dir(
     training_args: TrainingArguments,
     kind: str,
     sources: Sequence[str | Path | None] = (),
-    data_files: Sequence[str | Path | None] = (),
+    data_files: Sequence[str | Path] = (),
 ) -> str | None:
     """Check the output folder of a run before anything is loaded or written.
 
-    The folder may be new, or hold other files than a run writes, or a finished run of the same kind, which is
-    replaced. An unfinished run is only continued.
-
     Args:
         training_args ([`~transformers.TrainingArguments`]): `output_dir` and `resume_from_checkpoint` are read.
-        kind (`str`): As in [`~encdec_slm.run_results.RunResults`].
-        sources (`Sequence[str]`, *optional*): Folders that the run reads; names on the Hub and `None` are skipped.
-        data_files (`Sequence[str]`, *optional*): Files that the run reads; `None` is skipped.
+        kind (`str`): As in [`check_output_dir`], and so are `sources` and `data_files`.
 
     Returns:
         `str`: The checkpoint to continue from; `None` to train from the start.
 
     Raises:
-        ValueError: The folder overlaps a source, holds files of something else or an unfinished run, or there is no
-            checkpoint to continue from.
+        ValueError: As in [`check_output_dir`], or there is no checkpoint to continue from.
     """
-    folder = Path(training_args.output_dir)
-    check_no_overlap(folder, [source for source in sources if source is not None])
-    for file in data_files:
-        if file is not None and Path(file).resolve().parent == folder.resolve():
-            _check_not_overwritten(Path(file), folder)
-    checkpoint = find_checkpoint(folder, training_args.resume_from_checkpoint)
-    check_replaceable(folder, kind, is_continued=checkpoint is not None)
+    checkpoint = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    check_output_dir(training_args.output_dir, kind, checkpoint, sources, data_files)
     return checkpoint
 
 
-def _check_not_overwritten(file, folder):
-    if matches_any(file.name, RUN_FILES):
-        raise ValueError(
-            f"The run reads {str(file)!r} and would overwrite it. Set `output_dir` to another folder than "
-            f"{str(folder)!r}."
-        )
+def check_output_dir(
+    folder: str | Path,
+    kind: str,
+    checkpoint: str | None = None,
+    sources: Sequence[str | Path | None] = (),
+    data_files: Sequence[str | Path] = (),
+) -> None:
+    """Check that a run may write into a folder.
 
+    The folder may be new, or hold other files than a run writes, or a finished run of the same kind, which is
+    replaced. An unfinished run is only continued.
 
-def check_replaceable(folder: str | Path, kind: str, is_continued: bool = False) -> None:
-    """Check that a run of some kind may write into a folder.
+    Args:
+        folder (`str` or `Path`): Output folder of the run.
+        kind (`str`): Kind of the run, as in [`~encdec_slm.run_results.RunResults`].
+        checkpoint (`str`, *optional*): Checkpoint that the run continues from.
+        sources (`Sequence[str]`, *optional*): Folders that the run reads; names on the Hub and `None` are skipped.
+        data_files (`Sequence[str]`, *optional*): Files that the run reads.
 
     Raises:
-        ValueError: The folder holds files that the run would overwrite, but no finished run of the same kind; or an
-            unfinished run that is not continued.
+        ValueError: The folder overlaps a source, holds files of something else or an unfinished run, or a data file
+            would be overwritten.
     """
     folder = Path(folder)
+    check_no_overlap(folder, [source for source in sources if source is not None])
+    for file in map(Path, data_files):
+        if file.resolve().parent == folder.resolve() and matches_any(file.name, RUN_FILES):
+            raise ValueError(
+                f"The run reads {str(file)!r} and would overwrite it. Set `output_dir` to another folder than "
+                f"{str(folder)!r}."
+            )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` is {str(folder)!r}, which is a file. Give the path of a folder.")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in names if matches_any(name, RUN_FILES)]
-    earlier_kind = find_run_kind(folder)
-    is_known = earlier_kind == kind or (is_continued and earlier_kind is None)
-    if not is_continued and (is_known or earlier_kind is None) and _has_unfinished_run(folder):
+    earlier = load_results(folder)
+    is_known = earlier.kind == kind if earlier is not None else checkpoint is not None
+    if checkpoint is None and (is_known or earlier is None) and has_unfinished_run(folder):
         raise ValueError(
             f"{str(folder)!r} has checkpoints of an unfinished run. Set `resume_from_checkpoint` to true to continue "
             "it, or `output_dir` to another folder."
         )
     if found and not is_known:
-        owner = "no earlier run wrote" if earlier_kind is None else f"belong to an earlier run ({earlier_kind})"
+        owner = "no earlier run wrote" if earlier is None else f"belong to an earlier run ({earlier.kind})"
         raise ValueError(
             f"{str(folder)!r} holds {format_list(found)}, which this run ({kind}) would overwrite and {owner}. "
             "Nothing was changed. Set `output_dir` to another folder."
         )
 
 
-def find_run_kind(folder: str | Path) -> str | None:
-    """Return the kind of the run whose results are in a folder; `None` if there are none."""
+def load_results(folder: str | Path) -> RunResults | None:
+    """Load the results of the finished run in a folder; `None` if there are none."""
     try:
-        return RunResults.load(Path(folder) / RESULTS_NAME).kind
+        return RunResults.load(Path(folder) / RESULTS_NAME)
     except ValueError:
         return None
 
 
-def _has_unfinished_run(folder):
-    """Return whether the last checkpoint is newer than the results, which are written at the end."""
-    checkpoint, results = last_complete_checkpoint(folder), folder / RESULTS_NAME
+def has_unfinished_run(folder: str | Path) -> bool:
+    """Return whether the last checkpoint in a folder is newer than the results, which are written at the end."""
+    checkpoint, results = last_complete_checkpoint(folder), Path(folder, RESULTS_NAME)
     if checkpoint is None or not results.is_file():
         return checkpoint is not None
     return Path(checkpoint, STATE_NAME).stat().st_mtime_ns > results.stat().st_mtime_ns
@@ -126,10 +130,9 @@ def find_checkpoint(folder: str | Path, resume_from_checkpoint: str | bool | Non
     Raises:
         ValueError: There is no such checkpoint, or it is incomplete.
     """
-    text = str(resume_from_checkpoint).lower()
-    if text in ("none", "false", ""):
+    if not is_resumed(resume_from_checkpoint):
         return None
-    if text != "true":
+    if str(resume_from_checkpoint).lower() != "true":
         if not _is_complete(Path(resume_from_checkpoint)):
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, but there is no complete checkpoint. "
@@ -143,6 +146,11 @@ def find_checkpoint(folder: str | Path, resume_from_checkpoint: str | bool | Non
             "from the start."
         )
     return checkpoint
+
+
+def is_resumed(resume_from_checkpoint: str | bool | None) -> bool:
+    """Return whether `resume_from_checkpoint` asks for a checkpoint."""
+    return str(resume_from_checkpoint).lower() not in ("none", "false", "")
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:

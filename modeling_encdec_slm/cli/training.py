@@ -138,12 +138,10 @@ def run_vision(arguments: Sequence[str], list_keys: bool = False) -> None:
 def run_distill(arguments: Sequence[str], list_keys: bool = False) -> None:
     """Distill by `--config RECIPE --key VALUE ...`, and print a report."""
     from encdec_slm.trainers import Seq2SeqDistillationConfig
-    from encdec_slm.trainers.distilling import DistillArguments, distill, report
+    from encdec_slm.trainers.distill_job import DistillArguments, distill
 
     args, training_args = _parse((DistillArguments, Seq2SeqDistillationConfig), arguments, list_keys)
-    results = distill(args, training_args)
-    if training_args.process_index == 0:
-        print(report(results, training_args.output_dir))
+    _report(distill(args, training_args), training_args)
 
 
 def _report(results, training_args):
