@@ -9,6 +9,7 @@ B batch, S source, T target, N target tokens of a batch, D width, V vocabulary.
 import random
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -351,7 +352,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         unwrapped.eval()
         try:
             with (
-                warnings.catch_warnings(),
+                _ignore_deprecated_names(),
                 unwrap_model_for_generation(
                     model,
                     self.accelerator,
@@ -362,8 +363,6 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
                 self.accelerator.autocast(),
                 self._dist.summon_full_params(model, recurse=False),
             ):
-                # TRL 1.16 uses names of gradient checkpointing that transformers 5.23 deprecates.
-                warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
                 output = generator.generate(
                     **inputs,
                     **self._image_inputs(images),
@@ -635,6 +634,14 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         super().create_model_card(model_name or Path(self.args.output_dir).name, dataset_name, tags)
         if self.is_world_process_zero():
             complete_card(self)
+
+
+@contextmanager
+def _ignore_deprecated_names():
+    """Ignore that TRL 1.16 uses names of gradient checkpointing that transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+        yield
 
 
 def _cut_behind_end(ids, eos_token_ids):
