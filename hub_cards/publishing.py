@@ -162,7 +162,7 @@ def publish(
         TypeError: `model_or_dir` is neither a model nor a path.
         ConnectionError: The folder was written, but could not be uploaded.
     """
-    output_dir = Path(output_dir)
+    output_dir, resolved = Path(output_dir), Path(output_dir).resolve()
     _check_upload(repo_id, push, revision, create_pr)
     facts, evaluations = check_facts(facts), load_evaluations(results)
     bundles = [Path(bundle) for bundle in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
@@ -176,7 +176,7 @@ def publish(
         manifests = _copy_bundles(source, bundles, folder)
         content = CardContent(
             folder,
-            repo_id or output_dir.resolve().name,
+            repo_id or resolved.name,
             training=_load_training_results(source),
             evaluations=evaluations,
             metadata=read_card_metadata(source) if source else {},
@@ -196,7 +196,7 @@ def publish(
     if not push:
         return PublishedRepository(output_dir, tuple(left_out))
     message = f"Publish {facts.get('name') or repo_id.rpartition('/')[2]}"
-    done = upload(output_dir, repo_id, private=private, revision=revision, create_pr=create_pr, message=message)
+    done = upload(resolved, repo_id, private=private, revision=revision, create_pr=create_pr, message=message)
     return PublishedRepository(
         output_dir, tuple(left_out), repo_id, done.commit, done.commit_url, done.pull_request_url, done.is_new
     )

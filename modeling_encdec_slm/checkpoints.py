@@ -419,6 +419,8 @@ def write_folder(
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"The output {str(output_dir)!r} is a file, but a folder is written. Give another path.")
     _check_replaceable(output_dir, overwrite, find_foreign_files)
+    # A relative path changes its meaning if the working directory is in a folder that is replaced.
+    output_dir = output_dir.resolve()
     with _created_folder(output_dir), lock_folder(output_dir):
         _remove_leftovers(output_dir)
         before = _entries(output_dir)

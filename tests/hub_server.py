@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hub's protocol on localhost, over bare git repositories: what huggingface_hub needs to publish and to load.
+"""A Hub on localhost over bare git repositories, with the part of the protocol that publishing and loading need.
 
-Tokens are names of users: `hf_me` may write to `me/...` and sees what is private there. Large files go by git LFS.
+The token `hf_me` is that of the user `me`, who can write to `me/...` and read private repositories there. Large files
+are stored by git LFS.
 """
 
 import base64
@@ -26,7 +27,7 @@ WHO |= {name.replace("AUTHOR", "COMMITTER"): value for name, value in WHO.items(
 
 
 class Problem(Exception):
-    """An answer that is not 200: status, the Hub's code for it, and what it says."""
+    """An error response: status, code and message."""
 
     def __init__(self, status, code, message):
         super().__init__(message)
@@ -34,7 +35,7 @@ class Problem(Exception):
 
 
 class Repository:
-    """A bare git repository, whose large files lie in a folder beside it."""
+    """A bare git repository; its large files are in a folder beside it."""
 
     def __init__(self, folder, private):
         self.folder, self.private = Path(folder), private
@@ -55,7 +56,7 @@ class Repository:
         raise Problem(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
     def tree(self, revision):
-        """Path, blob id and size of every file; of a large one also what its pointer says."""
+        """Return path, blob id and size of every file, and for large files the content of the pointer."""
         entries = {}
         for line in self.git("ls-tree", "-r", "-l", "-z", self.resolve(revision)).decode().split("\0")[:-1]:
             (_, _, oid, size), path = line.split("\t")[0].split(), line.split("\t")[1]
@@ -71,7 +72,7 @@ class Repository:
         environment = {"GIT_INDEX_FILE": str(self.folder / "index.tmp")}
         self.git("read-tree", *([parent] if parent else ["--empty"]), **environment)
         for path in removed:
-            # Mode 0 removes; `--force-remove` asks for a work tree.
+            # Mode 0 removes a file; `--force-remove` would need a work tree.
             self.git("update-index", "--index-info", data=f"0 {'0' * 40}\t{path}\n".encode(), **environment)
         for path, content in added.items():
             oid = self.git("hash-object", "-w", "--stdin", data=content).decode().strip()
@@ -84,9 +85,9 @@ class Repository:
 
 
 class Hub:
-    """A server on a free port; `with Hub(folder) as hub:` runs it, and `hub.endpoint` is for `HF_ENDPOINT`.
+    """A server on a free port; a context manager whose `endpoint` is the value of `HF_ENDPOINT`.
 
-    `interrupted_after` (an `int`) breaks every upload of a large file off after so many of them have arrived.
+    With `interrupted_after`, uploads of large files fail after so many have arrived.
     """
 
     def __init__(self, folder):
@@ -112,12 +113,12 @@ class Hub:
         return int(repository.git("rev-list", "--count", repository.resolve(revision)))
 
     def sent(self, method, part):
-        """How many requests of a kind there were."""
+        """Count the requests with a method and a part of the path."""
         return sum(method == sent and part in path for sent, path in self.requests)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the parts of the path; `self.hub` is set by the server."""
+    """Answer requests by the parts of their path; `self.hub` is set by the server."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uses a saved folder the way a downloader does, in a process that cannot import `encdec_slm`.
+"""Use a saved folder in a process that cannot import `encdec_slm`, as users who download it do.
 
-python hub_worker.py <folder> <expected.pt> <workspace> runs every job below and writes `<workspace>/report.json`: each
-job's name and `null`, or the traceback of what went wrong.
+python hub_worker.py <folder> <expected.pt> <workspace> runs every job below and writes `<workspace>/report.json`, with
+`null` or a traceback for each job.
 """
 
 import json
@@ -24,7 +24,7 @@ from transformers import (
 
 
 class PackageIsNotInstalled:
-    """An import finder for the front of `sys.meta_path`, which makes `encdec_slm` an unknown package."""
+    """An import finder that hides `encdec_slm`."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("encdec_slm", "modeling_encdec_slm"):
@@ -155,7 +155,7 @@ def check_without_trust_the_message_names_the_argument(folder, workspace, expect
     except ValueError as error:
         assert "trust_remote_code=True" in str(error), error
     else:
-        raise AssertionError("code ran although nobody trusted it")
+        raise AssertionError("code ran without trust")
 
 
 def check_a_folder_without_its_code_names_the_missing_file(folder, workspace, expected):

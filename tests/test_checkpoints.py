@@ -118,6 +118,17 @@ def test_write_folder_writes_to_the_working_directory_twice(tmp_path, checkpoint
     assert contents(checkpoint) == {"config.json": b"second"}
 
 
+def test_write_folder_replaces_a_folder_around_the_working_directory(tmp_path, monkeypatch):
+    inside = tmp_path / "out" / "inside"
+    inside.mkdir(parents=True)
+    (inside / "old.txt").write_text("old")
+    monkeypatch.chdir(inside)
+    with write_folder("..", overwrite=True, find_foreign_files=lambda folder: []) as folder:
+        (folder / "new.txt").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_second_process_that_writes_to_the_same_folder_is_refused(tmp_path):
     code = """
         import sys
