@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-text encoder-decoder: the text model, whose encoder reads the features of images among its tokens.
+"""Vision-text encoder-decoder: the text model, in whose encoder the features of images replace their tokens.
 
 Axes in shape comments: B batch, S source, D width of the text model, N tiles of all images, P patches of a tile.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,16 +13,21 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 from transformers.utils import can_return_tuple
 
 from .configuration_encdec_vlm import EncDecVLMConfig, grid_shape, shrunk_size, unpadded_bounds
 from .modeling_encdec_slm import (
-    EncDecSLMDecoder,
     EncDecSLMEncoder,
     EncDecSLMForConditionalGeneration,
     EncDecSLMModel,
     EncDecSLMPreTrainedModel,
+    check_token_ids,
 )
 
 
@@ -41,21 +48,21 @@ CUSTOM_PIPELINES = {
 
 
 class EncDecVLMProjector(nn.Module):
-    """Features of the vision tower as vectors of the text model's width."""
+    """Map features of the vision tower to the width of the text model."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncDecVLMConfig):
         super().__init__()
-        width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, features):
-        return self.linear_2(self.act(self.linear_1(features)))
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(image_features)))
 
 
 class EncDecVLMPreTrainedModel(EncDecSLMPreTrainedModel):
-    """What transformers needs to know of the vision-text models beside what holds for the text models."""
+    """Capabilities of the vision-text models, beside those of the text models."""
 
     config: EncDecVLMConfig
     config_class = EncDecVLMConfig
@@ -69,9 +76,9 @@ class EncDecVLMPreTrainedModel(EncDecSLMPreTrainedModel):
 
 
 class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
-    """Reads images and text: features of the images take the places of their tokens."""
+    """Encode text and images: the features of the images replace the embeddings of their tokens."""
 
-    def __init__(self, config):
+    def __init__(self, config: EncDecVLMConfig):
         super().__init__(config)
         self.text_model = EncDecSLMEncoder(config.text_config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -81,81 +88,78 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.text_model.embed_tokens
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
-        self.text_model.embed_tokens = value
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
 
+    def encode_tiles(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Run the vision tower and the projector.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_tiles, num_channels, image_size, image_size)`): Tiles.
+            kwargs: Passed to the vision tower.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower, with the
+            projected features of shape `(num_tiles, num_patches, hidden_size)` as `pooler_output`.
+
+        Raises:
+            ValueError: The vision tower does not have one feature for each patch.
+        """
+        pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype)
+        returns_hidden_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        vision_outputs = self.vision_tower(pixel_values, **kwargs)
+        features = vision_outputs.hidden_states[self.config.vision_feature_layer]
+        num_patches = self.config.patches_per_side**2
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, -num_patches:]  # class tokens and registers come first
+        if features.ndim != 3 or features.shape[1] != num_patches:
+            raise ValueError(
+                f"The vision tower ({self.config.vision_config.model_type}) returns features of shape "
+                f"{tuple(features.shape)}, but {num_patches} are required for each of {len(pixel_values)} tiles. Use "
+                'a tower with one feature per patch; with `vision_feature_select_strategy="default"` others may come '
+                "first."
+            )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_outputs.last_hidden_state,
+            pooler_output=self.multi_modal_projector(features),  # (N, P, D)
+            hidden_states=vision_outputs.hidden_states if returns_hidden_states else None,
+            attentions=vision_outputs.attentions,
+        )
+
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor
-    ) -> tuple[torch.FloatTensor, ...]:
-        """Features of each image, of shape `(num_tokens, hidden_size)`: of its downscaled tile, then of its grid.
+        self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Compute the features that replace the tokens of images, as LLaVA-NeXT does (transformers, `llava_next`).
+
+        The features of an image are those of its downscaled tile, row by row, then those of its grid of tiles: without
+        padding, resized if they are more than those of `max_num_tiles` tiles, each row followed by `image_newline`.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_tiles, num_channels, image_size, image_size)`): Tiles of
-                all images, one image after the other, each beginning with the whole image as one tile.
-            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): Height and width in pixels, as they were
-                before the images were cut.
+                all images in order; the first tile of an image is the downscaled image. Any float dtype.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): Height and width of each image in pixels,
+                before it was cut.
+            kwargs: Passed to the vision tower, such as `output_attentions`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower for all
+            tiles. Its `pooler_output` is a tuple with the features of each image, of shape
+            `(num_image_tokens, hidden_size)`.
 
         Raises:
-            ValueError: Tiles are of another size, `image_sizes` are no sizes, or ask for another number of tiles than
-                there are.
+            ValueError: Tiles have another size, or their number does not fit `image_sizes`.
         """
-        config = self.config
-        sizes = [tuple(size) for size in image_sizes.tolist()]
-        tile_size = config.tile_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (tile_size, tile_size):
-            raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)}, but must have (num_tiles, num_channels, "
-                f"{tile_size}, {tile_size}). Take it from the image processor of this checkpoint."
-            )
-        if any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise ValueError(
-                f"`image_sizes` is {sizes}, but must have the height and the width of each image, in pixels. Take it "
-                "from the image processor."
-            )
-        grids = [grid_shape(size, config.image_grid_pinpoints, tile_size) for size in sizes]
-        num_tiles = [1 + rows * columns for rows, columns in grids]
-        if sum(num_tiles) != pixel_values.shape[0]:
-            raise ValueError(
-                f"`pixel_values` has {pixel_values.shape[0]} tiles, but {len(sizes)} images of `image_sizes` {sizes} "
-                f"(height, width) are cut into {sum(num_tiles)} with these `image_grid_pinpoints`. Take both from "
-                "the image processor of this checkpoint."
-            )
-        tiles = self.multi_modal_projector(self._tower_features(pixel_values)).split(num_tiles)
-        return tuple(self._joined(*image) for image in zip(tiles, sizes, grids, strict=True))
-
-    def _tower_features(self, pixel_values):
-        pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.dtype)
-        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
-        num_patches = self.config.patches_per_side**2
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, -num_patches:]  # class tokens and registers stand in front
-        if features.ndim != 3 or features.shape[1] != num_patches:
-            raise ValueError(
-                f"The vision tower ({self.config.vision_config.model_type}) gives features of shape "
-                f"{tuple(features.shape)}, but {num_patches} are needed for each of {len(pixel_values)} tiles. Use a "
-                'tower with one for each patch; with `vision_feature_select_strategy="default"` others may stand in '
-                "front."
-            )
-        return features  # (N, P, width of the tower)
-
-    def _joined(self, tiles, size, grid):
-        """One image's tiles as one row of features: without padding, not too many, each row of them ended."""
-        side, (rows, columns) = self.config.patches_per_side, grid
-        whole = tiles[1:].unflatten(1, (side, side)).unflatten(0, (rows, columns))
-        whole = whole.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (D, rows * side, columns * side)
-        top, bottom, left, right = unpadded_bounds(size, whole.shape[1:])
-        whole = whole[:, top:bottom, left:right]
-        shape = shrunk_size(*whole.shape[1:], side, self.config.max_num_tiles)
-        if shape != whole.shape[1:]:
-            whole = F.interpolate(whole[None], shape, mode="bilinear")[0]
-        if self.image_newline is not None:
-            newlines = self.image_newline[:, None, None].expand(-1, whole.shape[1], 1)
-            whole = torch.cat((whole, newlines.to(whole.dtype)), dim=2)
-        return torch.cat((tiles[0], whole.flatten(1).T))
+        check_images(self.config, pixel_values, image_sizes)
+        outputs = self.encode_tiles(pixel_values, **kwargs)
+        outputs.pooler_output = pack_image_features(
+            self.config, outputs.pooler_output, image_sizes, self.image_newline
+        )
+        return outputs
 
     @can_return_tuple
     def forward(
@@ -168,43 +172,125 @@ class EncDecVLMEncoder(EncDecVLMPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """One vector per source token, of shape `(batch_size, source_length, hidden_size)`.
+        """Encode the source: `last_hidden_state` of shape `(batch_size, source_length, hidden_size)`.
 
         Args: as in [`EncDecVLMForConditionalGeneration.forward`].
         """
         if pixel_values is not None:
-            inputs_embeds = self._with_images(input_ids, inputs_embeds, pixel_values, image_sizes)
+            if input_ids is None or inputs_embeds is not None or image_sizes is None:
+                given = "without `image_sizes`" if image_sizes is None else "with `inputs_embeds`"
+                raise ValueError(
+                    f"`pixel_values` is given {given}, but images need `image_sizes`, and `input_ids` in which "
+                    "`image_token_id` marks their places. Pass what the processor returns."
+                )
+            check_token_ids(input_ids, self.config.text_config.vocab_size, "input_ids")
+            image_features = self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
+            inputs_embeds = merge_image_features(
+                self.config, input_ids, self.get_input_embeddings()(input_ids), image_features
+            )
             input_ids = None
         elif input_ids is not None and not torch.compiler.is_compiling() and input_ids.device.type != "meta":
-            self._refuse_image_tokens(input_ids)
+            _check_num_image_tokens(self.config, input_ids, num_images=0, num_features=0)
         return self.text_model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
 
-    def _refuse_image_tokens(self, input_ids):
-        if num_tokens := int((input_ids == self.config.image_token_id).sum()):
-            raise ValueError(
-                f"`input_ids` has {num_tokens} image tokens (id {self.config.image_token_id}), but 0 images are "
-                "given. Pass `pixel_values` and `image_sizes` as the processor returns them."
-            )
 
-    def _with_images(self, input_ids, inputs_embeds, pixel_values, image_sizes):
-        if input_ids is None or inputs_embeds is not None or image_sizes is None:
-            raise ValueError(
-                "`pixel_values` is given with "
-                + ("no `image_sizes`" if image_sizes is None else "`inputs_embeds`")
-                + ", but images need `image_sizes`, and `input_ids` in which `image_token_id` marks their places. "
-                "Pass what the processor returns."
-            )
-        features = torch.cat(self.get_image_features(pixel_values, image_sizes))
-        is_image = input_ids == self.config.image_token_id  # (B, S)
-        num_tokens = int(is_image.sum())
-        if num_tokens != len(features):
-            raise ValueError(
-                f"`input_ids` has {num_tokens} image tokens (id {self.config.image_token_id}), but the "
-                f"{len(image_sizes)} images have {len(features)} features, and each needs one. Pass what the "
-                "processor of this checkpoint returns, uncut."
-            )
-        embeds = self.get_input_embeddings()(input_ids)
-        return embeds.masked_scatter(is_image[..., None], features.to(embeds))
+def check_images(config: EncDecVLMConfig, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor):
+    """Check that tiles have the size of the config and are as many as `image_sizes` require."""
+    tile_size, sizes = config.tile_size, image_sizes.tolist()
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (tile_size, tile_size):
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}, but must have (num_tiles, num_channels, "
+            f"{tile_size}, {tile_size}). Use the image processor of this checkpoint."
+        )
+    if any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(
+            f"`image_sizes` is {sizes}, but must have the height and the width of each image, in pixels. Use the "
+            "image processor of this checkpoint."
+        )
+    num_tiles = sum(1 + rows * columns for rows, columns in _grids(config, sizes))
+    if num_tiles != pixel_values.shape[0]:
+        raise ValueError(
+            f"`pixel_values` has {pixel_values.shape[0]} tiles, but {len(sizes)} images of `image_sizes` {sizes} "
+            f"(height, width) have {num_tiles} with these `image_grid_pinpoints`. Use the image processor of this "
+            "checkpoint for both."
+        )
+
+
+def pack_image_features(
+    config: EncDecVLMConfig,
+    tile_features: torch.Tensor,
+    image_sizes: torch.LongTensor,
+    image_newline: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Turn the features of tiles into the features of images.
+
+    Args:
+        config ([`EncDecVLMConfig`]): Config of the model.
+        tile_features (`torch.Tensor` of shape `(num_tiles, num_patches, hidden_size)`): Projected features of all
+            tiles.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): Height and width of each image in pixels.
+        image_newline (`torch.Tensor` of shape `(hidden_size,)`, *optional*): Ends each row of a grid. `None` if the
+            config has no `image_newline`.
+
+    Returns:
+        `tuple[torch.Tensor]`: Features of each image, of shape `(num_image_tokens, hidden_size)`.
+    """
+    sizes, side = image_sizes.tolist(), config.patches_per_side
+    grids = _grids(config, sizes)
+    packed = []
+    tiles_of_images = tile_features.split([1 + rows * columns for rows, columns in grids])
+    for tiles, size, (rows, columns) in zip(tiles_of_images, sizes, grids, strict=True):
+        grid = tiles[1:].view(rows, columns, side, side, -1)
+        grid = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (D, rows * side, columns * side)
+        top, bottom, left, right = unpadded_bounds(size, grid.shape[1:])
+        grid = grid[:, top:bottom, left:right]
+        shape = shrunk_size(*grid.shape[1:], side, config.max_num_tiles)
+        if shape != grid.shape[1:]:
+            grid = F.interpolate(grid[None], shape, mode="bilinear")[0]
+        if image_newline is not None:
+            newlines = image_newline[:, None, None].expand(-1, grid.shape[1], 1)
+            grid = torch.cat((grid, newlines.to(grid.dtype)), dim=2)
+        packed.append(torch.cat((tiles[0], grid.flatten(1).T)))
+    return tuple(packed)
+
+
+def merge_image_features(
+    config: EncDecVLMConfig,
+    input_ids: torch.LongTensor,
+    inputs_embeds: torch.Tensor,
+    image_features: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Replace the embeddings of image tokens by the features of the images.
+
+    Args:
+        config ([`EncDecVLMConfig`]): Config of the model.
+        input_ids (`torch.LongTensor` of shape `(batch_size, source_length)`): Source tokens.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, source_length, hidden_size)`): Their embeddings.
+        image_features (`Sequence[torch.Tensor]`): As from [`pack_image_features`].
+
+    Returns:
+        `torch.Tensor` of the shape of `inputs_embeds`.
+
+    Raises:
+        ValueError: There are more or fewer features than image tokens.
+    """
+    features = torch.cat(tuple(image_features))
+    _check_num_image_tokens(config, input_ids, len(image_features), len(features))
+    is_image = input_ids == config.image_token_id  # (B, S)
+    return inputs_embeds.masked_scatter(is_image[..., None], features.to(inputs_embeds))
+
+
+def _grids(config, sizes):
+    return [grid_shape(tuple(size), config.image_grid_pinpoints, config.tile_size) for size in sizes]
+
+
+def _check_num_image_tokens(config, input_ids, num_images, num_features):
+    num_tokens = int((input_ids == config.image_token_id).sum())
+    if num_tokens != num_features:
+        raise ValueError(
+            f"`input_ids` has {num_tokens} image tokens (id {config.image_token_id}), but the {num_images} images "
+            f"have {num_features} features, one for each token. Pass what the processor of this checkpoint returns."
+        )
 
 
 class EncDecVLMModel(EncDecVLMPreTrainedModel, EncDecSLMModel):
@@ -214,17 +300,14 @@ class EncDecVLMModel(EncDecVLMPreTrainedModel, EncDecSLMModel):
         config ([`EncDecVLMConfig`]): Sizes; it is not changed.
     """
 
-    def __init__(self, config):
-        super(EncDecSLMModel, self).__init__(config)
-        self.encoder = EncDecVLMEncoder(config)
-        self.decoder = EncDecSLMDecoder(config.text_config)
-        self.post_init()
+    def __init__(self, config: EncDecVLMConfig):
+        super().__init__(config, encoder=EncDecVLMEncoder(config))
 
-    def get_input_embeddings(self):
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.encoder.set_input_embeddings(value)
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Compute the features of images. Args: as in [`EncDecVLMEncoder.get_image_features`]."""
+        return self.encoder.get_image_features(pixel_values, image_sizes, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -244,14 +327,15 @@ class EncDecVLMModel(EncDecVLMPreTrainedModel, EncDecSLMModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states for a source with images and a target.
+        """Compute the decoder's hidden states for a source with images and a target.
 
         Args: those of [`EncDecSLMModel.forward`], and `pixel_values` and `image_sizes` as in
             [`EncDecVLMForConditionalGeneration.forward`].
         """
         if encoder_outputs is None:
-            images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
-            encoder_outputs = self._encode(input_ids, attention_mask, position_ids, inputs_embeds, **images, **kwargs)
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask, position_ids, inputs_embeds, pixel_values, image_sizes, **kwargs
+            )
         return super().forward(
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
@@ -274,17 +358,14 @@ class EncDecVLMForConditionalGeneration(EncDecVLMPreTrainedModel, EncDecSLMForCo
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.text_model.embed_tokens.weight"}
 
-    def __init__(self, config):
-        super(EncDecSLMForConditionalGeneration, self).__init__(config)
-        text_config = config.text_config
-        self.model = EncDecVLMModel(config)
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.lm_head_bias)
-        self.loss_type = "ForMaskedLM"
-        self._set_default_length()
-        self.post_init()
+    def __init__(self, config: EncDecVLMConfig):
+        super().__init__(config, model=EncDecVLMModel(config))
 
-    def get_image_features(self, pixel_values, image_sizes):
-        return self.model.encoder.get_image_features(pixel_values, image_sizes)
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Compute the features of images. Args: as in [`EncDecVLMEncoder.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -307,17 +388,17 @@ class EncDecVLMForConditionalGeneration(EncDecVLMPreTrainedModel, EncDecSLMForCo
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """Next-token logits of shape `(batch_size, target_length, vocab_size)` and, with `labels`, the loss.
+        """Compute logits and, with `labels`, the loss.
 
         Args: those of [`EncDecSLMForConditionalGeneration.forward`], and
-            pixel_values (`torch.FloatTensor`, *optional*): Tiles of all images of the batch, in the order of their
-                tokens, of shape `(num_tiles, num_channels, image_size, image_size)`; see
-                [`EncDecVLMEncoder.get_image_features`]. Rows may have no image, or several.
+            pixel_values (`torch.FloatTensor` of shape `(num_tiles, num_channels, image_size, image_size)`,
+                *optional*): Tiles of all images of the batch, in the order of their tokens; see
+                [`EncDecVLMEncoder.get_image_features`]. A row may have no image, or several.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): Height and width of each image in
                 pixels.
 
         Raises:
-            ValueError: As in [`EncDecSLMModel.forward`]; or images, their sizes and their tokens do not fit together.
+            ValueError: As in [`EncDecSLMModel.forward`], or images, their sizes and their tokens do not fit together.
         """
         return super().forward(
             input_ids=input_ids,
@@ -341,7 +422,7 @@ class EncDecVLMForConditionalGeneration(EncDecVLMPreTrainedModel, EncDecSLMForCo
 
     def _expand_inputs_for_generation(self, expand_size=1, **model_kwargs):
         if expand_size > 1:
-            # Encoded by now: no beam needs a copy. An assistant, which takes one row, still encodes them by itself.
+            # Images are encoded by now, so beams need no copies. An assistant model still encodes them by itself.
             model_kwargs = {**model_kwargs, "pixel_values": None, "image_sizes": None}
         return super()._expand_inputs_for_generation(expand_size=expand_size, **model_kwargs)
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 from encdec_slm import EncDecVLMForConditionalGeneration
 from encdec_slm.configuration import load_preset
 from encdec_slm.conversion import convert_reference_checkpoint, convert_vision_state_dict
+from encdec_slm.modeling_encdec_vlm import merge_image_features
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,22 +75,26 @@ def inputs_of(cases, case, image_token_id):
 
 
 def test_the_tower_and_the_projector_equal_the_reference(model, cases):
-    encoder = model.model.encoder
-    features = encoder._tower_features(cases["image.small.pixel_values"])
-    torch.testing.assert_close(features, cases["small.clip_patch_features"], **CLOSE)
-    torch.testing.assert_close(encoder.multi_modal_projector(features), cases["small.projected"], **CLOSE)
+    encoder, patches = model.model.encoder, []
+    hook = encoder.multi_modal_projector.register_forward_pre_hook(lambda _, args: patches.append(args[0]))
+    projected = encoder.encode_tiles(cases["image.small.pixel_values"]).pooler_output
+    hook.remove()
+    torch.testing.assert_close(patches[0], cases["small.clip_patch_features"], **CLOSE)
+    torch.testing.assert_close(projected, cases["small.projected"], **CLOSE)
 
 
-def test_joined_tiles_equal_the_reference(model, cases):
-    (features,) = model.get_image_features(cases["image.landscape.pixel_values"], torch.tensor([[64, 85]]))
-    torch.testing.assert_close(features, cases["landscape.image_features"], **CLOSE)
+def test_features_of_an_image_equal_the_reference(model, cases):
+    outputs = model.get_image_features(cases["image.landscape.pixel_values"], torch.tensor([[64, 85]]))
+    torch.testing.assert_close(outputs.pooler_output, (cases["landscape.image_features"],), **CLOSE)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_merged_embeddings_equal_the_reference(model, cases, case):
     inputs = inputs_of(cases, case, model.config.image_token_id)
     is_real = inputs.pop("attention_mask").bool()
-    merged = model.model.encoder._with_images(inputs_embeds=None, **inputs)
+    features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    merged = merge_image_features(model.config, inputs["input_ids"], embeds, features)
     assert torch.equal(is_real, cases[f"{case}.attention_mask"])
     torch.testing.assert_close(merged[is_real], cases[f"{case}.merged_embeds"][is_real], **CLOSE)
 

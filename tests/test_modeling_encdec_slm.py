@@ -497,11 +497,11 @@ def test_a_missing_token_of_the_config_is_named_only_where_it_is_needed(tiny_con
 
 
 def test_a_missing_source_or_target_is_named(tiny_model, source, target_ids):
-    with pytest.raises(ValueError, match=r"`input_ids`, `inputs_embeds` nor `encoder_outputs`"):
+    with pytest.raises(ValueError, match=r"`input_ids`.* neither"):
         tiny_model(decoder_input_ids=target_ids)
-    with pytest.raises(ValueError, match=r"exactly one of `decoder_input_ids` and `decoder_inputs_embeds`"):
+    with pytest.raises(ValueError, match=r"`decoder_input_ids`.* neither"):
         tiny_model(**source)
-    with pytest.raises(ValueError, match=r"exactly one of `input_ids` and `inputs_embeds`, but got both"):
+    with pytest.raises(ValueError, match=r"`inputs_embeds`.* both"):
         tiny_model(**source, inputs_embeds=torch.zeros(3, 9, 32), decoder_input_ids=target_ids)
 
 

@@ -218,7 +218,7 @@ def test_a_model_that_sees_is_quantized_but_not_calibrated(tmp_path):
     assert operators_of(tmp_path / "out", "vision_encoder.onnx")["MatMulInteger"] == 2 * 6 + 2
     side = model.config.vision_config.image_size
     inputs = {"pixel_values": torch.randn(2, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
-    num_tokens = len(model.get_image_features(**inputs)[0])
+    num_tokens = len(model.get_image_features(**inputs).pooler_output[0])
     inputs["input_ids"] = torch.tensor([[5, *[model.config.image_token_id] * num_tokens, 6]])
     with torch.no_grad():
         expected = model(**inputs, decoder_input_ids=target_ids(1, 6)).logits

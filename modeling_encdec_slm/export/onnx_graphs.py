@@ -176,7 +176,7 @@ class VisionGraph(nn.Module):
         self.encoder = model.model.encoder
 
     def forward(self, pixel_values):
-        features = self.encoder.multi_modal_projector(self.encoder._tower_features(pixel_values))
+        features = self.encoder.encode_tiles(pixel_values).pooler_output
         newline = self.encoder.image_newline
         return features if newline is None else (features, newline.clone())
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..modeling_encdec_vlm import EncDecVLMEncoder
+from ..modeling_encdec_vlm import check_images, merge_image_features, pack_image_features
 from .bundles import required
 from .onnx_graphs import cache_names
 
@@ -216,42 +216,30 @@ class ImageReader(TextReader):
     The geometry of tiles is the model's own code, on features that the graphs give.
     """
 
-    get_image_features = EncDecVLMEncoder.get_image_features
-    _with_images = EncDecVLMEncoder._with_images
-    _joined = EncDecVLMEncoder._joined
-
     def __init__(self, folder, config, open_graph):
         super().__init__(folder, config, open_graph)
         self._embedding = open_graph(folder / "embed_tokens.onnx")
         self._vision = open_graph(folder / "vision_encoder.onnx")
-        self.image_newline = None
 
     def __call__(self, input_ids, attention_mask, pixel_values=None, image_sizes=None):
         """States of shape `(B, S, D)`."""
-        if pixel_values is None:
-            embeds = self.get_input_embeddings()(input_ids)
-        else:
-            embeds = self._with_images(input_ids, None, pixel_values, image_sizes)
+        embeds = self._embed(input_ids)
+        if pixel_values is not None:
+            check_images(self.config, pixel_values, image_sizes)
+            tile_features, image_newline = self._tile_features(pixel_values)
+            features = pack_image_features(self.config, tile_features, image_sizes, image_newline)
+            embeds = merge_image_features(self.config, input_ids, embeds, features)
         return self._states({"inputs_embeds": embeds, "attention_mask": attention_mask})
-
-    def get_input_embeddings(self):
-        return self._embed
 
     def _embed(self, input_ids):
         shape = (*input_ids.shape, self.config.text_config.hidden_size)
         return self._embedding({"input_ids": input_ids}, {"inputs_embeds": shape})["inputs_embeds"]
 
-    def _tower_features(self, pixel_values):
+    def _tile_features(self, pixel_values):
         config = self.config
         shapes = {
             "image_features": (len(pixel_values), config.patches_per_side**2, config.text_config.hidden_size),
             **({"image_newline": (config.text_config.hidden_size,)} if config.image_newline else {}),
         }
         outputs = self._vision({"pixel_values": pixel_values.float()}, shapes)
-        self.image_newline = outputs.get("image_newline")
-        return outputs["image_features"]
-
-    @staticmethod
-    def multi_modal_projector(features):
-        """Features as they are: the graph has projected them."""
-        return features
+        return outputs["image_features"], outputs.get("image_newline")

@@ -229,7 +229,7 @@ def _activation(module, states):
 def rotary_tables(model: PreTrainedModel, stack: str, length: int) -> dict[str, torch.Tensor]:
     """Cosines and signed sines of positions 0 to `length - 1`, of shape `(length, head_dim)`, by initializer name."""
     rotary = getattr(model.model, stack).rotary_emb
-    cos, sin = (table[0, 0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
+    cos, sin = (table[0] for table in rotary(torch.zeros(1), torch.arange(length)[None]))
     first, second = sin.chunk(2, dim=-1)
     return {"cos": cos.clone(), "sin": torch.cat((-first, second), dim=-1)}
 
