@@ -8,52 +8,32 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.slow  # three processes, each of which imports everything
-
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmark_vision")
+@pytest.mark.slow
+def test_both_models_are_timed_for_every_number_of_images(tmp_path):
     arguments = ["--preset", "tiny-vlm", "--images", "0", "1", "2", "--new_tokens", "3", "--repetitions", "2"]
-    command = [
-        sys.executable,
-        "examples/benchmark_vision.py",
-        *arguments,
-        "--dtype",
-        "float32",
-        "--output",
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    arguments += ["--dtype", "float32", "--output", str(tmp_path)]
+    process = subprocess.run(
+        [sys.executable, "examples/benchmark_vision.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert process.returncode == 0, process.stderr
-    return folder, process.stdout, json.loads((folder / "benchmark_vision.json").read_text(encoding="utf-8"))
-
-
-def test_it_writes_its_two_files_whole(finished):
-    folder, _, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["benchmark_vision.json", "benchmark_vision.png"]
-    assert (folder / "benchmark_vision.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_both_models_are_timed_for_every_number_of_images(finished):
-    _, printed, report = finished
-    for name in ("encoder-decoder", "LLaVA-NeXT twin"):
-        assert set(report["token_seconds"][name]) == {"0", "1", "2"}
-        assert all(len(run) == 3 for runs in report["token_seconds"][name].values() for run in runs)
-        peaks = report["peak_bytes"][name]
-        assert 10**8 < peaks["0"] <= peaks["1"] <= peaks["2"]
-        assert printed.count(f"| {name} |") == 3
+    report = json.loads((tmp_path / "benchmark_vision.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "benchmark_vision.png").read_bytes().startswith(b"\x89PNG")
+    for name, num_layers in (("encoder-decoder", 2), ("LLaVA-NeXT", 6)):
+        times, peaks = report["token_seconds"][name], report["peak_bytes"][name]
+        assert all(len(run) == 3 for runs in times.values() for run in runs)
+        assert set(times) == {"0", "1", "2"} and 10**8 < peaks["0"] <= peaks["1"] <= peaks["2"]
+        assert process.stdout.count(f"| {name} |") == 3
+        # Bytes per token grow only by keys and values.
+        read = report["bytes_per_token"][name]
+        assert read["2"] - read["1"] >= 64 * num_layers * 2 * 2 * 16 * 4
     assert report["source_tokens"]["2"] - report["source_tokens"]["1"] == 64
-    ours, twin = report["num_parameters"].values()
-    assert twin == pytest.approx(ours, rel=0.01)
-
-
-def test_bytes_of_a_token_grow_by_keys_and_values_alone(finished):
-    _, _, report = finished
-    for name, num_layers in (("encoder-decoder", 2), ("LLaVA-NeXT twin", 6)):
-        by_count = report["bytes_per_token"][name]
-        assert by_count["2"] - by_count["1"] >= 64 * num_layers * 2 * 2 * 16 * 4
-    assert "2 images: first token" in finished[1]
+    ours, baseline = report["num_parameters"].values()
+    assert baseline == pytest.approx(ours, rel=0.01)
+    assert "2 images: first token" in process.stdout
