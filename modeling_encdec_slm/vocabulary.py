@@ -169,7 +169,8 @@ def old_token_ids(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokeni
     vocabulary_map = read_vocabulary_map(tokenizer)
     if vocabulary_map is None:
         raise ValueError("The tokenizer has no map to original token ids. Make one with `trim_tokenizer`.")
-    if original is not None and _fingerprint(original, vocabulary_map.original_size) != vocabulary_map.fingerprint:
+    size = vocabulary_map.original_size
+    if original is not None and tokenizer_fingerprint(original, size) != vocabulary_map.fingerprint:
         raise ValueError(
             f"The tokenizer was trimmed from another than the teacher's: {vocabulary_map.original_size:,} token ids "
             f"instead of {_num_ids(original):,}, or other tokens. Trim the teacher's own with `trim_tokenizer`."
@@ -181,8 +182,9 @@ def _num_ids(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _fingerprint(tokenizer, num_ids):
-    """Hash the tokens of the first ids."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, num_ids: int | None = None) -> str:
+    """Return the SHA-256 of a tokenizer's ids and tokens, or of its first `num_ids` ids."""
+    num_ids = _num_ids(tokenizer) if num_ids is None else num_ids
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index < num_ids)
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
@@ -532,7 +534,7 @@ def _compose_map(tokenizer, old_ids) -> VocabularyMap:
     previous = read_vocabulary_map(tokenizer)
     if previous is None:
         num_ids = _num_ids(tokenizer)
-        return VocabularyMap(old_ids, num_ids, _fingerprint(tokenizer, num_ids))
+        return VocabularyMap(old_ids, num_ids, tokenizer_fingerprint(tokenizer, num_ids))
     if old_ids[-1] >= len(previous.old_ids):
         raise ValueError(
             "Tokens were added to a trimmed tokenizer, which have no id in its original. Trim the original tokenizer."
@@ -575,5 +577,6 @@ __all__ = [
     "old_token_ids",
     "read_vocabulary_map",
     "report_trim",
+    "tokenizer_fingerprint",
     "trim_tokenizer",
 ]

@@ -10,7 +10,7 @@ from trl import DistillationConfig
 from encdec_slm.trainers.distillation_config import Seq2SeqDistillationConfig
 
 
-OURS = ("kd_ratio", "kd_temperature", "lmbda", "seq_kd", "max_source_length", "predict_with_generate")
+OURS = ("kd_ratio", "kd_temperature", "lmbda", "seq_kd", "max_source_length", "teacher_cache", "predict_with_generate")
 
 
 def test_no_default_of_trl_is_changed_and_the_objective_is_trls(tmp_path):
@@ -23,7 +23,7 @@ def test_no_default_of_trl_is_changed_and_the_objective_is_trls(tmp_path):
     ours, theirs = defaults(Seq2SeqDistillationConfig), defaults(DistillationConfig)
     assert ours.keys() - theirs.keys() == set(OURS)
     assert {name: ours[name] for name in theirs} == theirs
-    assert [ours[name] for name in OURS] == [1.0, 1.0, 1.0, False, None, False]
+    assert [ours[name] for name in OURS] == [1.0, 1.0, 1.0, False, None, None, False]
     assert all(field.metadata.get("help") for field in dataclasses.fields(Seq2SeqDistillationConfig))
 
 

@@ -1,16 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare a student with the labels of a teacher cache instead of with a teacher.
+"""The labels of a teacher cache in the place of a teacher.
 
 N positions, K stored entries per position, V vocabulary of the student.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
+from ..vocabulary import read_vocabulary_map, tokenizer_fingerprint
 from .distillation_losses import LOWEST_LOG_PROBABILITY, divergence_of_log_probs
+from .row_encoding import RowEncoder, find_columns
+from .teacher_cache import TeacherCache
+
+
+# The columns of a row that a batch needs beside its token ids.
+LABEL_COLUMNS = ("has_labels", "label_ids", "label_num_ids", "label_log_probs", "label_counts", "label_tail")
+
+
+class CachedTeacher:
+    """A teacher cache in the token ids of a student.
+
+    Args:
+        cache ([`TeacherCache`]): Labels of the training data.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the student: the teacher's, or one trimmed from it.
+            With completions only, any tokenizer.
+        vocab_size (`int`): Number of tokens that the student scores.
+
+    Raises:
+        ValueError: The tokenizer is another one.
+    """
+
+    def __init__(self, cache: TeacherCache, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
+        self.cache = cache
+        self.new_ids = None
+        if cache.distributions is not None:
+            self.new_ids = self._find_new_ids(tokenizer, vocab_size)
+
+    def _find_new_ids(self, tokenizer, vocab_size):
+        """Return the student's id of each id of the teacher, -1 for tokens that it does not have."""
+        header, vocabulary_map = self.cache.header, read_vocabulary_map(tokenizer)
+        old_ids = None
+        if vocabulary_map is not None and vocabulary_map.fingerprint == header.tokenizer_fingerprint:
+            old_ids = np.array(vocabulary_map.old_ids)
+        elif tokenizer_fingerprint(tokenizer) == header.tokenizer_fingerprint:
+            old_ids = np.arange(min(header.vocab_size, vocab_size))
+        if old_ids is None:
+            raise ValueError(
+                f"The teacher cache {str(self.cache.folder)!r} was written with the tokenizer of {header.teacher}, "
+                "but the student has another one. Use the teacher's, or one that `trim_tokenizer` made from it."
+            )
+        new_ids = np.full(max(header.vocab_size, int(old_ids.max()) + 1), -1)
+        new_ids[old_ids] = np.arange(len(old_ids))
+        return new_ids
+
+    def attach(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Add the labels to the training data; see [`TeacherCache.attach`]."""
+        return self.cache.attach(dataset, *find_columns(next(iter(dataset))))
+
+    def encode_targets(
+        self, batch: Mapping[str, list], indices: Sequence[int], encoder: RowEncoder
+    ) -> dict[str, list]:
+        """Encode the targets of rows with labels.
+
+        A target with tokens that the student does not have is encoded from its text, and its labels are not used.
+
+        Returns:
+            `dict`: The columns `target_ids`, `num_target_tokens` and `has_labels`.
+        """
+        encoded = encoder.encode_targets(batch, indices, as_continuation=True)
+        columns = {"target_ids": encoded["labels"], "num_target_tokens": encoded["num_target_tokens"]}
+        columns["has_labels"] = [False] * len(indices)
+        for row, old_ids in enumerate(batch["label_target_ids"] if self.new_ids is not None else ()):
+            ids = self.new_ids[np.array(old_ids, dtype=np.int64)]
+            if (ids >= 0).all() and len(ids):
+                columns["target_ids"][row] = ids[: encoder.max_target_length].tolist()
+                columns["num_target_tokens"][row] = len(ids)
+                columns["has_labels"][row] = True
+        return columns
+
+    def build_labels(self, rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> "CachedLabels":
+        """Build the labels of a batch; see [`build_cached_labels`]. Rows without usable labels have none."""
+        kind = self.cache.distributions.kind
+        values = "label_log_probs" if kind == "topk" else "label_counts"
+        rows = [
+            row
+            if row["has_labels"]
+            else {"label_num_ids": [0] * length, "label_ids": [], values: [], "label_tail": [1.0] * length}
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        return build_cached_labels(rows, lengths, self.new_ids, values)
 
 
 @dataclass
@@ -37,13 +121,19 @@ class CachedLabels:
         tail = None if self.tail is None else self.tail[index]
         return CachedLabels(self.ids[index], self.probs[index], tail, self.kept_mass[index])
 
+    def compare(self, logits, log_student, student, beta):
+        """Compare a student with these labels; see [`compare_with_labels`]."""
+        return compare_with_labels(logits, log_student, student, self, beta)
+
     def to(self, device: torch.device | str) -> "CachedLabels":
         """Move the labels to a device."""
         tail = None if self.tail is None else self.tail.to(device)
         return CachedLabels(self.ids.to(device), self.probs.to(device), tail, self.kept_mass.to(device))
 
 
-def build_cached_labels(rows: Sequence[dict], lengths: Sequence[int], new_ids: np.ndarray | None) -> CachedLabels:
+def build_cached_labels(
+    rows: Sequence[Mapping[str, Any]], lengths: Sequence[int], new_ids: np.ndarray | None, column: str
+) -> CachedLabels:
     """Build the labels of a batch from the columns of its rows; see [`~encdec_slm.trainers.teacher_cache`].
 
     Tokens that the student does not have are removed, and the others renormalized.
@@ -54,17 +144,17 @@ def build_cached_labels(rows: Sequence[dict], lengths: Sequence[int], new_ids: n
         lengths (`Sequence[int]`): How many positions of each row are compared.
         new_ids (`np.ndarray`, *optional*): The student's id of each token of the teacher, -1 for tokens that it does
             not have. `None` means equal ids.
+        column (`str`): `"label_log_probs"` or `"label_counts"`.
 
     Returns:
         [`CachedLabels`]: Of all positions, row after row.
     """
-    is_sampled = rows[0].get("label_log_probs") is None
+    is_sampled = column == "label_counts"
     counts = [
         np.asarray(row["label_num_ids"][:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)
     ]
     num_ids = np.concatenate(counts)
     ids = np.concatenate([row["label_ids"][: count.sum()] for row, count in zip(rows, counts, strict=True)])
-    column = "label_counts" if is_sampled else "label_log_probs"
     values = np.concatenate([row[column][: count.sum()] for row, count in zip(rows, counts, strict=True)])
     values = values.astype(np.float32) if is_sampled else np.exp(values.astype(np.float32))
     ids = ids.astype(np.int64) if new_ids is None else new_ids[ids.astype(np.int64)]

@@ -30,6 +30,8 @@ class Seq2SeqDistillationConfig(DistillationConfig):
         max_source_length (`int`, *optional*): Longest source, in tokens of the student. Longer ones are truncated,
             counted and logged. `None` truncates nothing, and images are never truncated. Targets are truncated to
             `max_completion_length`.
+        teacher_cache (`str`, *optional*): Folder that `encdec-slm label` wrote for the training data, which then needs
+            no teacher. Targets are those that were labeled, and `lmbda` is 0. Evaluation is by cross-entropy.
         predict_with_generate (`bool`, *optional*, defaults to `False`): Generate a completion for each row in
             evaluation, greedily, with `repetition_penalty` and `generation_kwargs`, for `compute_metrics`.
 
@@ -42,6 +44,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     lmbda: float = field(default=1.0, metadata={"help": "Share of batches whose targets the student generates."})
     seq_kd: bool = field(default=False, metadata={"help": "Let the teacher generate the targets of other batches."})
     max_source_length: int | None = field(default=None, metadata={"help": "Longest source, in tokens."})
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder of a teacher's labels, without teacher."}
+    )
     predict_with_generate: bool = field(default=False, metadata={"help": "Generate completions in evaluation."})
 
     def __post_init__(self):
@@ -78,6 +83,8 @@ class Seq2SeqDistillationConfig(DistillationConfig):
                 "`seq_kd=True` has no effect with `lmbda=1`, because the student generates the targets of all "
                 "batches. Set `lmbda=0` to train on completions of the teacher, or a value below 1 to mix both."
             )
+        if self.teacher_cache is not None:
+            self._check_cache()
         if "inputs" in self.include_for_metrics:
             raise ValueError(
                 "`include_for_metrics` must not contain 'inputs': sources are encoded after batches are loaded. "
@@ -91,6 +98,20 @@ class Seq2SeqDistillationConfig(DistillationConfig):
         for name in ("num_return_sequences", "return_dict_in_generate"):
             if (self.generation_kwargs or {}).get(name, 1) not in (1, False):
                 raise ValueError(f"`generation_kwargs` must not contain `{name}`: each row has one completion.")
+
+    def _check_cache(self):
+        conflicts = {
+            "teacher_model_name_or_path": self.teacher_model_name_or_path is not None,
+            "seq_kd": self.seq_kd,
+            "lmbda": 0.0 < self.lmbda < 1.0,
+            "kd_temperature": self.kd_temperature != 1.0,
+        }
+        for name, is_set in conflicts.items():
+            if is_set:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no effect with `teacher_cache`, whose targets and "
+                    "distributions were stored once. Remove one of them."
+                )
 
 
 __all__ = ["Seq2SeqDistillationConfig"]

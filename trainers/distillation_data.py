@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .cached_labels import LABEL_COLUMNS, CachedTeacher
 from .distillation_config import Seq2SeqDistillationConfig
 from .row_encoding import RowEncoder, build_row_encoder, find_columns, pad_ids
 
@@ -27,13 +28,18 @@ class DistillationRowEncoder:
         student ([`RowEncoder`]): For sources and targets.
         teacher ([`RowEncoder`]): For the teacher's prompts.
         chat_template_kwargs (`dict`, *optional*): Variables of the teacher's chat template.
+        cached_teacher ([`CachedTeacher`], *optional*): Takes the place of the teacher, whose prompts are empty then.
     """
 
     student: RowEncoder
     teacher: RowEncoder
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    cached_teacher: CachedTeacher | None = None
 
-    kept_columns = ()
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns of a dataset that a batch needs as they are."""
+        return () if self.cached_teacher is None else LABEL_COLUMNS
 
     @property
     def max_source_length(self) -> int | None:
@@ -66,6 +72,10 @@ class DistillationRowEncoder:
         teacher_prompts = batch["teacher_prompt"] if "teacher_prompt" in batch else [None] * len(sources)
         prompts = []
         for index, name, source, prompt in zip(indices, names, sources, teacher_prompts, strict=True):
+            if self.cached_teacher is not None:
+                check_not_empty(source.num_tokens, 1, name)
+                prompts.append([])
+                continue
             if prompt is None:
                 prompt = source.source
             else:
@@ -83,6 +93,8 @@ class DistillationRowEncoder:
 
     def encode_targets(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         """Encode the targets of rows as the columns `target_ids` and `num_target_tokens`."""
+        if self.cached_teacher is not None and "label_target_ids" in batch:
+            return self.cached_teacher.encode_targets(batch, indices, self.student)
         encoded = self.student.encode_targets(batch, indices, as_continuation=True)
         return {("target_ids" if name == "labels" else name): values for name, values in encoded.items()}
 
@@ -95,15 +107,23 @@ def build_encoder(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     args: Seq2SeqDistillationConfig,
+    cached_teacher: CachedTeacher | None = None,
 ) -> DistillationRowEncoder:
-    """Build the encoder for the rows of a run; for images if the student has a processor."""
+    """Build the encoder for the rows of a run; for images if the student has a processor.
+
+    Raises:
+        ValueError: A student that reads images has a teacher cache.
+    """
     lengths = {"max_source_length": args.max_source_length, "max_target_length": args.max_completion_length}
     if isinstance(processing_class, ProcessorMixin):
+        if cached_teacher is not None:
+            raise ValueError("`teacher_cache` supports students that read text, but the student reads images.")
         from .distillation_images import build_image_encoder
 
         return build_image_encoder(processing_class, teacher_processing_class, args.chat_template_kwargs, **lengths)
     student = build_row_encoder(processing_class, **lengths)
-    return DistillationRowEncoder(student, RowEncoder(teacher_processing_class), args.chat_template_kwargs or {})
+    teacher = RowEncoder(teacher_processing_class)
+    return DistillationRowEncoder(student, teacher, args.chat_template_kwargs or {}, cached_teacher)
 
 
 def check_not_empty(num_source_tokens: int, num_teacher_tokens: int, where: str) -> None:

@@ -105,8 +105,11 @@ def complete_card(trainer: "Seq2SeqDistillationTrainer") -> None:
 
 
 def _describe_run(trainer):
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher_model).config
-    rows = {"teacher": teacher._name_or_path or teacher.model_type}
+    if trainer.cached_teacher is not None:
+        rows = {"teacher": f"{trainer.cached_teacher.cache.header.teacher} (cached labels)"}
+    else:
+        teacher = trainer.accelerator.unwrap_model(trainer.teacher_model).config
+        rows = {"teacher": teacher._name_or_path or teacher.model_type}
     rows |= {name: getattr(trainer.args, name) for name in CARD_SETTINGS}
     rows["optimizer steps"] = trainer.state.global_step
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

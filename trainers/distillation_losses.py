@@ -136,9 +136,10 @@ def distillation_objective(
     Args:
         student_hidden (`torch.Tensor` of shape `(num_positions, student_width)`): Inputs of `student_head`.
         student_head ([`OutputHead`]): Head of the student; its weight and bias receive gradients.
-        teacher_hidden (`torch.Tensor` of shape `(num_positions, teacher_width)`, *optional*): Inputs of
-            `teacher_head`. `None` computes the cross-entropy alone; what compares the models is 0.
-        teacher_head ([`OutputHead`], *optional*): Head of the teacher.
+        teacher_hidden (`torch.Tensor` of shape `(num_positions, teacher_width)` or
+            [`~encdec_slm.trainers.cached_labels.CachedLabels`], *optional*): Inputs of `teacher_head`, or the labels
+            of a teacher cache. `None` computes the cross-entropy alone; what compares the models is 0.
+        teacher_head ([`OutputHead`], *optional*): Head of the teacher; `None` for cached labels.
         labels (`torch.LongTensor` of shape `(num_positions,)`): Token that each position predicts.
         settings ([`ObjectiveSettings`]): Weights and kind of divergence.
 
@@ -147,7 +148,7 @@ def distillation_objective(
     """
     weight, bias = student_head.weight, student_head.bias
     student_hidden, student_head = _to_autocast_dtype(student_hidden, student_head)
-    if teacher_hidden is not None:
+    if teacher_head is not None:
         teacher_hidden, teacher_head = _to_autocast_dtype(teacher_hidden, teacher_head)
     inputs = (student_hidden, weight, bias)
     if not torch.is_grad_enabled():
@@ -172,9 +173,10 @@ class _ChunkedObjective(torch.autograd.Function):
         size = _chunk_size(hidden, head, teacher_hidden, teacher_head, settings)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
-            teacher_logits = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[chunk])
+            teacher = None if teacher_hidden is None else teacher_hidden[chunk]
+            teacher = teacher if teacher_head is None else teacher_head.logits(teacher)
             logits = head.logits(hidden[chunk])
-            chunk_loss, chunk_parts, gradient = _chunk_objective(logits, teacher_logits, labels[chunk], settings)
+            chunk_loss, chunk_parts, gradient = _chunk_objective(logits, teacher, labels[chunk], settings)
             loss += chunk_loss
             for part, chunk_part in zip(parts, chunk_parts, strict=True):
                 part[chunk] = chunk_part
@@ -193,7 +195,7 @@ class _ChunkedObjective(torch.autograd.Function):
 def _chunk_size(hidden, head, teacher_hidden, teacher_head, settings):
     """Number of positions whose logits fit the budget."""
     vocab_size = head.vocab_size(hidden)
-    if teacher_hidden is not None:
+    if teacher_head is not None:
         vocab_size = max(vocab_size, teacher_head.vocab_size(teacher_hidden))
     budget = settings.logits_budget_bytes
     if budget is None:
@@ -224,7 +226,7 @@ class _Gradients:
             self.weight += gradient.mT @ hidden
 
 
-def _chunk_objective(logits, teacher_logits, labels, settings):
+def _chunk_objective(logits, teacher, labels, settings):
     """Return the loss, its parts of shape (N,), and its gradient for the student's float32 logits, of shape (N, V)."""
     log_student = F.log_softmax(logits, dim=-1)
     student = log_student.exp()
@@ -241,9 +243,13 @@ def _chunk_objective(logits, teacher_logits, labels, settings):
     if smoothing:
         loss -= settings.ce_weight * smoothing * log_student.mean(-1).sum()
         gradient -= settings.ce_weight * smoothing / vocab_size
-    if teacher_logits is not None:
-        teacher_logits, kept_mass = _restrict(teacher_logits, settings)
-        divergence, agreement, kd_gradient = _compare(logits, log_student, student, teacher_logits, settings)
+    if teacher is not None:
+        if isinstance(teacher, torch.Tensor):
+            teacher_logits, kept_mass = _restrict(teacher, settings)
+            divergence, agreement, kd_gradient = _compare(logits, log_student, student, teacher_logits, settings)
+        else:
+            divergence, agreement, kd_gradient = teacher.compare(logits, log_student, student, settings.beta)
+            kept_mass = teacher.kept_mass
         loss += settings.kd_weight * divergence.sum()
         kd_gradient.mul_(settings.kd_weight / settings.temperature)
         gradient[:, : settings.num_common_tokens].add_(kd_gradient)

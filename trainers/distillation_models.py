@@ -23,6 +23,7 @@ from transformers.utils import is_peft_available
 
 from ..checkpoints import load_checkpoint
 from .distillation_config import Seq2SeqDistillationConfig
+from .teacher_cache import TeacherCache
 from .vocabulary import count_common_tokens, find_teacher_token_ids
 
 
@@ -148,6 +149,34 @@ def load_teacher(
     return model, {"pretrained_model_name_or_path": teacher, **location}
 
 
+def load_teacher_cache(
+    teacher_cache: TeacherCache | str | None, teacher: str | PreTrainedModel | None, args: Seq2SeqDistillationConfig
+) -> TeacherCache | None:
+    """Load the teacher cache of a run, if it has one.
+
+    Raises:
+        ValueError: The cache is damaged, there is a teacher too, or the cache does not serve the objective.
+    """
+    teacher_cache = args.teacher_cache if teacher_cache is None else teacher_cache
+    if teacher_cache is None:
+        return None
+    if teacher is not None:
+        raise ValueError("`teacher_model` and `teacher_cache` are both given. Remove one of them.")
+    cache = teacher_cache if isinstance(teacher_cache, TeacherCache) else TeacherCache(teacher_cache)
+    spec = cache.distributions
+    if args.kd_ratio > 0 and spec is None:
+        raise ValueError(
+            f"The teacher cache {str(cache.folder)!r} has completions but no distributions, so `kd_ratio` must be 0, "
+            f"got {args.kd_ratio}."
+        )
+    if args.kd_ratio > 0 and spec.kind == "sampled" and args.beta != 0.0:
+        raise ValueError(
+            f"`beta` must be 0 (forward KL) for the drawn tokens ({spec}) of a teacher cache, got {args.beta}. For "
+            "other divergences label with `topk`."
+        )
+    return cache
+
+
 def _teacher_config(name, location):
     """Load the config of a model, or of the base model of an adapter."""
     if is_peft_available():
@@ -177,8 +206,8 @@ def _without_device_map(kwargs, args):
 # Roles
 
 
-def check_roles(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Check that the student is an encoder-decoder and the teacher a causal language model.
+def check_roles(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """Check that the student is an encoder-decoder and the teacher, if there is one, a causal language model.
 
     Raises:
         ValueError: One is of another kind, or the teacher is a prompt-tuned model.
@@ -188,6 +217,8 @@ def check_roles(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
             f"The student {type(student).__name__} must be an encoder-decoder with an output head. Use a model that "
             "`AutoModelForSeq2SeqLM` loads; for a decoder-only student use TRL's DistillationTrainer."
         )
+    if teacher is None:
+        return
     # Encoders such as BERT, which read what they would predict, have `is_decoder=False`.
     is_other = getattr(teacher.config, "is_encoder_decoder", False) or not getattr(teacher.config, "is_decoder", True)
     if is_other or not _can_generate(teacher):
@@ -219,7 +250,7 @@ def _wrong_teacher(name):
 
 def load_processing_classes(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     processing_class: Tokenizer | None,
     teacher_processing_class: Tokenizer | None,
     teacher_location: dict[str, Any],
@@ -227,11 +258,14 @@ def load_processing_classes(
 ) -> tuple[Tokenizer, Tokenizer]:
     """Return tokenizers of student and teacher, or processors of those that read images, loaded if not given.
 
+    Without a teacher, both are the student's.
+
     Raises:
         TypeError: One is of another kind.
         ValueError: The student's cannot be found, has no end-of-text token, or has another image token.
     """
-    has_images, teacher_has_images = _has_images(student), _has_images(student) and _has_images(teacher)
+    has_images = _has_images(student)
+    teacher_has_images = has_images and teacher is not None and _has_images(teacher)
     location = {"pretrained_model_name_or_path": student.config._name_or_path}
     if processing_class is None:
         processing_class = _load_processing_class(location, has_images, args)
@@ -240,7 +274,9 @@ def load_processing_classes(
             f"There is no tokenizer in the folder of the student ({student.config._name_or_path!r}). Pass one as "
             "`processing_class`."
         )
-    if teacher_processing_class is None:
+    if teacher is None:
+        teacher_processing_class = get_tokenizer(processing_class)
+    elif teacher_processing_class is None:
         teacher_processing_class = load_teacher_processing_class(teacher, teacher_location, args, teacher_has_images)
     if teacher_processing_class is None:
         logger.warning("There is no tokenizer in the folder of the teacher. The student's is used for the teacher.")
@@ -370,7 +406,7 @@ class GenerationConfigs(NamedTuple):
 def build_generation_configs(
     base: GenerationConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     processing_class: Tokenizer,
     teacher_processing_class: Tokenizer,
     num_common_tokens: int | None,
@@ -381,7 +417,7 @@ def build_generation_configs(
     Args:
         base ([`~transformers.GenerationConfig`]): Sampling settings and the end-of-text tokens of the student.
         student ([`~transformers.PreTrainedModel`]): The student.
-        teacher ([`~transformers.PreTrainedModel`]): The teacher.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): The teacher; without one, its configs are `None`.
         processing_class: Tokenizer or processor of the student.
         teacher_processing_class: Tokenizer or processor of the teacher.
         num_common_tokens (`int`, *optional*): Ids that both models score; `None` if the models have different ids.
@@ -410,6 +446,8 @@ def build_generation_configs(
     config.update(**{**defaults, **generation_kwargs})
     config.update(suppress_tokens=ids_to_suppress(student, tokenizers[0], generation_kwargs))
     config.update(eos_token_id=as_id_list(config.eos_token_id))
+    if teacher is None:
+        return GenerationConfigs(config, _without_sampling(config), None, None)
     teacher_config = copy.deepcopy(config)
     is_common = num_common_tokens is not None
     eos_token_ids = {tokenizers[1].eos_token_id, *as_id_list(teacher.generation_config.eos_token_id)} - {None}

@@ -30,6 +30,7 @@ from trl.models import prepare_deepspeed
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
+from .cached_labels import LABEL_COLUMNS, CachedTeacher
 from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import (
     ENCODED_COLUMNS,
@@ -58,10 +59,12 @@ from .distillation_models import (
     load_processing_classes,
     load_student,
     load_teacher,
+    load_teacher_cache,
 )
 from .output_heads import HeadReader
 from .resuming import STATE_NAME, find_checkpoint, last_complete_checkpoint, refuse_non_finite_weights
 from .row_encoding import LABELS_PADDING, encode_rows, pad_ids
+from .teacher_cache import TeacherCache
 
 
 NUM_LOGGED_COMPLETIONS = 8
@@ -108,13 +111,16 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*): Adapters to train instead of the student's weights.
         teacher_processing_class (the same as `processing_class`, *optional*): Of the teacher. `None` loads it from the
             folder of the teacher, or uses the student's tokenizer if there is none.
+        teacher_cache ([`~encdec_slm.trainers.teacher_cache.TeacherCache`] or `str`, *optional*): Labels of the
+            training data, in the place of a teacher. `None` uses `args.teacher_cache`, if that is set.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Scores token ids that the student generates
             (`predictions`) against gold ones (`label_ids`, -100 for padding); requires `args.predict_with_generate`.
 
     Raises:
         TypeError: `args`, a tokenizer or a processor is of another kind.
         ValueError: The student is not an encoder-decoder, the teacher is not a causal language model, their
-            vocabularies differ, the teacher's context is too short, or the data lacks what `args` requires.
+            vocabularies differ, the teacher's context is too short, the cache is of other data or another tokenizer,
+            or the data lacks what `args` requires.
     """
 
     _tag_names = ["trl", "distillation"]
@@ -132,11 +138,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         quantization_config: "BitsAndBytesConfig | None" = None,  # noqa: F821
         peft_config: "PeftConfig | None" = None,  # noqa: F821
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_cache: TeacherCache | str | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
     ):
         args = check_args(args, model, compute_metrics)
         student, saved_processing_class = load_student(model, args, quantization_config, peft_config)
-        teacher, teacher_location = load_teacher(teacher_model, args)
+        cache = load_teacher_cache(teacher_cache, teacher_model, args)
+        teacher, teacher_location = (None, {}) if cache is not None else load_teacher(teacher_model, args)
         check_roles(student, teacher)
         processing_class, self.teacher_processing_class = load_processing_classes(
             student,
@@ -146,13 +154,19 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             teacher_location,
             args,
         )
-        self.row_encoder = build_encoder(processing_class, self.teacher_processing_class, args)
-        self.num_common_tokens, self.teacher_token_ids = compare_vocabularies(
-            student, teacher, processing_class, self.teacher_processing_class, args.kd_ratio
-        )
-        self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-        # Completions of the student are used by the divergence alone.
-        self._lmbda = args.lmbda if args.kd_ratio > 0 else 0.0
+        self.cached_teacher, self.num_common_tokens, self.teacher_token_ids = None, None, None
+        self.teacher_context = None
+        if cache is not None:
+            vocab_size = student.config.get_text_config().vocab_size
+            self.cached_teacher = CachedTeacher(cache, get_tokenizer(processing_class), vocab_size)
+        else:
+            self.num_common_tokens, self.teacher_token_ids = compare_vocabularies(
+                student, teacher, processing_class, self.teacher_processing_class, args.kd_ratio
+            )
+            self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+        self.row_encoder = build_encoder(processing_class, self.teacher_processing_class, args, self.cached_teacher)
+        # Completions of the student are used by the divergence alone, and need a teacher to read them.
+        self._lmbda = args.lmbda if args.kd_ratio > 0 and cache is None else 0.0
         if train_dataset is not None:
             train_dataset = self._encode_training_data(train_dataset, args)
         if isinstance(eval_dataset, dict):
@@ -170,7 +184,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             peft_config=peft_config,
         )
         self.compute_metrics = compute_metrics
-        self.teacher_model = self._prepare_teacher(teacher)
+        self.teacher_model = None if teacher is None else self._prepare_teacher(teacher)
         self._student_reader, self._teacher_reader = HeadReader("student"), HeadReader("teacher")
         self._generation_configs = build_generation_configs(
             self.generation_config,
@@ -194,6 +208,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
     # Data
 
     def _encode_training_data(self, dataset, args):
+        if self.cached_teacher is not None:
+            dataset = self.cached_teacher.attach(dataset)
         dataset = encode_rows(dataset, self.row_encoder, "training data")
         has_targets = "target_ids" in next(iter(dataset))
         if not has_targets and self._lmbda < 1 and not args.seq_kd:
@@ -298,7 +314,10 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         for name in ("num_target_tokens", "num_gold_tokens"):
             batch[name] = self.accelerator.gather(batch[name]).sum()
         names = [name for name in ("student_images", "teacher_images") if name in rows[0]]
-        return batch | {name: [row[name] for row in rows] for name in names}
+        batch |= {name: [row[name] for row in rows] for name in names}
+        if self._is_compared and self.cached_teacher is not None:
+            batch["cached_labels"] = [{name: row[name] for name in LABEL_COLUMNS if name in row} for row in rows]
+        return batch
 
     def _choose_origin(self, mode, has_targets):
         """Choose where the targets of a batch come from; all processes and a resumed run choose the same."""
@@ -427,11 +446,11 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _reduce(self, row_sums):
-        means = reduce_row_sums(row_sums, self.args.kd_ratio, self.args.kd_temperature)
+        kd_ratio = 0.0 if self.teacher_model is None and not self.model.training else self.args.kd_ratio
+        means = reduce_row_sums(row_sums, kd_ratio, self.args.kd_temperature)
         kept_mass = means.pop("kept_mass", None)
-        return (
-            means if self.teacher_token_ids is None or kept_mass is None else {**means, "teacher/kept_mass": kept_mass}
-        )
+        is_restricted = self.teacher_token_ids is not None or self.cached_teacher is not None
+        return {**means, "teacher/kept_mass": kept_mass} if is_restricted and kept_mass is not None else means
 
     def _call_wrapped(self, wrapped, function, *args, **kwargs):
         """Call `function(unwrapped, ...)` inside the forward of the wrapped model, as DDP, FSDP and ZeRO need."""
@@ -500,7 +519,14 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         return positions
 
     def _run_teacher(self, inputs, rows, indices):
-        """Return the teacher's hidden states that predict target tokens, of shape (N, D), and its head."""
+        """Return the teacher's hidden states that predict target tokens, of shape (N, D), and its head.
+
+        With a teacher cache: the labels of these positions, and `None`.
+        """
+        if self.cached_teacher is not None:
+            lengths = inputs["target_mask"].sum(-1).tolist()
+            labels = self.cached_teacher.build_labels(inputs["cached_labels"], lengths)
+            return labels.to(self.accelerator.device), None
         teacher_ids, teacher_mask = trim_padding(inputs["teacher_ids"], inputs["teacher_mask"])
         self.teacher_model.eval()
         with torch.no_grad():
@@ -524,10 +550,16 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             # DDP averages gradients over processes, but counts are those of all processes.
             num_processes = self.accelerator.num_processes
             num_target, num_gold = inputs["num_target_tokens"], inputs["num_gold_tokens"]
-        is_compared = self.num_common_tokens is not None and (args.kd_ratio > 0 or not self.model.training)
         kd_weight = args.kd_ratio * args.kd_temperature**2 * num_processes / num_target.clamp(min=1)
         ce_weight = (1 - args.kd_ratio) * num_processes / num_gold.clamp(min=1)
-        return kd_weight if is_compared else None, ce_weight
+        return kd_weight if self._is_compared else None, ce_weight
+
+    @property
+    def _is_compared(self):
+        """Whether student and teacher are compared: in training if the loss needs it, in evaluation if possible."""
+        if self.cached_teacher is not None:
+            return self.model.training and self.args.kd_ratio > 0
+        return self.num_common_tokens is not None and (self.args.kd_ratio > 0 or not self.model.training)
 
     def _objective_settings(self, kd_weight, ce_weight):
         teacher_token_ids = self.teacher_token_ids
@@ -603,7 +635,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         columns = {
             "prompt": [row["source_ids"] for row in rows],
             "completion": self.generate_as_student(rows, self._generation_configs.greedy_student),
-            "teacher": self.generate_as_teacher(rows),
+            "teacher": [[]] * len(rows) if self.teacher_model is None else self.generate_as_teacher(rows),
             "gold": [row.get("target_ids", []) for row in rows],
         }
         if self.accelerator.is_main_process:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints import check_hub_name, find_checkpoint_folder
 from ..errors import summarize_error
+from ..vocabulary import tokenizer_fingerprint
 from .data_files import read_data_file
 from .prompt_templates import load_prompt_template
 from .row_encoding import RowEncoder
@@ -147,12 +148,6 @@ def build_header(engine, settings: LabelSettings, teacher: str, prompt_settings:
         completions=None if completions is None else json.dumps(asdict(completions), sort_keys=True),
         rows_per_shard=settings.rows_per_shard,
     )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of which id each token has."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def _batches(dataset, first, last, size) -> Iterator[tuple[int, list[dict]]]:
