@@ -16,6 +16,7 @@ from ..checkpoints import find_source_folders, load_checkpoint
 from ..generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import Metric, ModelResults, RunResults
+from ..vocabulary import describe_embeddings, report_trim, trim_tokenizer
 from .decoder_only_job import KIND as TEACHER_KIND
 from .decoder_only_job import train_decoder_only
 from .distillation_config import Seq2SeqDistillationConfig
@@ -43,7 +44,7 @@ from .resuming import (
     last_complete_checkpoint,
     load_results,
 )
-from .row_encoding import LABELS_PADDING, encode_rows
+from .row_encoding import LABELS_PADDING, encode_rows, iterate_texts
 from .seq2seq_data import DataArguments, load_splits
 
 
@@ -85,6 +86,9 @@ class DistillArguments(DataArguments):
         student_from_teacher (`bool`, *optional*, defaults to `False`): Initialize a new student with the teacher's
             layers, two thirds in the encoder and one third in the decoder, by
             [`~encdec_slm.adaptation.from_decoder_only`], instead of `preset`.
+        trim_vocabulary (`bool`, *optional*, defaults to `False`): Give a new student only the teacher's tokens that
+            the training rows use, by [`~encdec_slm.vocabulary.trim_tokenizer`].
+        trimmed_vocabulary_size (`int`, *optional*): Keep only the most frequent of them.
         vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new teacher.
         teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only baseline of this preset. Not
             used with `teacher_model_name_or_path`, whose tokenizer a new student gets too.
@@ -92,19 +96,39 @@ class DistillArguments(DataArguments):
         teacher_learning_rate (`float`, *optional*, defaults to 1e-3): Of a new teacher.
         use_chat_template (`bool`, *optional*, defaults to `True`): Give the teacher each source as a message of the
             user, if it has a chat template. `False` gives it the plain text.
+        teacher_prompt_template (`str`, *optional*): Jinja template of what the teacher reads instead of the source: a
+            text with `{{`, or the path of a file. Its fields are the columns of the data, as in
+            [`~encdec_slm.trainers.prompt_templates.load_prompt_template`].
         compare_with_cross_entropy (`bool`, *optional*, defaults to `True`): Also train the same student without the
             teacher, for the same steps and rows.
+
+    Raises:
+        ValueError: The vocabulary of a student that is not new would be trimmed, or `trimmed_vocabulary_size` is given
+            without `trim_vocabulary`.
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Student to start from."})
     preset: str = field(default="1m", metadata={"help": "Size of a new student."})
     student_from_teacher: bool = field(default=False, metadata={"help": "Initialize a new student from its teacher."})
+    trim_vocabulary: bool = field(default=False, metadata={"help": "Keep only the teacher's tokens that rows use."})
+    trimmed_vocabulary_size: int | None = field(default=None, metadata={"help": "Most tokens to keep then."})
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
     teacher_preset: str | None = field(default=None, metadata={"help": "Train a new teacher of this preset's size."})
     teacher_num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of a new teacher."})
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of a new teacher."})
     use_chat_template: bool = field(default=True, metadata={"help": "Use the teacher's chat template, if it has one."})
+    teacher_prompt_template: str | None = field(default=None, metadata={"help": "Jinja text or file, with columns."})
     compare_with_cross_entropy: bool = field(default=True, metadata={"help": "Also train a student without teacher."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trim_vocabulary and self.model_name_or_path is not None:
+            raise ValueError(
+                "`trim_vocabulary` is for a new student, but `model_name_or_path` is given. Trim its vocabulary by "
+                "`encdec-slm adapt --trim-vocabulary` when it is made."
+            )
+        if self.trimmed_vocabulary_size is not None and not self.trim_vocabulary:
+            raise ValueError("`trimmed_vocabulary_size` requires `trim_vocabulary=True`.")
 
 
 def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) -> RunResults:
@@ -129,10 +153,13 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     checkpoints = _prepare_stages(args, training_args)
     training_args = copy.copy(training_args)
     training_args.predict_with_generate = True
-    splits = load_splits(args, training_args.seed)
+    splits = load_splits(args, training_args.seed, args.teacher_prompt_template)
     teacher, teacher_tokenizer, teacher_seconds = _load_or_train_teacher(args, training_args, splits, checkpoints)
     is_chat = args.use_chat_template and teacher_tokenizer.chat_template is not None
     splits = {split: as_prompts(rows, is_chat) for split, rows in splits.items()}
+    tokenizer = None
+    if args.model_name_or_path is None:
+        tokenizer = _build_student_tokenizer(args, training_args, teacher_tokenizer, splits)
 
     runs = {STUDENT: training_args}
     if args.compare_with_cross_entropy:
@@ -140,7 +167,7 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
         runs[BASELINE] = replace(training_args, output_dir=folder, kd_ratio=0.0, seq_kd=False)
     students = []
     for name, run_args in runs.items():
-        trainer, generation_config = _build_trainer(args, run_args, teacher, teacher_tokenizer, splits)
+        trainer, generation_config = _build_trainer(args, run_args, teacher, tokenizer, teacher_tokenizer, splits)
         seconds = train(trainer, checkpoints[name])
         metrics, predictions = _measure_student(trainer, splits["test"])
         entry = ModelResults(name, metrics, trainer.model.num_parameters(), seconds)
@@ -274,12 +301,11 @@ class _Student(NamedTuple):
     predictions: list[dict[str, str]]
 
 
-def _build_trainer(args, training_args, teacher, teacher_tokenizer, splits):
+def _build_trainer(args, training_args, teacher, tokenizer, teacher_tokenizer, splits):
     """Return the trainer of a student, and the generation config that is saved with it."""
     set_seed(training_args.seed)
     name = args.model_name_or_path
     if name is None:
-        tokenizer = _copy_tokenizer(teacher_tokenizer)
         if args.student_from_teacher:
             student = from_decoder_only(teacher, tokenizer=tokenizer)
         else:
@@ -307,15 +333,26 @@ def _build_trainer(args, training_args, teacher, teacher_tokenizer, splits):
     generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
     show_losses(trainer)
     logger.info(f"Training a student with {student.num_parameters():,} parameters in {training_args.output_dir}.")
+    if args.trim_vocabulary:
+        logger.info(describe_embeddings(student, tokenizer))
     return trainer, generation_config
 
 
-def _copy_tokenizer(teacher_tokenizer):
+def _build_student_tokenizer(args, training_args, teacher_tokenizer, splits):
+    """Copy the teacher's tokenizer for a new student; trim it to the training rows."""
     tokenizer = copy.deepcopy(teacher_tokenizer)
     tokenizer.chat_template = None  # the student reads plain text
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if not args.trim_vocabulary:
+        return tokenizer
+    rows = splits["train"]
+    if isinstance(rows, IterableDataset):  # as many as the run reads
+        batch_size = training_args.train_batch_size * training_args.gradient_accumulation_steps
+        rows = rows.take(training_args.max_steps * batch_size * training_args.world_size)
+    trimmed, _ = trim_tokenizer(tokenizer, iterate_texts(rows), max_size=args.trimmed_vocabulary_size)
+    logger.info(f"Trimmed vocabulary: {report_trim(trimmed, tokenizer, iterate_texts(splits['test']))}")
+    return trimmed
 
 
 def _measure_student(trainer, test):

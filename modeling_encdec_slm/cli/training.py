@@ -71,6 +71,8 @@ def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fal
     \b
       teacher_model_name_or_path   decoder-only teacher; without it, a new one of --teacher_preset
       model_name_or_path   student to start from; without it, a new model of --preset
+      trim_vocabulary      true keeps only the teacher's tokens that the rows use
+      teacher_prompt_template   file with instructions and examples around {{ source }}, for the teacher
       train_file           JSON, CSV or Parquet rows; columns source_column and target_column
       dataset_name         data set on the Hub, instead of train_file
       output_dir           folder of the run
@@ -84,6 +86,7 @@ def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fal
     Examples:
       encdec-slm distill
       encdec-slm distill --teacher_model_name_or_path NAME --train_file rows.jsonl
+      encdec-slm distill --preset 26m --teacher_model_name_or_path NAME --trim_vocabulary true --train_file rows.jsonl
       encdec-slm distill --config distill_predecessor --train_file rows.jsonl
       encdec-slm distill --config distill_docstrings --kd_ratio 0.5 --resume_from_checkpoint true
       encdec-slm distill --list-keys
