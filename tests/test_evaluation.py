@@ -145,6 +145,23 @@ def test_settings_that_the_evaluation_overrides_are_reported(finished, text_fold
         evaluate_checkpoint(model, "text", dataset_name=rows_file, **QUIET)
 
 
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_evaluated(finished, text_folder, rows_file, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_checkpoint(text_folder)
+    lora = LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "adapter")
+    options = {"dataset_name": rows_file, **QUIET}
+    for checkpoint, name in ((tmp_path / "adapter", "saved"), (model, "loaded")):
+        out = tmp_path / name
+        evaluate_checkpoint(checkpoint, "text", output_dir=out, processing_class=tokenizer, **options)
+    assert texts_in(tmp_path / "saved") == texts_in(tmp_path / "loaded") != texts_in(finished[1])
+
+
 @pytest.mark.parametrize("emoji", ["", "🙂"])
 def test_long_sources_are_truncated_in_their_text(text_folder, emoji):
     model, tokenizer = load_checkpoint(text_folder)

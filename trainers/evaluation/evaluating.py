@@ -56,7 +56,7 @@ def evaluate_checkpoint(
 
     Args:
         model_or_path (`str`, `Path` or [`~transformers.PreTrainedModel`]): A folder, a model on the Hub, or a loaded
-            model: any encoder-decoder for text, or a vision-text model of this family.
+            model, with a LoRA adapter or without: any encoder-decoder for text, or a vision-text model of this family.
         task (`str`): One of [`list_tasks`]. `"text"` is for other rows of text.
         output_dir (`str` or `Path`, *optional*): Folder of this model and task. `None` saves nothing.
         dataset_name (`str` or `Path`, *optional*): A data file, a folder of data files, or a data set on the Hub, with
@@ -129,7 +129,8 @@ def evaluate_checkpoint(
     scores = [found.score(text, example.references) for text, example in pairs]
     settings |= {"batch_size": batch_size, "num_bootstrap": num_bootstrap, "seed": seed}
     settings["overridden"] = generator.overridden
-    name = _model_name(model_or_path)
+    origin = _find_origin(model_or_path)
+    name = Path(origin).resolve().name if Path(origin).is_dir() else origin
     results = RunResults(
         kind="evaluation",
         task=task,
@@ -219,17 +220,15 @@ def _data_source(arguments, task):
     return DataSource(name, **{key: value or defaults[key] for key, value in options.items()})
 
 
-def _model_name(model_or_path):
-    path = model_or_path
-    if isinstance(path, PreTrainedModel):
-        path = path.name_or_path or type(path).__name__
-    return Path(path).resolve().name if Path(path).is_dir() else str(path)
+def _find_origin(model_or_path):
+    """Return the path or name of a model, or the name of its class."""
+    if isinstance(model_or_path, (str, Path)):
+        return str(model_or_path)
+    return getattr(model_or_path, "name_or_path", None) or type(model_or_path).__name__
 
 
 def _build_command(arguments):
-    model = arguments["model_or_path"]
-    if isinstance(model, PreTrainedModel):
-        model = model.name_or_path or type(model).__name__
+    model = _find_origin(arguments["model_or_path"])
     skipped = ("model_or_path", "processing_class", "show_progress")
     options = {"model": public_path(model) or str(model)}
     options |= {name: value for name, value in arguments.items() if name not in skipped}

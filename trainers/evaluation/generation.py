@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def load_model(
         raise ValueError(f"`dtype` is {dtype!r}, but must be {', '.join(DTYPES)}, or None for that of the weights.")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    if isinstance(model_or_path, PreTrainedModel):
+    if not isinstance(model_or_path, (str, Path)):
         model = move_to_device(model_or_path.eval(), device)
         model = model if dtype is None else model.to(getattr(torch, dtype))
         if not model.config.is_encoder_decoder:
