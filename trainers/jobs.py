@@ -21,10 +21,12 @@ from matplotlib.figure import Figure
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
+    PrinterCallback,
     ProgressCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
 )
 
 from ..checkpoints import INCOMPLETE_PREFIX
@@ -47,7 +49,7 @@ OBSOLETE_FILES = (
 
 
 class LossProgress(ProgressCallback):
-    """A progress bar with the last losses, instead of a printed `dict` per log."""
+    """Show the last losses in the progress bar, instead of a printed `dict` per log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None:
@@ -56,11 +58,20 @@ class LossProgress(ProgressCallback):
             self.training_bar.set_postfix(self._losses)
 
 
+class LossLogger(TrainerCallback):
+    """Log the losses of each step, instead of a printed `dict` per log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = [f"{name} {float(logs[name]):.3f}" for name in ("loss", "eval_loss") if name in logs]
+        if losses and state.is_world_process_zero:
+            logger.info(f"Step {state.global_step} of {state.max_steps}: {', '.join(losses)}.")
+
+
 def show_losses(trainer: Trainer) -> None:
-    """Replace the progress bar of a Trainer, if it has one, by [`LossProgress`]."""
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossProgress)
+    """Show losses in the progress bar of a Trainer, or in the log if it has none."""
+    is_quiet = trainer.args.disable_tqdm
+    trainer.remove_callback(PrinterCallback if is_quiet else ProgressCallback)
+    trainer.add_callback(LossLogger if is_quiet else LossProgress)
 
 
 def set_generation_config(
@@ -215,8 +226,8 @@ def save_run(
         trainer.save_model(str(temporary), _internal_call=True)  # else it would be pushed from there
         if trainer.is_world_process_zero():
             generation_config.save_pretrained(temporary)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
-            (temporary / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+            if lines := [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]:
+                (temporary / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
             figures["loss"] = draw_losses(trainer.state.log_history)
             for name, figure in figures.items():
                 figure.savefig(temporary / f"{name}.png")

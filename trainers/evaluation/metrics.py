@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from .vqa_answers import vqa_accuracy
 
@@ -37,7 +38,8 @@ def summary_scores(prediction: str, references: Sequence[str]) -> dict[str, floa
 
 @cache
 def _rouge_scorer():
-    return RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+    # With its default tokenizer, rouge-score adds a handler to the root logger, which prints every log line again.
+    return RougeScorer(list(ROUGE_TYPES), tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
 def docstring_scores(prediction: str, references: Sequence[str]) -> dict[str, float]:
