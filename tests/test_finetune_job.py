@@ -178,6 +178,16 @@ def test_an_unfinished_run_is_continued(finished, run, tmp_path, by_path):
     assert resumed.saved.metrics == finished[1].saved.metrics
 
 
+def test_a_checkpoint_of_another_folder_does_not_open_a_foreign_folder(run, tmp_path):
+    run(tmp_path / "run", **SAVING)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        run(tmp_path / "mine", resume_from_checkpoint=checkpoint)
+    assert run(tmp_path / "new", resume_from_checkpoint=checkpoint).train_steps == 2
+
+
 def test_a_checkpoint_that_does_not_exist_is_refused(run, tmp_path):
     for value in ("true", str(tmp_path / "checkpoint-7")):
         with pytest.raises(ValueError, match="`resume_from_checkpoint`"):

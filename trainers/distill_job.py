@@ -38,6 +38,7 @@ from .jobs import (
 from .new_models import preset_config
 from .resuming import (
     check_output_dir,
+    contains_checkpoint,
     find_checkpoint,
     has_unfinished_run,
     is_resumed,
@@ -213,9 +214,8 @@ def _find_checkpoints(folders, resume_from_checkpoint):
     has_teacher = TEACHER in folders and _find_teacher(folders[TEACHER]) is not None
     if str(resume_from_checkpoint).lower() != "true":
         checkpoint = find_checkpoint(folders[STUDENT], resume_from_checkpoint)
-        parent = Path(checkpoint).resolve().parent
-        name = next((name for name, folder in folders.items() if Path(folder).resolve() == parent), STUDENT)
-        checkpoints[name] = checkpoint
+        owners = [name for name, folder in folders.items() if contains_checkpoint(folder, checkpoint)]
+        checkpoints[owners[0] if owners else STUDENT] = checkpoint
     elif not has_teacher and not any(checkpoints.values()):
         find_checkpoint(folders[STUDENT], "true")  # raises
     if TEACHER in folders and not has_teacher and checkpoints[STUDENT] is not None:

@@ -34,7 +34,7 @@ from ..run_results import Metric, RunResults, comparison_table, format_table
 from .evaluation.metrics import text_scores
 from .evaluation.results import mean_with_interval
 from .figures import draw_losses
-from .resuming import RESULTS_NAME, remove_checkpoints
+from .resuming import RESULTS_NAME, contains_checkpoint, remove_checkpoints
 
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
     """Train from a checkpoint, or from the start; return the seconds."""
     if checkpoint is not None:
         logger.info(f"Continuing from {checkpoint}.")
-    elif trainer.is_world_process_zero():
+    if not contains_checkpoint(trainer.args.output_dir, checkpoint) and trainer.is_world_process_zero():
         remove_checkpoints(trainer.args.output_dir)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)

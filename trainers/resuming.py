@@ -86,8 +86,9 @@ def check_output_dir(
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in names if matches_any(name, RUN_FILES)]
     earlier = load_results(folder)
-    is_known = earlier.kind == kind if earlier is not None else checkpoint is not None
-    if checkpoint is None and (is_known or earlier is None) and has_unfinished_run(folder):
+    is_continued = contains_checkpoint(folder, checkpoint)
+    is_known = earlier.kind == kind if earlier is not None else is_continued
+    if not is_continued and (is_known or earlier is None) and has_unfinished_run(folder):
         raise ValueError(
             f"{str(folder)!r} has checkpoints of an unfinished run. Set `resume_from_checkpoint` to true to continue "
             "it, or `output_dir` to another folder."
@@ -106,6 +107,11 @@ def load_results(folder: str | Path) -> RunResults | None:
         return RunResults.load(Path(folder) / RESULTS_NAME)
     except ValueError:
         return None
+
+
+def contains_checkpoint(folder: str | Path, checkpoint: str | None) -> bool:
+    """Return whether a checkpoint is one of those of the run in a folder."""
+    return checkpoint is not None and Path(checkpoint).resolve().parent == Path(folder).resolve()
 
 
 def has_unfinished_run(folder: str | Path) -> bool:
