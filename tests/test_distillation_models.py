@@ -277,6 +277,17 @@ def test_settings_that_have_no_effect_are_refused(settings, arguments, names, tm
         build_trainer(tmp_path, build(), make_teacher(), arguments, **settings)
 
 
+def test_a_teacher_that_cannot_be_loaded_is_refused_by_name(tmp_path):
+    adapted = adapt(make_teacher(), "CAUSAL_LM")
+    folder = save_folder(tmp_path / "adapter", adapted, make_tokenizer())
+    with pytest.raises(ValueError, match=r"adapter.*`base_model_name_or_path`"):
+        build_trainer(tmp_path, build(), folder)
+    (tmp_path / "empty").mkdir()
+    for name in ("nobody/no-such-teacher", str(tmp_path / "nowhere" / "teacher"), str(tmp_path / "empty")):
+        with pytest.raises(ValueError, match=name):
+            build_trainer(tmp_path, build(), name)
+
+
 def test_a_missing_teacher_and_settings_of_another_class_are_refused(tmp_path):
     arguments = {"train_dataset": Dataset.from_list(ROWS), "processing_class": make_tokenizer()}
     with pytest.raises(ValueError, match="`teacher_model_name_or_path`"):

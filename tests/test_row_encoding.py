@@ -172,6 +172,12 @@ def test_a_batch_with_some_targets_and_a_tokenizer_without_an_end_are_refused():
         RowEncoder(words(), max_target_length=0)
 
 
+def test_images_that_a_text_model_does_not_read_are_warned_of(caplog):
+    rows = [{"source": "w10", "image": "a.png"}]
+    encode_rows(Dataset.from_list(rows), RowEncoder(words()), "training data")
+    assert [(record.levelname, "`image`" in record.message) for record in caplog.records] == [("WARNING", True)]
+
+
 def test_text_is_encoded_without_the_code_for_images(monkeypatch):
     monkeypatch.setitem(sys.modules, "encdec_slm.trainers.image_rows", None)
     assert build_row_encoder(words(), max_source_length=4).collate([{"source": "w10", "target": "w20"}])

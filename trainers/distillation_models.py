@@ -21,7 +21,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import is_peft_available
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import check_hub_name, load_checkpoint
+from ..errors import summarize_error
 from .distillation_config import Seq2SeqDistillationConfig
 from .teacher_cache import TeacherCache
 from .vocabulary import count_common_tokens, find_teacher_token_ids
@@ -30,7 +31,7 @@ from .vocabulary import count_common_tokens, find_teacher_token_ids
 logger = logging.getLogger(__name__)
 
 # Arguments of `from_pretrained` that also say where the config and the tokenizer of a model are.
-LOCATION_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "trust_remote_code")
+LOCATION_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
@@ -135,18 +136,27 @@ def load_teacher(
     kwargs |= _rename_dtype(args.teacher_model_init_kwargs)
     if Path(teacher).is_dir():  # transformers ignores the subfolder of a local adapter
         teacher = str(Path(teacher, kwargs.pop("subfolder", "")))
+    elif "token" not in kwargs:
+        kwargs["local_files_only"] = not check_hub_name(teacher, kwargs.get("revision"))
     location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
-    config = _teacher_config(teacher, location)
+    try:
+        model = _load_causal_model(teacher, location, _without_device_map(kwargs, args))
+    except (OSError, KeyError, ImportError, RuntimeError) as error:
+        raise ValueError(f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}).") from error
+    return model, {"pretrained_model_name_or_path": teacher, **location}
+
+
+def _load_causal_model(name, location, kwargs):
+    config = _load_config(name, location)
     if config.is_encoder_decoder:
-        raise ValueError(_wrong_teacher(teacher))
+        raise ValueError(_wrong_teacher(name))
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForImageTextToText if has_images and not is_causal else AutoModelForCausalLM
-    kwargs = _without_device_map(kwargs, args)
-    model, info = auto_class.from_pretrained(teacher, output_loading_info=True, **kwargs)
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if info["missing_keys"]:  # a backbone without its head, which would be initialized randomly
-        raise ValueError(_wrong_teacher(teacher))
-    return model, {"pretrained_model_name_or_path": teacher, **location}
+        raise ValueError(_wrong_teacher(name))
+    return model
 
 
 def load_teacher_cache(
@@ -177,17 +187,19 @@ def load_teacher_cache(
     return cache
 
 
-def _teacher_config(name, location):
+def _load_config(name, location):
     """Load the config of a model, or of the base model of an adapter."""
     if is_peft_available():
         from transformers.utils.peft_utils import find_adapter_config_file
 
-        keys = ("revision", "subfolder", "token", "cache_dir")
-        options = {key: location[key] for key in keys if key in location}
+        options = {key: value for key, value in location.items() if key != "trust_remote_code"}
         if find_adapter_config_file(name, **options) is not None:
             from peft import PeftConfig
 
-            name = PeftConfig.from_pretrained(name, **options).base_model_name_or_path
+            adapter = PeftConfig.from_pretrained(name, **options)
+            if not adapter.base_model_name_or_path:
+                raise ValueError(f"The adapter {name!r} does not name its base model. Set `base_model_name_or_path`.")
+            name = adapter.base_model_name_or_path
             location = {key: value for key, value in location.items() if key not in ("revision", "subfolder")}
     return AutoConfig.from_pretrained(name, **location)
 

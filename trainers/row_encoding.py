@@ -359,6 +359,8 @@ def encode_rows(
             f"{', '.join(first)}. Rename them."
         )
     dropped = [column for column in first if column not in encoder.kept_columns]
+    if images := {"images", "image"}.intersection(dropped):
+        logger.warning(f"The {name} has images (`{images.pop()}`), which a text model does not read.")
     options = {"batched": True, "with_indices": True, "remove_columns": dropped}
     if isinstance(dataset, IterableDataset):
         return dataset.map(_count_while_reading(encoder, counts), **options)
