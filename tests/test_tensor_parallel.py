@@ -13,9 +13,11 @@ from transformers import AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
 
 from conftest import (
+    build_config,
     build_model,
     build_source,
     build_target_ids,
+    build_vision_config,
     build_vision_inputs,
     build_vision_model,
 )
@@ -55,14 +57,20 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("kind", ["gated text", "plain text", "vision"])
-def test_two_processes_compute_what_one_does(kind, tmp_path):
+def build(kind):
+    """A model and its inputs."""
     if kind == "vision":
-        model = build_vision_model()
-        inputs = build_vision_inputs(model.config, [[(11, 16)], []])
-    else:
-        model = build_model(gated_mlp=kind == "gated text", attention_bias=True, mlp_bias=True, head_dim=16)
-        inputs = build_source(9, 5, 7)
+        model = build_vision_model(build_vision_config(build_config(vocab_size=98)))
+        return model, build_vision_inputs(model.config, [[(11, 16)], []])
+    fields = {}
+    if kind == "untied":
+        fields = {"tie_word_embeddings": False, "gated_mlp": False, "attention_bias": True, "mlp_bias": True}
+    return build_model(vocab_size=98, **fields), build_source(9, 5, 7)
+
+
+@pytest.mark.parametrize("kind", ["text", "untied", "vision"])
+def test_two_processes_compute_what_one_does(kind, tmp_path):
+    model, inputs = build(kind)
     model.save_pretrained(tmp_path)
     context = multiprocessing.get_context("fork")
     port = free_port()

@@ -322,6 +322,12 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+LAYER_TP_PLAN = {
+    **{f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
+    **{f"layers.*.mlp.{name}": "colwise" for name in ("gate_proj", "up_proj")},
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
 
 
 class EncDecSLMPreTrainedModel(PreTrainedModel):
@@ -402,12 +408,8 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
     """Encode the source. Holds the one embedding table of the model, since it alone is used without a decoder."""
 
     _can_record_outputs = {"attentions": EncDecSLMAttention, "hidden_states": EncDecSLMEncoderLayer}
-    _tp_plan = {
-        **{f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
-        **{f"layers.*.mlp.{name}": "colwise" for name in ("gate_proj", "up_proj")},
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
+    # The table is sharded like the output head, which may be tied to it.
+    _tp_plan = {"embed_tokens": "embedding_rowwise", **LAYER_TP_PLAN}
 
     def __init__(self, config: EncDecSLMConfig):
         super().__init__(config)
@@ -459,7 +461,7 @@ class EncDecSLMDecoder(EncDecSLMPreTrainedModel):
         "hidden_states": EncDecSLMDecoderLayer,
     }
     _tp_plan = {
-        **EncDecSLMEncoder._tp_plan,
+        **LAYER_TP_PLAN,
         **{f"layers.*.cross_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
         "layers.*.cross_attn.o_proj": "rowwise",
     }
