@@ -93,10 +93,12 @@ def find_checkpoint_folder(
     return folder
 
 
-def check_hub_name(name_or_path: str | Path, revision: str | None = None) -> bool:
+def check_hub_name(
+    name_or_path: str | Path, revision: str | None = None, *, repo_type: str = "model", token: str | None = None
+) -> bool:
     """Check that something that is not a local folder is a repository on the Hub.
 
-    transformers retries an unreachable Hub for half a minute; this asks once.
+    transformers and datasets retry an unreachable Hub for half a minute; this asks once.
 
     Returns:
         `bool`: `False` when the Hub cannot be reached, so that only files in the local cache can be used.
@@ -119,7 +121,8 @@ def check_hub_name(name_or_path: str | Path, revision: str | None = None) -> boo
     if constants.is_offline_mode():
         return False
     try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        options = {"repo_type": repo_type, "token": token, "timeout": HUB_TIMEOUT_SECONDS}
+        HfApi().repo_info(name, revision=revision, **options)
     except (HFValidationError, HfHubHTTPError) as error:
         if getattr(getattr(error, "response", None), "status_code", 400) >= 500:
             return False

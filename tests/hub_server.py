@@ -87,11 +87,12 @@ class Repository:
 class Hub:
     """A server on a free port; a context manager whose `endpoint` is the value of `HF_ENDPOINT`.
 
-    With `interrupted_after`, uploads of large files fail after so many have arrived.
+    Access to the names in `gated` is refused. With `interrupted_after`, uploads of large files fail after so many have
+    arrived.
     """
 
     def __init__(self, folder):
-        self.folder, self.repositories, self.requests = Path(folder), {}, []
+        self.folder, self.repositories, self.requests, self.gated = Path(folder), {}, [], set()
         self.interrupted_after, self.lock = None, threading.Lock()
         (self.folder / "lfs").mkdir(parents=True)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
@@ -158,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer hf_")
 
     def repository(self, name, writes=False):
+        if name in self.hub.gated:
+            raise Problem(403, "GatedRepo", f"Access to {name} is restricted. Visit /{name} to ask for access.")
         repository = self.hub.repositories.get(name)
         owns = self.user == name.partition("/")[0]
         if repository is None or (repository.private and not owns):
@@ -175,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.validate(json.loads(self.body)["content"])
             case ["api", "repos", "create"]:
                 self.create(json.loads(self.body))
+            case ["api", "datasets", owner, name, *_]:
+                self.repository(f"{owner}/{name}")
             case ["api", "models", owner, name, *rest]:
                 self.model(f"{owner}/{name}", rest)
             case [owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git"):

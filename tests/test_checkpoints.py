@@ -260,7 +260,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch, tmp_path):
 
 
 class HubThatIsDown:
-    def model_info(self, *args, **kwargs):
+    def repo_info(self, *args, **kwargs):
         raise ConnectionError("no network")
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from encdec_slm_cli import main
+from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
@@ -351,6 +352,58 @@ def test_a_repository_is_built_from_a_checkpoint_and_its_results(folder, rows_fi
     shown = printed("publish", folder, tmp_path / "repository", "--results", results, "--facts", facts)
     assert "nothing was uploaded" in shown
     assert "one CPU core" in (tmp_path / "repository" / "README.md").read_text("utf-8")
+
+
+# The Hub
+
+
+READING = {
+    "generate": "generate {name} text",
+    "evaluate": "evaluate {name} --task text --dataset-name {rows}",
+    "evaluate on a data set": "evaluate {folder} --task text --dataset-name {name}",
+    "export": "export {name} {out}",
+    "export onnx": "export {name} {out} --format onnx",
+    "adapt": "adapt {name} {out}",
+    "demo": "demo --model {name} --revision main",
+    "label": "label {name} {rows} {out} --distributions topk:4",
+    "label a data set": "label {teacher} {name} {out} --distributions topk:4",
+    "finetune": "finetune --model_name_or_path {name} --train_file {rows} --output_dir {out} --use_cpu true",
+    "finetune on a data set": "finetune --dataset_name {name} --output_dir {out} --use_cpu true",
+    "finetune vision": "finetune --task vision --tasks digits --num_train_rows 4 --model_name_or_path {name} "
+    "--output_dir {out} --use_cpu true",
+    "distill": "distill --teacher_model_name_or_path {name} --train_file {rows} --output_dir {out} --use_cpu true",
+}
+
+
+@pytest.fixture
+def last_line(folder, decoder_only, rows_file, tmp_path, capfd):
+    """The last line that a command prints, which fails to read a name on the Hub and leaves no file."""
+
+    def run(command, name):
+        places = {"name": name, "rows": rows_file, "folder": folder, "teacher": decoder_only}
+        places["out"] = tmp_path / "out"
+        assert main([word.format(**places) for word in READING[command].split()]) == 1
+        output = capfd.readouterr().err
+        assert "Retry" not in output and "(`--debug`" not in output and not list(tmp_path.glob("out/*"))
+        return output.splitlines()[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("command", READING)
+def test_the_advice_of_the_hub_is_shown(command, hub, last_line, request):
+    if command.startswith("export"):
+        request.applymarker(pytest.mark.xfail(strict=False))
+    hub.gated.add("you/gated")
+    assert "Visit /you/gated to ask for access" in last_line(command, "you/gated")
+    assert "me/mistyped" in last_line(command, "me/mistyped")
+    assert len(hub.requests) < 12
+
+
+@pytest.mark.parametrize("command", READING)
+def test_an_unreachable_hub_is_asked_once(command, monkeypatch, last_line):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "me/mistyped" in last_line(command, "me/mistyped")
 
 
 @pytest.mark.parametrize(

@@ -429,7 +429,7 @@ def test_without_a_network_the_message_asks_for_local_files(monkeypatch):
     def no_network(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'rajpurkar/squad_v2' on the Hub")
 
-    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_dataset", no_network)
+    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_hub_dataset", no_network)
     with pytest.raises(ValueError, match="question, context, answers"):
         load_examples("squad_v2", find_task("squad_v2"))
 
@@ -441,7 +441,7 @@ def test_data_sets_of_the_hub_are_loaded_by_config_split_and_revision(monkeypatc
         asked.append((name, config, revision, split))
         return Dataset.from_list([{"document": "a", "summary": "b", **CODE[0]}])
 
-    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_dataset", record)
+    monkeypatch.setattr("encdec_slm.trainers.evaluation.task_rows.load_hub_dataset", record)
     load_examples("xsum", find_task("xsum"))
     task = find_task("code_x_glue_ct_code_to_text")
     load_examples("code", task, dataset_config="go", dataset_split="validation")

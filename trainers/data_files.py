@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
+from ..checkpoints import check_hub_name
 from ..errors import format_list, summarize_error
 from .prompt_templates import load_prompt_template
 
@@ -65,6 +67,29 @@ def _read_text_columns(path, columns, argument, template):
             check_text(row[column], column, where)
         texts = {name: row[column] for name, column in columns.items()}
         yield texts if render is None else {**texts, "teacher_prompt": render(row)}
+
+
+def load_hub_dataset(
+    name: str, config: str | None = None, *, revision: str | None = None, **options: Any
+) -> Dataset | DatasetDict | IterableDataset | IterableDatasetDict:
+    """Load a data set of the Hub or a local folder of data files; an unreachable Hub is asked once.
+
+    Args:
+        name (`str`): As [`~datasets.load_dataset`] takes it.
+        config (`str`, *optional*): Configuration of the data set.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        options: Passed to [`~datasets.load_dataset`].
+
+    Raises:
+        ValueError: The Hub refuses the name.
+    """
+    is_offline = datasets.config.HF_HUB_OFFLINE
+    if not Path(name).exists() and not check_hub_name(name, revision, repo_type="dataset"):
+        datasets.config.HF_HUB_OFFLINE = True  # use the cache
+    try:
+        return load_dataset(name, config, revision=revision, **options)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = is_offline
 
 
 def read_data_file(path: str | Path, argument: str = "path") -> Iterator[dict[str, Any]]:
@@ -220,4 +245,7 @@ def check_text(value: Any, column: str, where: str) -> None:
         )
 
 
-__all__ = ["check_columns", "check_data_folder", "check_text", "find_file_ending", "load_data_file", "read_data_file"]
+__all__ = [
+    *("check_columns", "check_data_folder", "check_text", "find_file_ending"),
+    *("load_data_file", "load_hub_dataset", "read_data_file"),
+]

@@ -4,12 +4,12 @@
 import logging
 from dataclasses import dataclass, field
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
 from ..errors import format_list, summarize_error
 from ..run_results import DataSource
-from .data_files import check_columns, check_data_folder, check_text, load_data_file
+from .data_files import check_columns, check_data_folder, check_text, load_data_file, load_hub_dataset
 from .prompt_templates import load_prompt_template
 from .tasks.docstrings import SPLITS, build_docstring_task
 
@@ -159,7 +159,7 @@ def load_named_splits(args: DatasetArguments, streaming: bool = False) -> dict[s
         ValueError: The dataset cannot be loaded, or has no split that is named `args.dataset_train_split`.
     """
     try:
-        loaded = load_dataset(
+        loaded = load_hub_dataset(
             args.dataset_name, args.dataset_config, revision=args.dataset_revision, streaming=streaming
         )
     except (OSError, ValueError, DatasetsError) as error:

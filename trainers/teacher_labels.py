@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints import check_hub_name, find_checkpoint_folder
 from ..errors import summarize_error
 from ..vocabulary import tokenizer_fingerprint
-from .data_files import read_data_file
+from .data_files import load_hub_dataset, read_data_file
 from .prompt_templates import load_prompt_template
 from .row_encoding import RowEncoder
 from .teacher_cache import (
@@ -298,7 +298,7 @@ def load_label_rows(
         dataset = Dataset.from_list(list(read_data_file(data, "data")))
     else:
         try:
-            dataset = load_dataset(data, split=split)
+            dataset = load_hub_dataset(data, split=split)
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The data set {data!r} could not be loaded ({summarize_error(error)}).") from error
     if len(dataset) == 0:
@@ -344,16 +344,18 @@ def build_engine(
     if name == "openai":
         loaded = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
         return OpenAIEngine(teacher, loaded, base_url, requests_per_minute=requests_per_minute)
-    if not Path(teacher).is_dir():
-        check_hub_name(teacher)
+    local_files_only = not Path(teacher).is_dir() and not check_hub_name(teacher)
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer or teacher)
+        loaded = AutoTokenizer.from_pretrained(tokenizer or teacher, local_files_only=local_files_only)
         if name == "ctranslate2":
             return CTranslate2Engine(find_checkpoint_folder(teacher), loaded, batch_tokens)
         if name == "vllm":
             return VLLMEngine(teacher, loaded)
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}).") from error
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, local_files_only=local_files_only)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}). Give the folder or the name of "
+            "a decoder-only model."
+        ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return TransformersEngine(model.to(device), loaded, batch_tokens)

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from ...errors import format_list, summarize_error
-from ..data_files import check_data_folder, find_file_ending, read_data_file
+from ..data_files import check_data_folder, find_file_ending, load_hub_dataset, read_data_file
 from ..image_rows import IMAGE_COLUMNS, as_image_list, keep_images_encoded
 from .tasks import EvaluationTask, Example
 
@@ -101,7 +101,7 @@ def _load_data_set(task, name, config, revision, split):
     try:
         if Path(name).is_dir():
             return _load_folder(Path(name), config, split, task.dataset_split)
-        return load_dataset(name, config, revision=revision, split=split or task.dataset_split)
+        return load_hub_dataset(name, config, revision=revision, split=split or task.dataset_split)
     except (OSError, ValueError, DatasetsError, pyarrow.lib.ArrowException) as error:
         check_data_folder(name)
         columns = ", ".join(names[0] for names in task.columns)
