@@ -28,7 +28,7 @@ from ..checkpoints import (
     write_folder,
 )
 from ..errors import format_list
-from ..export.bundles import MANIFEST, read_manifest
+from ..export_manifest import MANIFEST, read_manifest
 from ..run_results import RunResults
 from . import fresh_process
 from .eval_results import EVAL_RESULTS_FOLDER, load_evaluations, write_eval_results

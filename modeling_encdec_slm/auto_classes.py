@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers the models, processors and loaders with transformers' Auto classes and with CTranslate2's converters."""
-
-import contextlib
+"""Register the models and processors with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -17,7 +15,6 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_encdec_slm import EncDecSLMConfig
 from .configuration_encdec_vlm import EncDecVLMConfig
-from .export.ctranslate2_converter import register_loaders as _register_ctranslate2_loaders
 from .image_processing_encdec_vlm import EncDecVLMImageProcessor
 from .modeling_encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from .modeling_encdec_vlm import EncDecVLMForConditionalGeneration, EncDecVLMModel
@@ -41,6 +38,3 @@ AutoImageProcessor.register(
 AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
 # For processors of other families it is transformers' own pipeline.
 PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = EncDecVLMPipeline
-# CTranslate2 is optional, and a broken one is no reason to refuse everything else.
-with contextlib.suppress(ImportError):
-    _register_ctranslate2_loaders()

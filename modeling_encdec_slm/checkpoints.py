@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -218,7 +219,7 @@ def load_checkpoint(
         if _is_adapter(name, options):
             model = _load_adapter(name, options, adapter, dtype, kwargs)
         else:
-            _check_config(AutoConfig.from_pretrained(name, **options), name, family_only)
+            _check_config(_load_config(name, options), name, family_only)
             model = _load_weights(name, options, dtype, kwargs)
         processing_class = load_processing_class(name, model, **options)
     except (OSError, KeyError, ImportError, RuntimeError) as error:
@@ -290,16 +291,45 @@ def _load_adapter(name, options, adapter, dtype, kwargs):
     return model
 
 
+def _load_config(name, options):
+    if Path(name).is_dir():
+        read_config(Path(name, options["subfolder"]))
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r} could not be loaded as an encoder-decoder ({summarize_error(error)}). Give a folder that "
+            "`save_pretrained` wrote, or the name of a model on the Hub."
+        ) from error
+
+
 def _load_weights(name, options, dtype, kwargs):
+    # Sizes that differ are refused below by name; transformers refers to a report that may not be visible.
     model, info = AutoModelForSeq2SeqLM.from_pretrained(
-        name, dtype=dtype, output_loading_info=True, **options, **kwargs
+        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **kwargs
     )
+    _check_sizes(name, model, info)
     if info["missing_keys"]:
         raise ValueError(
             f"{name!r} has no weights for {format_list(sorted(info['missing_keys']))}. Give a folder that holds a "
             "complete `...ForConditionalGeneration`."
         )
     return model
+
+
+def _check_sizes(name, model, info):
+    differences = [
+        f"{key} has shape {list(found)}, but config.json requires {list(expected)}"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if model.config.model_type in MODEL_TYPES:
+        extra = [key for key in info["unexpected_keys"] if re.search(r"\.layers\.\d+\.", key)]
+        differences += [f"{key} is in a layer that config.json does not have" for key in sorted(extra)]
+    if differences:
+        raise ValueError(
+            f"The weights of {name!r} do not fit its config.json: {format_list(differences, 3)}. Give a folder whose "
+            "files were saved together."
+        )
 
 
 def _check_config(config: PreTrainedConfig, name, family_only):

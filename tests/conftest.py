@@ -22,7 +22,7 @@ from encdec_slm import (
 from encdec_slm.configuration_encdec_vlm import grid_shape, num_image_tokens
 
 
-pytest_plugins = ("hub_server", "reference_files")
+pytest_plugins = ("export_fixtures", "hub_server", "reference_files")
 # Matrices this small gain nothing from a second thread and lose much when cores are busy; nor do those of scripts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -101,14 +101,14 @@ def build_tokenizer(vocab_size=97, ends_sources=True, words=None, **options):
     return _finish_tokenizer(backend, ends_sources, options)
 
 
-def build_byte_tokenizer(ends_sources=True, image_token=None, words=(), **options):
+def build_byte_tokenizer(ends_sources=True, image_token=None, words=(), alphabet=None, **options):
     """A tokenizer of bytes, for any text: 260 tokens, and with `image_token` one more.
 
     `words` (with "Ġ" for a space) become tokens as well, with all their beginnings, from which they are merged.
     """
     merges = {word[:end]: (word[: end - 1], word[end - 1]) for word in words for end in range(2, len(word) + 1)}
-    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges]
-    vocab = {token: token_id for token_id, token in enumerate(alphabet)}
+    tokens = [*SPECIAL_TOKENS, *sorted(alphabet or pre_tokenizers.ByteLevel.alphabet()), *merges]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, list(merges.values())))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = token_decoders.ByteLevel()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
 import subprocess
 import sys
@@ -229,6 +230,22 @@ def test_missing_weights_are_refused(checkpoint, tiny_model):
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.decoder\.norm\.weight"):
         load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("fields", [{"intermediate_size": 60}, {"vocab_size": 100}, {"decoder_num_hidden_layers": 1}])
+def test_weights_that_do_not_fit_the_config_are_named(fields, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ValueError, match=r"model\.\w+\.(layers|embed_tokens)\..*config\.json"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"model_type": "unknown"}'])
+def test_a_folder_without_a_readable_config_is_named(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_checkpoint(tmp_path)
 
 
 def test_damaged_weights_name_the_folder(checkpoint):

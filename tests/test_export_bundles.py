@@ -1,29 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every export refuses, and folders that are whole or not there."""
+"""What all exporters share: which models they load and refuse, and folders that are complete or not there."""
 
+import contextlib
+import errno
 import json
-import shutil
+import os
 import sys
 
 import peft
 import pytest
 import torch
-from test_pipeline_encdec_slm import build_tokenizer
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
-from conftest import randomised
-from encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
-from encdec_slm.export import bundles
-from encdec_slm.export.bundles import (
-    MANIFEST,
-    bundle_written_whole,
-    check_tokenizer,
-    exportable,
-    read_manifest,
-    required,
-    tokenizer_hash,
-)
+from conftest import build_config, build_model, build_tokenizer, save_text_folder, save_vision_folder
+from encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel, export
+from encdec_slm.export import export_ctranslate2, export_onnx, onnx_export, onnx_tracing
+from encdec_slm.export.bundles import TELEMETRY_PACKAGE, import_engine, write_bundle
+from encdec_slm.export_manifest import MANIFEST, check_bundle_matches, check_tokenizer, read_manifest
 
 
 LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "SEQ_2_SEQ_LM"}
@@ -38,266 +32,244 @@ def checkpoint(tiny_model, tmp_path):
     return tmp_path / "model"
 
 
-def write_bundle(folder, tokenizer=None, overwrite=False, **files):
-    with bundle_written_whole(folder, "toy", tokenizer, overwrite) as (temporary, manifest):
-        manifest["answer"] = 42
-        for name, text in files.items():
-            (temporary / name).write_text(text)
-    return folder
+def write_export(model, folder, files=("weights",), **options):
+    with write_bundle(model, folder, "onnx", **options) as bundle:
+        for name in files:
+            (bundle.folder / name).write_text("12345")
+    return bundle
 
 
-# Which models
+def test_the_public_names_are_all_there():
+    expected = {
+        "CT2EncDecSLM",
+        "OpenVINOEncDecSLM",
+        "OrtEncDecSLM",
+        "export_ctranslate2",
+        "export_onnx",
+        "load_export",
+    }
+    assert set(export.__all__) == expected and all(hasattr(export, name) for name in expected)
+    with pytest.raises(AttributeError, match="export_tflite"):
+        _ = export.export_tflite
 
 
-def test_a_module_of_the_extra_is_given_and_a_missing_one_named(monkeypatch):
-    assert required("json.decoder") is json.decoder
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    for name in ("onnx", "no_such_engine.converters"):
-        package = name.partition(".")[0]
-        with pytest.raises(ImportError) as caught:
-            required(name)
-        expected = f"The package `{package}` is needed, but is not installed. Run `pip install encdec-slm[export]`."
-        assert str(caught.value) == expected
-
-
-def test_what_a_module_itself_lacks_is_not_put_down_to_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "half_an_engine.py").write_text("import what_it_needs")
+def test_engines_are_imported_without_their_telemetry(tmp_path, monkeypatch):
+    for name, code in {TELEMETRY_PACKAGE: "", "reporting": f"import {TELEMETRY_PACKAGE}"}.items():
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'what_it_needs'"):
-        required("half_an_engine")
+    with pytest.raises(ImportError, match=TELEMETRY_PACKAGE):
+        import_engine("reporting")
+    assert TELEMETRY_PACKAGE not in sys.modules and os.environ["ORT_DISABLE_TELEMETRY"]
 
 
-def test_a_given_model_is_copied_in_float32_and_eval_mode(tiny_model):
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"`{name}`.*encdec-slm\[export\]"):
+        export_onnx(build_model(), tmp_path / "out")
+
+
+# Models
+
+
+def test_a_given_model_is_copied_in_float32_and_evaluation_mode(tiny_model, tmp_path):
     tiny_model.to(torch.bfloat16).train()
-    model, tokenizer = exportable(tiny_model)
-    assert model is not tiny_model
-    assert not model.training
-    assert tiny_model.training
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    bundle = write_export(tiny_model, tmp_path / "out")
+    assert bundle.model is not tiny_model and not bundle.model.training and tiny_model.training
+    assert {value.dtype for value in bundle.model.parameters()} == {torch.float32}
     assert {value.dtype for value in tiny_model.parameters()} == {torch.bfloat16}
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert tokenizer is None
+    assert bundle.model.lm_head.weight is bundle.model.get_input_embeddings().weight
+    assert bundle.tokenizer is None
 
 
-@pytest.mark.parametrize("as_type", [str, lambda path: path])
-def test_a_folder_gives_its_model_and_its_tokenizer(as_type, checkpoint, tiny_model):
-    model, tokenizer = exportable(as_type(checkpoint))
-    assert all(torch.equal(value, tiny_model.state_dict()[name]) for name, value in model.state_dict().items())
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(build_tokenizer())
-    loaded = EncDecSLMForConditionalGeneration.from_pretrained(checkpoint)
-    assert tokenizer_hash(exportable(loaded)[1]) == tokenizer_hash(tokenizer)
-    other = build_tokenizer()
-    assert exportable(checkpoint, other)[1] is other
-
-
-def test_no_code_of_a_checkpoint_is_run(checkpoint):
+def test_a_folder_gives_its_model_and_tokenizer(checkpoint, tiny_model, tmp_path):
     (checkpoint / "modeling_encdec_slm.py").write_text("raise SystemExit('run')")
-    assert isinstance(exportable(checkpoint)[0], EncDecSLMForConditionalGeneration)
+    loaded = EncDecSLMForConditionalGeneration.from_pretrained(checkpoint)
+    for number, given in enumerate((checkpoint, str(checkpoint), loaded)):
+        bundle = write_export(given, tmp_path / str(number))
+        manifest = read_manifest(tmp_path / str(number), "onnx")
+        check_bundle_matches(manifest, tiny_model)
+        check_tokenizer(manifest, build_tokenizer())
+        assert (tmp_path / str(number) / "tokenizer.json").is_file()
+        assert manifest["files"].keys() | {MANIFEST} == {path.name for path in (tmp_path / str(number)).iterdir()}
+    other = build_tokenizer()
+    assert write_export(checkpoint, tmp_path / "other", tokenizer=other).tokenizer is other
+    assert isinstance(bundle.model, EncDecSLMForConditionalGeneration)
+
+
+def test_a_folder_of_a_vision_model_gives_its_processor(tmp_path):
+    save_vision_folder(tmp_path / "model")
+    write_export(tmp_path / "model", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"processor_config.json", "tokenizer.json"} <= names and not any(name.endswith(".py") for name in names)
+
+
+def test_a_folder_without_a_tokenizer_is_exported_with_a_warning(tiny_model, tmp_path, caplog):
+    tiny_model.save_pretrained(tmp_path / "model")
+    export_ctranslate2(tmp_path / "model", tmp_path / "out")
+    assert "no tokenizer" in caplog.text and str(tmp_path / "model") in caplog.text
+    assert read_manifest(tmp_path / "out", "ctranslate2")["tokenizer_sha256"] is None
+
+
+def test_a_config_and_weights_of_different_sizes_are_refused_by_the_name_of_a_weight(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 60}))
+    with pytest.raises(ValueError, match=r"mlp\.\w+\.weight .*56.*60"):
+        export_ctranslate2(checkpoint, tmp_path / "out")
 
 
 @PEFT_WARNS
 def test_adapters_are_refused_until_they_are_merged(tiny_model, checkpoint, tmp_path):
     config = peft.LoraConfig(**LORA, init_lora_weights=False)
     wrapped = peft.get_peft_model(EncDecSLMForConditionalGeneration.from_pretrained(checkpoint), config)
-    with pytest.raises(ValueError, match=r"is a PeftModel\w* with adapters.* Merge them first: .*merge_and_unload"):
-        exportable(wrapped)
     wrapped.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"holds adapters \(`adapter_config\.json`\).* Merge them first"):
-        exportable(tmp_path / "adapter")
     tiny_model.add_adapter(config)
-    with pytest.raises(ValueError, match="is a EncDecSLMForConditionalGeneration with adapters"):
-        exportable(tiny_model)
-    merged = peft.PeftModel.from_pretrained(
-        EncDecSLMForConditionalGeneration.from_pretrained(checkpoint), tmp_path / "adapter"
-    ).merge_and_unload()
-    weight = exportable(merged)[0].model.encoder.layers[0].self_attn.q_proj.weight
+    for given in (wrapped, tmp_path / "adapter", tiny_model):
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            write_export(given, tmp_path / "out")
+    base = EncDecSLMForConditionalGeneration.from_pretrained(checkpoint)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    weight = write_export(merged, tmp_path / "out").model.model.encoder.layers[0].self_attn.q_proj.weight
     assert not torch.equal(weight, tiny_model.model.encoder.layers[0].self_attn.q_proj.weight)
 
 
-def test_quantized_folders_are_refused_by_their_config(checkpoint):
+def test_quantized_models_are_refused(tiny_model, checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True).to_dict()
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"is quantized \(bitsandbytes\)\. Export the model that it was made from"):
-        exportable(checkpoint)
-
-
-class PackedTensor(torch.Tensor):
-    """A tensor of another class, as quantizers put in place of weights."""
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(48, 32).as_subclass(PackedTensor), torch.zeros(48, 32).to(torch.int8)])
-def test_quantized_weights_are_refused(weight, tiny_model):
+    with pytest.raises(ValueError, match=r"(?i)quantiz|bitsandbytes"):
+        write_export(checkpoint, tmp_path / "out")
     projection = tiny_model.model.decoder.layers[0].self_attn.q_proj
-    projection.weight = nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(
-        ValueError, match=r"has quantized weights \(model\.decoder\.layers\.0\.self_attn\.q_proj\.weig"
-    ):
-        exportable(tiny_model)
-
-
-def test_weights_of_torchao_are_refused(tiny_model):
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(tiny_model.model.decoder, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(
-        ValueError, match=r"has quantized weights \(model\.decoder\.layers\.0\.self_attn\.q_proj\.weig"
-    ):
-        exportable(tiny_model)
-
-
-def test_models_that_a_quantizer_loaded_are_refused(tiny_model):
-    tiny_model.hf_quantizer = object()
-    with pytest.raises(ValueError, match="has quantized weights"):
-        exportable(tiny_model)
+    projection.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"quantized weights \(model\.decoder\.layers\.0\.self_attn\.q_proj\.weight"):
+        write_export(tiny_model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("model_class", [EncDecSLMModel, EncDecSLMEncoderModel])
-def test_models_without_a_head_are_refused(model_class, tiny_config):
-    with pytest.raises(ValueError, match=f"is a {model_class.__name__}, which has no output head"):
-        exportable(model_class(tiny_config))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_without_a_head_is_exported_only_if_the_table_is_the_head(tied, tiny_config, tmp_path):
-    tiny_config.tie_word_embeddings = tied
-    whole = randomised(EncDecSLMForConditionalGeneration(tiny_config))
-    whole.model.save_pretrained(tmp_path)
-    if tied:
-        assert torch.equal(exportable(tmp_path)[0].lm_head.weight, whole.lm_head.weight)
-        return
-    with pytest.raises(ValueError, match=r"has no weights for lm_head\.weight, which would be random"):
-        exportable(tmp_path)
+def test_models_without_a_head_are_refused(model_class, tmp_path):
+    with pytest.raises(ValueError, match=f"{model_class.__name__} without an output head"):
+        write_export(model_class(build_config()), tmp_path / "out")
+    build_model(tie_word_embeddings=False).model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        write_export(tmp_path / "model", tmp_path / "out")
 
 
 def test_other_families_are_refused(tmp_path):
     sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes))
-    with pytest.raises(ValueError, match="is of `model_type` 't5', but this exports encdec_slm and encdec_vlm"):
-        exportable(model)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is of `model_type` 't5'"):
-        exportable(tmp_path)
-
-
-def test_weights_without_data_are_refused(tiny_config):
-    with torch.device("meta"):
-        model = EncDecSLMForConditionalGeneration(tiny_config)
-    with pytest.raises(ValueError, match="weights without data"):
-        exportable(model)
+    model.save_pretrained(tmp_path / "t5")
+    for given in (model, tmp_path / "t5"):
+        with pytest.raises(ValueError, match="'t5'"):
+            write_export(given, tmp_path / "out")
 
 
 @pytest.mark.parametrize("given", [None, 7, nn.Linear(2, 2), {"model": 1}])
-def test_what_is_no_model_is_refused(given):
-    with pytest.raises(TypeError, match=f"`model_or_path` is a {type(given).__name__}, but must be a model"):
-        exportable(given)
-
-
-def test_folders_that_are_no_checkpoints_are_refused(checkpoint, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no config\.json that can be read \(FileNotFoundError\)"):
-        exportable(tmp_path / "empty")
-    with pytest.raises(ValueError, match="is a file, but a folder is needed"):
-        exportable(checkpoint / "config.json")
-    for text, message in (("{", "JSONDecodeError"), ("[]", "`model_type` None")):
-        (checkpoint / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            exportable(checkpoint)
-
-
-def test_damaged_weights_are_named(checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(OSError, match=r"\.safetensors file of .* is damaged"):
-        exportable(checkpoint)
+def test_what_is_not_a_model_is_refused(given, tmp_path):
+    with pytest.raises(TypeError, match=f"`model_or_path` is a {type(given).__name__}"):
+        write_export(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # Folders
 
 
-def test_a_bundle_lists_its_files_and_holds_its_tokenizer(tmp_path):
-    folder = write_bundle(tmp_path / "new" / "out", build_tokenizer(), weights="12345", graph="")
-    manifest = read_manifest(folder, "other", "toy")
-    assert manifest["answer"] == 42
-    assert manifest["format"] == "toy"
-    assert manifest["files"].keys() | {MANIFEST} == {path.name for path in folder.iterdir()}
-    assert manifest["files"]["weights"] == 5
-    check_tokenizer(manifest, PreTrainedTokenizerFast.from_pretrained(folder))
+def export_to_onnx_files(model, folder, monkeypatch, **options):
+    """Run `export_onnx` without tracing."""
+    monkeypatch.setattr(onnx_export, "_export_dynamic", lambda model, folder, manifest: None)
+    return export_onnx(model, folder, **options)
 
 
-def test_a_bundle_that_fails_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), bundle_written_whole(tmp_path / "out", "toy", None) as (folder, _):
-        (folder / "weights").write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
+EXPORTERS = {
+    "ctranslate2": lambda model, folder, monkeypatch, **options: export_ctranslate2(model, folder, **options),
+    "onnx": export_to_onnx_files,
+}
 
 
-def test_a_full_folder_is_overwritten_only_if_asked(tmp_path):
-    folder = write_bundle(tmp_path / "out", build_tokenizer(), weights="old", graph="old", left="old")
+@pytest.fixture(params=EXPORTERS)
+def run_export(request, monkeypatch):
+    return lambda model, folder, **options: EXPORTERS[request.param](model, folder, monkeypatch, **options)
+
+
+def read_all(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_only_an_earlier_export_is_overwritten(run_export, tiny_model, tmp_path):
+    folder = tmp_path / "out"
+    run_export(tiny_model, folder, tokenizer=build_tokenizer())
+    before = read_all(folder)
+    with pytest.raises(ValueError, match="not empty"):
+        run_export(tiny_model, folder)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not empty, .* set `overwrite=True`"):
-        write_bundle(folder, weights="new")
-    assert (folder / "weights").read_text() == "old"
-    write_bundle(folder, overwrite=True, weights="new", graph="new")
-    # What the earlier export left is gone, what was never its is not.
-    assert {path.name for path in folder.iterdir()} == {"weights", "graph", MANIFEST, "notes.txt"}
-    assert read_manifest(folder, "toy")["tokenizer_sha256"] is None
-    (folder / MANIFEST).write_text("{")
-    assert read_manifest(write_bundle(folder, overwrite=True, weights="newer"), "toy")["files"] == {"weights": 5}
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        run_export(tiny_model, folder, overwrite=True)
+    (folder / "notes.txt").unlink()
+    assert read_all(folder) == before
+    run_export(tiny_model, folder, overwrite=True)
+    # Files that only the earlier export has are removed.
+    assert "tokenizer.json" not in read_all(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        write_bundle(tmp_path / "file", overwrite=True)
+        run_export(tiny_model, tmp_path / "file", overwrite=True)
 
 
-def test_missing_and_cut_files_are_named(tmp_path):
-    folder = write_bundle(tmp_path / "out", weights="12345", graph="123")
-    (folder / "weights").write_text("123")
-    with pytest.raises(
-        ValueError, match=r"^weights of .* has 3 bytes, but was written with 5: it was cut off or exch"
-    ):
-        read_manifest(folder, "toy")
-    (folder / "weights").unlink()
-    with pytest.raises(ValueError, match=r"weights of .* is missing, but was written with 5"):
-        read_manifest(folder, "toy")
+@pytest.mark.parametrize("relation", ["same", "inside", "around", "link"])
+def test_a_model_is_never_overwritten_by_its_export(run_export, relation, tmp_path):
+    model = tmp_path / "around" / "model"
+    save_text_folder(model)
+    os.symlink(model, tmp_path / "link")
+    before = read_all(model)
+    output = {"same": model, "inside": model / "onnx", "around": model.parent, "link": tmp_path / "link"}[relation]
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"source|not empty"):
+            run_export(model, output, **options)
+    assert read_all(model) == before
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": "toy", "files": 3}'])
-def test_folders_without_a_manifest_are_refused(text, tmp_path):
-    if text is not None:
-        (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=f"has no {MANIFEST} that can be read .* `export_ctranslate2` or"):
-        read_manifest(tmp_path, "toy")
+def test_a_link_to_another_folder_is_written_and_keeps_its_content_on_failure(run_export, tiny_model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    os.symlink(tmp_path / "disk", tmp_path / "out")
+    run_export(tiny_model, tmp_path / "out")
+    before = read_all(tmp_path / "disk")
+    with pytest.raises(ValueError, match="96"):
+        run_export(tiny_model, tmp_path / "out", overwrite=True, tokenizer=fail_to_save())
+    assert read_all(tmp_path / "disk") == before and (tmp_path / "out").is_symlink()
+    run_export(tiny_model, tmp_path / "out", overwrite=True)
+    assert read_all(tmp_path / "disk").keys() == before.keys()
 
 
-def test_an_export_of_another_kind_is_refused(tmp_path):
-    folder = write_bundle(tmp_path / "out", weights="")
-    with pytest.raises(ValueError, match="is an export to toy, but onnx or static is needed here"):
-        read_manifest(folder, "onnx", "static")
-
-
-def test_another_tokenizer_is_refused_whatever_its_size(tmp_path):
+def fail_to_save():
     tokenizer = build_tokenizer()
-    folder = write_bundle(tmp_path / "out", tokenizer)
-    manifest = read_manifest(folder, "toy")
-    check_tokenizer(manifest, build_tokenizer())
-    larger = build_tokenizer()
-    larger.add_tokens(["more"])
-    shutil.copytree(folder, tmp_path / "copy")
-    swapped_file = tmp_path / "copy" / "tokenizer.json"
-    swapped = json.loads(swapped_file.read_text())
-    vocabulary = swapped["model"]["vocab"]
-    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
-    swapped_file.write_text(json.dumps(swapped))
-    for other in (larger, PreTrainedTokenizerFast.from_pretrained(tmp_path / "copy")):
-        with pytest.raises(ValueError, match=r"The tokenizer \(sha256 \w{12}, 9[45] tokens\) .* its ids mean other"):
-            check_tokenizer(manifest, other)
-    # A bundle without one cannot tell.
-    check_tokenizer(read_manifest(write_bundle(tmp_path / "none"), "toy"), larger)
+    tokenizer.save_pretrained = lambda folder: (_ for _ in ()).throw(ValueError("96"))
+    return tokenizer
 
 
-def test_the_names_that_an_export_uses_are_all_there():
-    from encdec_slm import export
+def test_two_exports_into_one_folder_at_once_are_refused(run_export, tiny_model, tmp_path):
+    with write_bundle(tiny_model, tmp_path / "out", "onnx") as bundle:
+        with pytest.raises(ValueError, match="out"):
+            run_export(tiny_model, tmp_path / "out")
+        (bundle.folder / "weights").write_text("12345")
+    assert read_manifest(tmp_path / "out", "onnx")["files"]["weights"] == 5
 
-    assert {"export_ctranslate2", "CT2EncDecSLM"} <= set(export.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'export_tflite'"):
-        _ = export.export_tflite
-    assert bundles.FAMILY == ("encdec_slm", "encdec_vlm")
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError(errno.ENOSPC, "No space left on device")])
+def test_an_export_that_is_interrupted_leaves_nothing(error, tiny_model, tmp_path, monkeypatch):
+    def fail(graph):
+        raise error
+
+    monkeypatch.setattr(onnx_export, "trace", fail)
+    for options in ({}, {"static_lengths": [4]}, {"quantization": "int8"}):
+        with pytest.raises(error if isinstance(error, type) else OSError):
+            export_onnx(tiny_model, tmp_path / "new" / "out", **options)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    weights = onnx_tracing.SharedWeights(tmp_path)
+    with contextlib.suppress(FileNotFoundError):
+        (tmp_path / "model.onnx_data").unlink()
+    os.symlink("/dev/full", tmp_path / "model.onnx_data")
+    with pytest.raises(OSError, match="No space left"):
+        weights._store(torch.ones(5000).numpy())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an exported model writes what the model writes, on held-out rows."""
+"""Compare the generations of an export with those of its model."""
 
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation_encdec_slm import generated_lengths
 from .evaluation.metrics import text_scores
 from .evaluation.results import mean_with_interval
 
 
-def agreement(
+def measure_agreement(
     model: PreTrainedModel,
     exported: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -21,68 +22,56 @@ def agreement(
     max_new_tokens: int = 48,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Greedy targets of a model beside those of its export, in percent.
+    """Measure how many greedily generated tokens of a model and its export are equal, in percent.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): In float32, on the CPU.
-        exported: A `CT2EncDecSLM`, or anything else with `generate` of ids and a mask.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of both.
-        sources (`Sequence[str]`): Cut to what tokenizer and model allow.
-        references (`Sequence[str]`): What was to be written, equally many.
-        max_new_tokens (`int`, *optional*, defaults to 48): The most that is written, in tokens.
-        batch_size (`int`, *optional*, defaults to 16): Sources at a time.
+        model ([`~transformers.PreTrainedModel`]): The model in float32, on the CPU.
+        exported: An export with `generate`, such as [`~encdec_slm.export.CT2EncDecSLM`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of both.
+        sources (`Sequence[str]`): Truncated to what tokenizer and model allow.
+        references (`Sequence[str]`): Reference targets, one per source.
+        max_new_tokens (`int`, *optional*, defaults to 48): Longest target, in tokens.
+        batch_size (`int`, *optional*, defaults to 16): Sources per batch.
 
     Returns:
-        `dict`: `token_match` (positions where both targets have the same token, of those of the longer one),
-        `exact_match` (rows with equal targets), `rougeL_model` and `rougeL_exported` (against `references`).
+        `dict`: `token_match` (equal tokens per position of the longer target), `exact_match` (equal targets),
+        `rougeL_model` and `rougeL_exported` (against `references`).
     """
-    written = [
-        pair
-        for batch in _batches(tokenizer, sources, _longest_source(tokenizer, model), batch_size)
-        for pair in zip(
-            *(_targets(each, batch, model.generation_config, max_new_tokens) for each in (model, exported)),
-            strict=True,
-        )
-    ]
-    positions = [token == other for pair in written for token, other in zip_longest(*pair)]
+    max_length = min(tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings)
+    pairs = []
+    for batch in _encode_batches(tokenizer, sources, max_length, batch_size):
+        targets = (_generate(each, batch, model.generation_config, max_new_tokens) for each in (model, exported))
+        pairs.extend(zip(*targets, strict=True))
+    positions = [token_id == other_id for pair in pairs for token_id, other_id in zip_longest(*pair)]
     texts = [
         [text.strip() for text in tokenizer.batch_decode(targets, skip_special_tokens=True)]
-        for targets in zip(*written, strict=True)
+        for targets in zip(*pairs, strict=True)
     ]
     return {
         "token_match": round(100 * sum(positions) / len(positions), 2),
-        "exact_match": round(100 * sum(first == second for first, second in written) / len(written), 2),
-        "rougeL_model": _rouge(texts[0], references),
-        "rougeL_exported": _rouge(texts[1], references),
+        "exact_match": round(100 * sum(first == second for first, second in pairs) / len(pairs), 2),
+        "rougeL_model": _mean_rouge(texts[0], references),
+        "rougeL_exported": _mean_rouge(texts[1], references),
     }
 
 
-def _rouge(texts, references):
+def _mean_rouge(texts, references):
     rows = [text_scores(text, [reference]) for text, reference in zip(texts, references, strict=True)]
     return mean_with_interval(rows)["rougeL"].value
 
 
-def _longest_source(tokenizer, model):
-    return min(tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings)
-
-
-def _batches(tokenizer, sources, max_length, batch_size) -> Iterator[dict[str, torch.Tensor]]:
+def _encode_batches(tokenizer, sources, max_length, batch_size) -> Iterator[dict[str, torch.Tensor]]:
     for start in range(0, len(sources), batch_size):
         texts = list(sources[start : start + batch_size])
         encoded = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         yield {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _targets(model, batch, generation_config, max_new_tokens):
-    """Ids of each target, from the first token to the end of the text."""
-    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)[:, 1:]
-    eos_token_id = generation_config.eos_token_id
-    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return [_until_end(row, ends) for row in sequences.tolist()]
+def _generate(model, batch, config, max_new_tokens):
+    """Return the ids of each target, up to its end token."""
+    sequences = model.generate(**batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False)
+    lengths = generated_lengths(sequences, config.eos_token_id, config.pad_token_id)
+    return [row[1:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
 
 
-def _until_end(ids, ends):
-    return ids[: next((place for place, token_id in enumerate(ids, start=1) if token_id in ends), len(ids))]
-
-
-__all__ = ["agreement"]
+__all__ = ["measure_agreement"]

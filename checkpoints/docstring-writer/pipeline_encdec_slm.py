@@ -55,7 +55,7 @@ class Text2TextGenerationPipeline(Pipeline):
                 f"`model` is a {type(model).__name__}, but this pipeline needs an encoder-decoder that generates. "
                 'Load it with `AutoModelForSeq2SeqLM`; for a decoder-only model use the "text-generation" pipeline.'
             )
-        super().__init__(model, tokenizer, task=task, **kwargs)
+        super().__init__(model, tokenizer, task=task, **_with_device(model, kwargs))
         if self.tokenizer is None:
             raise ValueError("`tokenizer` is None, but the model reads token ids. Pass the tokenizer of the model.")
         if hasattr(self.model, "check_tokenizer"):
@@ -263,6 +263,9 @@ class EncDecVLMPipeline(ImageTextToTextPipeline):
     Args: as in [`~transformers.ImageTextToTextPipeline`].
     """
 
+    def __init__(self, model, *args, **kwargs):
+        super().__init__(model, *args, **_with_device(model, kwargs))
+
     def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **processing_kwargs):
         is_chat = not isinstance(inputs, (str, list, tuple, dict))
         is_continued = is_chat and (continue_final_message or inputs.messages[-1]["role"] == "assistant")
@@ -282,6 +285,11 @@ class EncDecVLMPipeline(ImageTextToTextPipeline):
         model_inputs = model_inputs.to(dtype=self.dtype)
         model_inputs["text"] = text
         return model_inputs
+
+
+def _with_device(model, kwargs):
+    """Arguments of a pipeline that leave an exported model (one with a `check_tokenizer`) where it was loaded."""
+    return {**kwargs, "device": model.device} if hasattr(model, "check_tokenizer") else kwargs
 
 
 def _without_none(params):

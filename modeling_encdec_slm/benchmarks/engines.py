@@ -13,13 +13,13 @@ from transformers import CompileConfig
 from ..checkpoints import write_folder
 from ..errors import require_package
 from ..export import export_ctranslate2, export_onnx
-from ..export.onnx_model import _session
-from ..export.onnx_quantization import quantized_graphs
-from ..export.onnx_runtime import DynamicEngine, Graph
-from ..export.openvino_model import Compiler, OpenVINOGraph
+from ..export.onnx_quantization import quantize_graphs
+from ..export.onnx_runtime import DynamicEngine, check_providers, open_onnxruntime_graph
+from ..export.onnx_tracing import SharedWeights
+from ..export.openvino_model import Compiler
 from ..generation_speed import token_seconds
 from .contenders import BASELINE, OURS, Contender
-from .decoder_only import decoder_only_spec, decoder_only_token_seconds, export_decoder_only
+from .decoder_only import build_decoder_only_spec, export_decoder_only, time_decoder_only_tokens
 
 
 # Source ids and a number of new tokens -> seconds from the call until each of them is known.
@@ -91,7 +91,7 @@ def _prepare_ctranslate2(model, contender, output_dir):
         export_ctranslate2(model, output_dir, contender.precision)
         return
     if contender.model == BASELINE:
-        spec = decoder_only_spec(model)
+        spec = build_decoder_only_spec(model)
     else:
         loaders = require_package("ctranslate2.converters.transformers")._MODEL_LOADERS
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
@@ -132,28 +132,22 @@ def _prepare_onnx(model, contender, output_dir):
         export_onnx(model, output_dir, quantization=quantization)
         return
     with write_folder(output_dir) as folder, tempfile.TemporaryDirectory(dir=output_dir.parent) as temporary:
-        export_decoder_only(model, Path(temporary if quantization else folder, DECODER_ONLY_FILE))
+        export_decoder_only(model, Path(temporary) if quantization else folder, DECODER_ONLY_FILE)
         if quantization:
-            for name, graph in quantized_graphs(Path(temporary), None):
-                require_package("onnx_ir").save(graph, folder / name, external_data=f"{name}_data")
+            for name, graph in quantize_graphs(Path(temporary), None):
+                SharedWeights(folder).write_graph(graph, name)
 
 
 def _load_onnx(contender, folder):
     if contender.engine == "openvino":
-        compiler = Compiler("CPU", contender.precision)
-
-        def open_graph(path):
-            return OpenVINOGraph(compiler(path))
+        open_graph = Compiler("CPU", contender.precision).open_graph
     else:
-
-        def open_graph(path):
-            return Graph(_session(path, ["CPUExecutionProvider"]))
-
+        open_graph = partial(open_onnxruntime_graph, providers=check_providers(None))
     config = contender.config
     if contender.model == OURS:
         return partial(_time_encoder_decoder, DynamicEngine(folder, config, open_graph), config.decoder_start_token_id)
     graph = open_graph(folder / DECODER_ONLY_FILE)
-    return lambda source_ids, num_new_tokens: decoder_only_token_seconds(graph, config, source_ids, num_new_tokens)[0]
+    return lambda source_ids, num_new_tokens: time_decoder_only_tokens(graph, config, source_ids, num_new_tokens)[0]
 
 
 def _time_encoder_decoder(engine, start_id, source_ids, num_new_tokens):

@@ -126,14 +126,16 @@ def _decode(origin, content):
 
 def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
     from encdec_slm.checkpoints import has_vision, load_checkpoint
-    from encdec_slm.export.bundles import MANIFEST
+    from encdec_slm.export_manifest import is_export
     from encdec_slm.pipeline_encdec_slm import EncDecVLMPipeline, Text2TextGenerationPipeline
 
-    if Path(name, subfolder or "", MANIFEST).is_file():
-        model, processing_class = _load_export(Path(name, subfolder or ""))
+    options = {"revision": revision, "subfolder": subfolder}
+    if is_export(name, **options):
+        from encdec_slm.export import load_export
+
+        model, processing_class = load_export(name, **options)
     else:
-        options = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
-        model, processing_class = load_checkpoint(name, **options)
+        model, processing_class = load_checkpoint(name, trust_remote_code=trust_remote_code, **options)
     if processing_class is None:
         raise ValueError(
             f"{name!r} has no tokenizer, so it cannot read a text. Save the tokenizer of the model there."
@@ -145,16 +147,6 @@ def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
     if image is None:
         return Text2TextGenerationPipeline(model, processing_class)
     return EncDecVLMPipeline(model=model, processor=processing_class)
-
-
-def _load_export(folder):
-    from encdec_slm import export
-    from encdec_slm.checkpoints import load_processing_class
-    from encdec_slm.export.bundles import read_manifest
-
-    is_ctranslate2 = read_manifest(folder, "ctranslate2", "onnx", "onnx-static")["format"] == "ctranslate2"
-    model = (export.CT2EncDecSLM if is_ctranslate2 else export.OrtEncDecSLM).from_pretrained(folder)
-    return model, load_processing_class(folder, model)
 
 
 def _generate(pipe, text, image, settings, truncation):

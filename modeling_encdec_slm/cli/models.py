@@ -190,7 +190,8 @@ def export(
         from encdec_slm.export import export_onnx
 
         options = {"quantization": quantization, "static_lengths": static_lengths or None, "overwrite": overwrite}
-        folder, loader = export_onnx(model, output, **options).resolve(), "OrtEncDecSLM"
+        calibration = _load_calibration_rows() if quantization == "int8_static" else None
+        folder, loader = export_onnx(model, output, calibration=calibration, **options).resolve(), "OrtEncDecSLM"
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"Wrote {size / 1e6:,.1f} MB in {quantization or 'float32'} to {folder}. Load it with\n")
     print(f"    {loader}.from_pretrained({str(folder)!r})", flush=True)
@@ -198,10 +199,17 @@ def export(
         _print_agreement(model, folder, loader, rows, static_lengths)
 
 
+def _load_calibration_rows(num_rows=32):
+    from encdec_slm.trainers.tasks.docstrings import build_docstring_task
+
+    sources = build_docstring_task()["test"]["source"]
+    return sources[:: max(1, len(sources) // num_rows)][:num_rows]
+
+
 def _print_agreement(model, folder, loader, num_rows, static_lengths):
     from encdec_slm import export
     from encdec_slm.checkpoints import load_checkpoint
-    from encdec_slm.trainers.engine_agreement import agreement
+    from encdec_slm.trainers.engine_agreement import measure_agreement
     from encdec_slm.trainers.tasks.docstrings import build_docstring_task
 
     original, tokenizer = load_checkpoint(model, dtype="float32")
@@ -211,7 +219,7 @@ def _print_agreement(model, folder, loader, num_rows, static_lengths):
         rows = rows.filter(lambda row: len(tokenizer(row["source"])["input_ids"]) <= max(static_lengths))
     rows = rows.select(range(min(num_rows, len(rows))))
     exported = getattr(export, loader).from_pretrained(folder)
-    scores = agreement(original, exported, tokenizer, rows["source"], rows["target"])
+    scores = measure_agreement(original, exported, tokenizer, rows["source"], rows["target"])
     print(f"\nOn {len(rows)} held-out rows of the docstring task, compared with the model in float32:")
     print(f"  equal tokens      {scores['token_match']:6.2f} %")
     print(f"  equal targets     {scores['exact_match']:6.2f} %")

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of this family for other runtimes: CTranslate2 and ONNX."""
+"""Exports to other runtimes: CTranslate2, ONNX Runtime and OpenVINO.
+
+A new engine is one module here with an exporter ([`~encdec_slm.export.bundles.write_bundle`]) and a model
+([`~encdec_slm.export.exported_model.ExportedModel`]), its names below, and its format in `FORMAT_FOLDERS` of
+`export_manifest.py` and in `MODEL_CLASSES` of `loading.py`.
+"""
 
 import importlib
 
 
-# Loaded when they are used: whoever wants one runtime does not wait for the others.
+# Imported on first use, so that one engine does not wait for the others.
 _MODULES = {
     "CT2EncDecSLM": "ctranslate2_model",
     "OpenVINOEncDecSLM": "openvino_model",
     "OrtEncDecSLM": "onnx_model",
     "export_ctranslate2": "ctranslate2_converter",
     "export_onnx": "onnx_export",
+    "load_export": "loading",
 }
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text models of this family for CTranslate2, by its own converter command or by [`export_ctranslate2`]."""
+"""Export text models to CTranslate2, and register them with its own converter."""
 
-import copy
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_encdec_slm import CUSTOM_PIPELINES
-from .bundles import bundle_written_whole, check_exportable, exportable, required
+from ..checkpoints import check_complete_model
+from .bundles import import_engine, write_bundle
 
 
 FORMAT = "ctranslate2"
@@ -19,7 +19,7 @@ QUANTIZATIONS = (
     *("int8", "int8_float32", "int8_float16", "int8_bfloat16"),
     *("int16", "float32", "float16", "bfloat16"),
 )
-# Names of `transformers` and what CTranslate2 calls the same function.
+# Names of functions in transformers and in CTranslate2.
 ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "GELU"),
     **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), "GELUTanh"),
@@ -27,7 +27,7 @@ ACTIVATIONS = {
     **{"quick_gelu": "GELUSigmoid", "relu": "RELU", "sigmoid": "Sigmoid", "tanh": "Tanh"},
 }
 ROPE_TYPES = ("default", "linear", "llama3")
-# A name that no token has.
+# Stands for a special token that the model does not have.
 NO_TOKEN = "<no token of this model>"
 
 
@@ -39,87 +39,88 @@ def export_ctranslate2(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The folder of a CTranslate2 model, for [`CT2EncDecSLM`] and for `ctranslate2.Translator`.
+    """Export a text model to CTranslate2. [`CT2EncDecSLM`] and `ctranslate2.Translator` load the folder.
 
     Args:
-        model_or_path ([`~transformers.PreTrainedModel`], `str` or `Path`): A text model of this family, a folder that
-            `save_pretrained` wrote, or the name of a repository on the Hub.
-        output_dir (`str` or `Path`): Where the export is to lie.
-        quantization (`str`, *optional*, defaults to `"int8"`): How weights are stored: `"int8"`, `"int8_float32"`,
-            `"int8_float16"`, `"int8_bfloat16"`, `"int16"`, `"float32"`, `"float16"` or `"bfloat16"`; the second part
-            is what is computed in beside the int8 products, float32 where there is none. A folder of any of them loads
-            everywhere: where a processor lacks a type, as most CPUs lack float16 and bfloat16,
-            CTranslate2 converts the weights to the nearest one that it has while it loads them.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` means the one beside the weights.
-            Without any, the export speaks ids only.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace an export that lies there.
+        model_or_path ([`~transformers.PreTrainedModel`], `str` or `Path`): A text model of this family, a folder, or a
+            name on the Hub.
+        output_dir (`str` or `Path`): Folder of the export.
+        quantization (`str`, *optional*, defaults to `"int8"`): Type of the stored weights: `"int8"`, `"int8_float32"`,
+            `"int8_float16"`, `"int8_bfloat16"`, `"int16"`, `"float32"`, `"float16"` or `"bfloat16"`. The second part
+            is the type of all other computations, float32 by default. CTranslate2 converts types that a device lacks
+            (most CPUs lack float16 and bfloat16) when it loads the model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` uses the tokenizer in the folder of
+            the model. Without any, the export takes ids only.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an earlier export in `output_dir`.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
         ImportError: CTranslate2 is not installed.
-        ValueError: `quantization` is unknown; the model has adapters, quantized weights or something that CTranslate2
-            cannot compute; the tokenizer has ids beyond its table; `output_dir` is in use.
+        ValueError: `quantization` is unknown, the model cannot be exported to CTranslate2, the tokenizer has ids that
+            the model lacks, or `output_dir` cannot be written.
         TypeError: `model_or_path` is neither a model nor a path.
     """
     if quantization not in QUANTIZATIONS:
-        raise ValueError(f"Unknown `quantization` {quantization!r}. Available: {', '.join(QUANTIZATIONS)}.")
-    required("ctranslate2")
-    model, tokenizer = exportable(model_or_path, tokenizer)
-    spec = model_spec(model, tokenizer)
-    spec.validate()
-    spec.optimize(quantization=quantization)
-    with bundle_written_whole(output_dir, FORMAT, tokenizer, overwrite) as (folder, manifest):
-        manifest["quantization"] = quantization
+        raise ValueError(f"`quantization` is {quantization!r}, but must be one of {', '.join(QUANTIZATIONS)}.")
+    import_engine("ctranslate2")
+    with write_bundle(model_or_path, output_dir, FORMAT, tokenizer=tokenizer, overwrite=overwrite) as bundle:
+        spec = build_spec(bundle.model, bundle.tokenizer)
+        spec.validate()
+        spec.optimize(quantization=quantization)
+        spec.save(str(bundle.folder))
         # `config.json` is CTranslate2's own.
-        model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
-        manifest["config"] = model.config.to_dict()
-        manifest["generation_config"] = model.generation_config.to_dict()
-        spec.save(str(folder))
+        configs = {
+            "config": bundle.model.config.to_dict(),
+            "generation_config": bundle.model.generation_config.to_dict(),
+        }
+        bundle.manifest.update(quantization=quantization, **configs)
     return Path(output_dir)
 
 
 class EncDecSLMLoader:
-    """What `ct2-transformers-converter` needs to know of the text family; registered by `import encdec_slm`."""
+    """Converts text models in CTranslate2's own converter, `ctranslate2.converters.TransformersConverter`."""
 
     architecture_name = "AutoModelForSeq2SeqLM"
 
     def get_model_class(self, config, model_class):
-        """`model_class`, before weights are read; refuses what could not be converted anyway."""
+        """Return `model_class`; refuse models that CTranslate2 cannot run before their weights are loaded."""
         _check_representable(config)
         return model_class
 
     def __call__(self, model, tokenizer):
-        check_exportable(model)
-        return model_spec(model.eval(), tokenizer)
+        check_complete_model(model, "model")
+        return build_spec(model.eval(), tokenizer)
 
     def smooth_activation(self, spec, activation_scales):
-        raise NotImplementedError(
-            "`--activation_scales` was given, but no smoothing is defined for this family. Leave it out."
-        )
+        raise NotImplementedError("`--activation_scales` is not supported for this family. Leave it out.")
 
 
 def register_loaders() -> None:
-    """Makes CTranslate2's own converter, thus `ct2-transformers-converter`, know this family's configs.
+    """Register this family with CTranslate2's own converter.
 
     Raises:
-        ImportError: CTranslate2 is not installed, or cannot be loaded.
+        ImportError: CTranslate2 is not installed.
     """
-    register_loader = required("ctranslate2.converters.transformers").register_loader
+    register_loader = import_engine("ctranslate2.converters.transformers").register_loader
     for name in ("EncDecSLMConfig", "EncDecVLMConfig"):
         register_loader(name)(EncDecSLMLoader)
 
 
-def model_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """The `ctranslate2.specs.TransformerSpec` of a text model, with weights and vocabulary.
+with contextlib.suppress(ImportError):
+    register_loaders()
+
+
+def build_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Build the `ctranslate2.specs.TransformerSpec` of a text model, with weights and vocabulary.
 
     Raises:
-        ValueError: CTranslate2 cannot compute the model, or the tokenizer has ids beyond its table.
+        ValueError: CTranslate2 cannot compute the model, or the tokenizer has ids that the model lacks.
     """
     _check_representable(model.config)
-    specs = required("ctranslate2.specs.transformer_spec")
-    from .ctranslate2_spec import NarrowInt8Spec  # derives from a class of CTranslate2
+    specs = import_engine("ctranslate2.specs.transformer_spec")
+    from .ctranslate2_spec import NarrowInt8Spec  # a subclass of CTranslate2's
 
     config = model.config
     options = _stack_options(config)
@@ -135,30 +136,29 @@ def model_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 def _check_representable(config):
     if config.model_type != "encdec_slm":
         raise ValueError(
-            f"The model is of `model_type` {config.model_type!r}, but CTranslate2 runs the text family only: its "
-            "encoder takes token ids and no images. Use `export_onnx`."
+            f"The model has `model_type` {config.model_type!r}, but CTranslate2 runs text models only. Use "
+            "`export_onnx`."
         )
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(
-            f"`hidden_act` is {config.hidden_act!r}, which CTranslate2 does not have; it has "
-            f"{', '.join(sorted(ACTIVATIONS))}. Use `export_onnx`."
+            f"`hidden_act` is {config.hidden_act!r}, but CTranslate2 has only {', '.join(sorted(ACTIVATIONS))}. Use "
+            "`export_onnx`."
         )
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ValueError(
-            f"`rope_parameters` are of type {rope_type!r}, but only {', '.join(ROPE_TYPES)} can be exported to "
-            "CTranslate2. Use `export_onnx`."
+            f"`rope_type` is {rope_type!r}, but only {', '.join(ROPE_TYPES)} can be exported to CTranslate2. Use "
+            "`export_onnx`."
         )
     if config.qk_norm and config.num_attention_heads > 1:
         raise ValueError(
-            f"`qk_norm` is True and there are {config.num_attention_heads} heads, but CTranslate2 norms the queries "
-            "of a cross-attention over all heads together, not each by itself, so it would write other text. Use "
-            "`export_onnx`."
+            f"`qk_norm` is True with {config.num_attention_heads} heads, but CTranslate2 normalizes the queries of a "
+            "cross-attention over all heads together instead of each head by itself. Use `export_onnx`."
         )
 
 
 def _stack_options(config):
-    activation = required("ctranslate2.specs.common_spec").Activation[ACTIVATIONS[config.hidden_act]]
+    activation = import_engine("ctranslate2.specs.common_spec").Activation[ACTIVATIONS[config.hidden_act]]
     return {
         "num_heads": config.num_attention_heads,
         "activation": activation,
@@ -186,7 +186,7 @@ def _set_encoder(spec, module):
     spec.layer_norm.gamma = module.norm.weight
     for layer_spec, layer in zip(spec.layer, module.layers, strict=True):
         layer_spec.self_attention = _self_attention(layer, module.rotary_emb)
-        _set_mlp(layer_spec.ffn, layer)
+        set_mlp(layer_spec.ffn, layer)
 
 
 def _set_decoder(spec, model):
@@ -196,15 +196,15 @@ def _set_decoder(spec, model):
     spec.layer_norm.gamma = module.norm.weight
     for layer_spec, layer in zip(spec.layer, module.layers, strict=True):
         layer_spec.self_attention = _self_attention(layer, module.rotary_emb)
-        _set_linear(layer_spec.attention.linear[0], layer.cross_attn.q_proj)
-        _set_linear(layer_spec.attention.linear[1], layer.cross_attn.k_proj, layer.cross_attn.v_proj)
-        _set_attention(layer_spec.attention, layer.cross_attn, layer.pre_cross_attn_layernorm)
-        _set_mlp(layer_spec.ffn, layer)
-    _set_linear(spec.projection, model.lm_head)
+        set_linear(layer_spec.attention.linear[0], layer.cross_attn.q_proj)
+        set_linear(layer_spec.attention.linear[1], layer.cross_attn.k_proj, layer.cross_attn.v_proj)
+        set_attention(layer_spec.attention, layer.cross_attn, layer.pre_cross_attn_layernorm)
+        set_mlp(layer_spec.ffn, layer)
+    set_linear(spec.projection, model.lm_head)
 
 
 def _self_attention(layer, rotary_emb):
-    attention_spec = required("ctranslate2.specs.attention_spec")
+    attention_spec = import_engine("ctranslate2.specs.attention_spec")
     module, config = layer.self_attn, layer.self_attn.config
     options = _attention_options(config)
     rope_type = config.rope_parameters["rope_type"] if module.use_rope else None
@@ -212,7 +212,7 @@ def _self_attention(layer, rotary_emb):
         options["rotary_scaling_type"] = attention_spec.RotaryScalingType.Linear
         options["rotary_scaling_factor"] = config.rope_parameters["factor"]
     elif rope_type != "default":
-        # CTranslate2 then divides each frequency by a number, of one list for short texts and another for long ones.
+        # CTranslate2 then divides each frequency by a factor, from one list for short inputs and one for long inputs.
         options["rotary_scaling_type"] = attention_spec.RotaryScalingType.Su
         lengths = ("original_max_position_embeddings", "max_position_embeddings")
         options |= dict.fromkeys(lengths, config.max_position_embeddings)
@@ -220,89 +220,100 @@ def _self_attention(layer, rotary_emb):
     if hasattr(spec, "rotary_scaling_long_factor"):
         divisors = _frequency_divisors(rotary_emb, module.use_rope)
         spec.rotary_scaling_long_factor = spec.rotary_scaling_short_factor = divisors
-    _set_linear(spec.linear[0], module.q_proj, module.k_proj, module.v_proj)
-    _set_attention(spec, module, layer.input_layernorm)
+    set_self_attention(spec, layer)
     return spec
 
 
 def _frequency_divisors(rotary_emb, use_rope):
-    """What turns the frequencies of the default rotation into those of a layer: infinity where it does not rotate."""
+    """Return the factors between default frequencies and those of a layer; infinity for a layer without rotation."""
     plain, _ = rotary_emb.compute_default_rope_parameters(rotary_emb.config)
     return plain / rotary_emb.inv_freq.cpu() if use_rope else torch.full_like(plain, torch.inf)
 
 
-def _set_attention(spec, module, norm):
+def set_self_attention(spec, layer):
+    module = layer.self_attn
+    set_linear(spec.linear[0], module.q_proj, module.k_proj, module.v_proj)
+    set_attention(spec, module, layer.input_layernorm)
+
+
+def set_attention(spec, module, norm):
+    """Set what self-attention and cross-attention have in common."""
     spec.layer_norm.gamma = norm.weight
-    _set_linear(spec.linear[-1], module.o_proj)
-    if module.config.qk_norm:
+    set_linear(spec.linear[-1], module.o_proj)
+    if has_qk_norm(module):
         spec.q_norm.gamma = module.q_norm.weight
         spec.k_norm.gamma = module.k_norm.weight
 
 
-def _set_mlp(spec, layer):
+def has_qk_norm(module) -> bool:
+    """Return whether an attention module normalizes queries and keys."""
+    return hasattr(getattr(module, "q_norm", None), "weight")
+
+
+def set_mlp(spec, layer):
     spec.layer_norm.gamma = layer.post_attention_layernorm.weight
-    if layer.mlp.gated:
-        _set_linear(spec.linear_0, layer.mlp.gate_proj)
-        _set_linear(spec.linear_0_noact, layer.mlp.up_proj)
+    if hasattr(layer.mlp, "gate_proj"):
+        set_linear(spec.linear_0, layer.mlp.gate_proj)
+        set_linear(spec.linear_0_noact, layer.mlp.up_proj)
     else:
-        _set_linear(spec.linear_0, layer.mlp.up_proj)
-    _set_linear(spec.linear_1, layer.mlp.down_proj)
+        set_linear(spec.linear_0, layer.mlp.up_proj)
+    set_linear(spec.linear_1, layer.mlp.down_proj)
 
 
-def _set_linear(spec, *modules):
-    """One matrix of several that read the same input, row below row."""
+def set_linear(spec, *modules):
+    """Set the weights of a linear spec from one or several layers that read the same input."""
     spec.weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
     if modules[0].bias is not None:
         spec.bias = torch.cat([module.bias for module in modules])
 
 
 def _set_vocabulary(spec, model, tokenizer):
-    tokens = vocabulary(model.config.vocab_size, tokenizer)
+    tokens = name_tokens(model.config.vocab_size, tokenizer)
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
     ids = model.generation_config
     start_id = start_token_id(ids)
-    eos_ids = listed_ids(ids.eos_token_id)
+    eos_ids = list_ids(ids.eos_token_id)
     unknown_id = next((i for i in (getattr(tokenizer, "unk_token_id", None), ids.pad_token_id) if i is not None), 0)
     spec.config.decoder_start_token = spec.config.bos_token = tokens[start_id]
     spec.config.eos_token = tokens[eos_ids[0]] if eos_ids else NO_TOKEN
     spec.config.unk_token = tokens[unknown_id]
-    # What a tokenizer adds to a source it has added already.
+    # The tokenizer adds special tokens to a source.
     spec.config.add_source_bos = spec.config.add_source_eos = False
     spec.config.layer_norm_epsilon = model.config.rms_norm_eps
 
 
 def start_token_id(generation_config: GenerationConfig) -> int:
-    """The id that every target begins with.
+    """Return the id that every target begins with.
 
     Raises:
-        ValueError: The generation config names none.
+        ValueError: The generation config has none.
     """
     for token_id in (generation_config.decoder_start_token_id, generation_config.bos_token_id):
         if token_id is not None:
             return token_id
     raise ValueError(
         "`decoder_start_token_id` and `bos_token_id` of the generation config are None, but every target begins with "
-        "a token. Set one of them."
+        "one of them. Set one."
     )
 
 
-def listed_ids(token_id: int | list[int] | None) -> list[int]:
-    """One, several or no ids, as a list."""
+def list_ids(token_id: int | list[int] | None) -> list[int]:
+    """Return one, several or no ids as a list."""
     if token_id is None:
         return []
     return list(token_id) if isinstance(token_id, (list, tuple)) else [token_id]
 
 
-def vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """A name for every id, each another one, by which CTranslate2 knows it: the token where there is one.
+def name_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Return a unique name for every id, as CTranslate2 requires: its token if it has one.
 
     Raises:
         ValueError: The tokenizer has ids beyond `vocab_size`.
     """
     known: dict[int, str] = {}
     for token, token_id in (tokenizer.get_vocab() if tokenizer is not None else {}).items():
-        # Of two tokens with one id, that which the tokenizer itself makes of the id.
+        # If two tokens have the same id, the one that the tokenizer makes of the id counts.
         if token_id not in known or tokenizer.convert_ids_to_tokens(token_id) == token:
             known[token_id] = token
     if known and max(known) >= vocab_size:
@@ -322,5 +333,5 @@ def vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> li
 
 
 def _is_text(token):
-    """Whether a file in UTF-8 can hold it: some tokenizers have tokens of bytes."""
+    """Return whether UTF-8 can encode a token: some tokenizers have tokens of bytes."""
     return isinstance(token, str) and token != "" and token.encode(errors="ignore").decode() == token

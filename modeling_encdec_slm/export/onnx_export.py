@@ -1,47 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model as ONNX graphs with free lengths, all weights once in one file beside them.
+"""Export a model to ONNX: with free lengths for CPUs, GPUs and browsers, or with fixed shapes for NPUs.
 
-A text model becomes `encoder_model.onnx`, `decoder_model.onnx` (the first step, which also makes the keys and values
-of the source) and `decoder_with_past_model.onnx` (every other step). For sources with images there are also
-`vision_encoder.onnx` and `embed_tokens.onnx`, and the encoder takes embeddings.
+A text model with free lengths becomes `encoder_model.onnx`, `decoder_model.onnx` (the first step, which also computes
+keys and values of the source) and `decoder_with_past_model.onnx` (all other steps). A vision-text model also has
+`vision_encoder.onnx` and `embed_tokens.onnx`, and its encoder reads embeddings.
+
+With fixed shapes there are two graphs per source length: `encoder_model_<length>.onnx`, which also computes keys and
+values of all cross-attentions, and `decoder_with_past_model_<length>.onnx`, which reads one token. They use only
+operators that QNN, OpenVINO and CoreML all accept.
 """
 
-import ast
-import contextlib
 import copy
-import logging
-import shutil
 import tempfile
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import onnx_quantization, onnx_static
-from .bundles import bundle_written_whole, exportable, required
+from ..checkpoints import has_vision
+from . import onnx_quantization
+from .bundles import Bundle, import_engine, write_bundle
 from .onnx_graphs import (
     DecoderGraph,
     DecoderWithPastGraph,
-    EmbeddedEncoderGraph,
     EmbeddingGraph,
     EncoderGraph,
+    StaticDecoderGraph,
+    StaticEncoderGraph,
     VisionGraph,
-    cache_names,
-    use_plain_attention,
+    set_plain_attention,
 )
-from .onnx_static import OPSET, WEIGHTS, SharedWeights, quiet_export
+from .onnx_tracing import OPSET, SharedWeights, describe_tensors, trace
+from .operators import SOURCES, find_unsupported
 
 
-FORM = "onnx"
-# Sizes of the traced inputs: all differ, so that no two free lengths are taken for one.
-TRACED = {"batch_size": 2, "source_length": 7, "target_length": 3, "past_length": 5, "num_tiles": 2}
-LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.*")
+FORMAT, STATIC_FORMAT = "onnx", "onnx-static"
+DEFAULT_TARGET_LENGTH = 128
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 
 
 def export_onnx(
@@ -54,261 +51,200 @@ def export_onnx(
     overwrite: bool = False,
     calibration: Iterable[str | Sequence[int]] | None = None,
 ) -> Path:
-    """The folder of an ONNX bundle, which `OrtEncDecSLM.from_pretrained` and any ONNX runtime read.
+    """Export a model to ONNX. [`OrtEncDecSLM`] and [`OpenVINOEncDecSLM`] load the folder.
 
-    It has the graphs, their weights (`model.onnx_data`, each stored once), config, generation config, tokenizer, and
-    a manifest with name, shape and dtype of all inputs and outputs. Masks are inputs of every graph that attends.
+    It holds the graphs, their weights (`model.onnx_data`, each stored once), config, generation config, tokenizer or
+    processor, and a manifest with the name, shape and dtype of all inputs and outputs.
 
     Args:
         model_or_path ([`~transformers.PreTrainedModel`], `str` or `Path`): A model of this family, a folder, or a name
             on the Hub.
-        output_dir (`str` or `Path`): Where the bundle is to lie.
-        static_lengths (`Sequence[int]` or `dict`, *optional*): Source lengths in tokens; makes graphs of fixed shape
-            for NPUs instead, see [`~encdec_slm.export.onnx_static.export_static`]. `None` leaves all lengths free.
-        quantization (`str`, *optional*): `"int8"` (weights when exported, activations when run) or `"int8_static"`
-            (both when exported, from calibration rows; of graphs of fixed shape, activations get 16 bits, as NPUs
-            want it). `None` means float32.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` means the one that lies beside the
-            weights.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace an export that lies in `output_dir`.
-        calibration (`Iterable`, *optional*): Sources for `"int8_static"`, like those that the model will read: texts,
-            or lists of token ids. `None` means 32 held-out functions of the docstring task.
+        output_dir (`str` or `Path`): Folder of the export.
+        static_lengths (`Sequence[int]` or `dict`, *optional*): Source lengths in tokens, for graphs of fixed shape; or
+            `{"source": lengths, "target": length}`, where the target length defaults to 128. `None` leaves all lengths
+            free. For text models.
+        quantization (`str`, *optional*): `"int8"` (activations are quantized at run time) or `"int8_static"` (with
+            scales measured on `calibration`). `None` exports float32, the only choice with `static_lengths`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): `None` uses the tokenizer in the folder of
+            the model.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an earlier export in `output_dir`.
+        calibration (`Iterable`, *optional*): Typical sources for `"int8_static"`, as texts or lists of token ids. A
+            few dozen are enough.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: The model cannot be exported, `quantization` is unknown, `calibration` is not used or empty, a
-            length does not fit, or `output_dir` is not empty.
-        TypeError: `model_or_path` is neither a model nor a path; a calibration row is neither text nor ids.
-        ImportError: The `export` extra is not installed.
+        ValueError: The model cannot be exported, an argument has an unknown value or does not fit the others, or
+            `output_dir` cannot be written.
+        TypeError: `model_or_path` is neither a model nor a path, or an argument has another type.
+        ImportError: A package of the `export` extra is not installed.
     """
     onnx_quantization.check_arguments(quantization, calibration, static_lengths)
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        required(name)
-    model, tokenizer = exportable(model_or_path, tokenizer)
-    form = FORM
-    if static_lengths is not None:
-        form = onnx_static.FORM
-        longest = model.config.get_text_config().max_position_embeddings
-        tokenizer = _limited(tokenizer, onnx_static.parse_static_lengths(static_lengths, longest)[0][-1])
-    with bundle_written_whole(output_dir, form, tokenizer, overwrite) as (folder, manifest):
-        is_calibrated = quantization == onnx_quantization.STATIC
-        rows = onnx_quantization.calibration_rows(calibration, model, tokenizer) if is_calibrated else None
+        import_engine(name)
+    format = FORMAT if static_lengths is None else STATIC_FORMAT
+    with write_bundle(model_or_path, output_dir, format, tokenizer=tokenizer, overwrite=overwrite) as bundle:
+        _check_rope(bundle.model.config.get_text_config())
         if static_lengths is not None:
-            onnx_static.export_static(model, folder, manifest, static_lengths, rows)
+            _export_static(bundle, static_lengths)
         elif quantization is None:
-            _write_graphs(model, folder, manifest)
+            _export_dynamic(bundle.model, bundle.folder, bundle.manifest)
         else:
-            inputs = onnx_quantization.calibration_inputs(model, rows) if is_calibrated else None
-            _write_quantized(model, folder, manifest, inputs)
-        manifest["quantization"] = quantization
-        _write_configs(model, folder)
+            _export_quantized(bundle, quantization, calibration)
+        bundle.manifest["quantization"] = quantization
+        _save_configs(bundle)
     return Path(output_dir)
-
-
-def _limited(tokenizer, max_length):
-    """A tokenizer that truncates to what the largest graph holds, where it is asked to truncate."""
-    if tokenizer is None or tokenizer.model_max_length <= max_length:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = max_length
-    return tokenizer
-
-
-@dataclass
-class Part:
-    """One graph to be: a module, and names and shapes of what goes in and comes out; a `str` is a free length."""
-
-    module: nn.Module
-    inputs: dict[str, tuple[int | str, ...]]
-    outputs: dict[str, tuple[int | str, ...]]
-
-
-def _parts(model):
-    """The graphs of a model by file name."""
-    config = model.config.get_text_config()
-    target, source = ("batch_size", "target_length"), ("batch_size", "source_length")
-    states = (*source, config.hidden_size)
-    heads, head_dim, depth = config.num_key_value_heads, config.head_dim, config.decoder_num_hidden_layers
-    cross = dict.fromkeys(cache_names(depth, "present", "encoder"), ("batch_size", heads, "source_length", head_dim))
-    lengths = {"first": "target_length", "past": "past_length", "grown": "past_length + target_length"}
-    own = {state: ("batch_size", heads, length, head_dim) for state, length in lengths.items()}
-    logits = {"logits": (*target, config.vocab_size)}
-    first = {name: cross.get(name, own["first"]) for name in cache_names(depth, "present", "decoder", "encoder")}
-    past = {name.replace("present", "past_key_values"): shape for name, shape in first.items()}
-    past = {name: own["past"] if ".decoder." in name else shape for name, shape in past.items()}
-    grown = dict.fromkeys(cache_names(depth, "present", "decoder"), own["grown"])
-    masked = {"encoder_attention_mask": source}
-    return {
-        **(_text_parts if model.config.model_type == "encdec_slm" else _vision_parts)(model, source, states),
-        "decoder_model.onnx": Part(
-            DecoderGraph(model),
-            {"input_ids": target, "encoder_hidden_states": states, **masked},
-            {**logits, **first},
-        ),
-        "decoder_with_past_model.onnx": Part(
-            DecoderWithPastGraph(model), {"input_ids": target, **masked, **past}, {**logits, **grown}
-        ),
-    }
-
-
-def _text_parts(model, source, states):
-    inputs = {"input_ids": source, "attention_mask": source}
-    return {"encoder_model.onnx": Part(EncoderGraph(model), inputs, {"last_hidden_state": states})}
-
-
-def _vision_parts(model, source, states):
-    config = model.config
-    side, width = config.tile_size, config.text_config.hidden_size
-    tiles = ("num_tiles", config.vision_config.num_channels, side, side)
-    features = {"image_features": ("num_tiles", config.patches_per_side**2, width)}
-    newline = {"image_newline": (width,)} if config.image_newline else {}
-    inputs = {"inputs_embeds": states, "attention_mask": source}
-    return {
-        "vision_encoder.onnx": Part(VisionGraph(model), {"pixel_values": tiles}, features | newline),
-        "embed_tokens.onnx": Part(EmbeddingGraph(model), {"input_ids": source}, {"inputs_embeds": states}),
-        "encoder_model.onnx": Part(EmbeddedEncoderGraph(model), inputs, {"last_hidden_state": states}),
-    }
-
-
-def _write_graphs(model, folder, manifest):
-    _check_rope(model.config.get_text_config())
-    use_plain_attention(model)
-    weights = SharedWeights(folder / WEIGHTS)
-    manifest.update(opset=OPSET, graphs={})
-    for name, part in _parts(model).items():
-        graph = _exported(part)
-        _write_graph(graph, folder / name, weights)
-        manifest["graphs"][name] = _described(graph)
-
-
-def _write_quantized(model, folder, manifest, inputs):
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-float-") as temporary:
-        _write_graphs(model, Path(temporary), manifest)
-        weights = SharedWeights(folder / WEIGHTS)
-        for name, graph in onnx_quantization.quantized_graphs(Path(temporary), inputs):
-            _write_graph(graph, folder / name, weights)
 
 
 def _check_rope(config):
     rope_type = config.rope_parameters["rope_type"]
-    if rope_type in LENGTH_DEPENDENT_ROPES:
+    if rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
         raise ValueError(
-            f'The model has `rope_type` "{rope_type}", whose frequencies change with the length of the input, but '
-            "those of a graph are fixed. Export a model of another type, such as "
-            '"default", "linear", "llama3" or "yarn".'
+            f"`rope_type` is {rope_type!r}, whose frequencies depend on the length of the input, but those of a graph "
+            "are constant. Export a model with another type, such as 'default', 'linear', 'llama3' or 'yarn'."
         )
 
 
-def _exported(part):
-    """The graph of a part, of plain operators, with our names for free lengths and the checkpoint's for weights."""
-    shapes = list(part.inputs.values())
-    inputs = [_traced_input(name, shape) for name, shape in part.inputs.items()]
-    free = [{axis: size for axis, size in enumerate(shape) if isinstance(size, str)} for shape in shapes]
-    if isinstance(part.module, DecoderWithPastGraph):
-        inputs, free = [*inputs[:2], tuple(inputs[2:])], [*free[:2], tuple(free[2:])]
-    with _quiet():
-        program = torch.onnx.export(
-            part.module.eval(),
-            tuple(inputs),
-            input_names=list(part.inputs),
-            output_names=list(part.outputs),
-            dynamic_shapes=tuple(free),
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=_translations(),
-            verbose=False,
-        )
-    graph = program.model
-    _name_weights(graph)
-    ir = required("onnx_ir")
-    for values, shapes in ((graph.graph.inputs, part.inputs), (graph.graph.outputs, part.outputs)):
-        for value in values:
-            value.shape = ir.Shape(shapes[value.name])
-    return graph
+def _save_configs(bundle):
+    config = copy.deepcopy(bundle.model.config)
+    # The folder has no code.
+    for name in ("auto_map", "custom_pipelines"):
+        config.__dict__.pop(name, None)
+    config.save_pretrained(bundle.folder)
+    bundle.model.generation_config.save_pretrained(bundle.folder)
 
 
-def _traced_input(name, shape):
-    sizes = [TRACED.get(size, size) for size in shape]
-    return torch.ones(sizes, dtype=torch.long) if name.endswith(("_ids", "_mask")) else torch.zeros(sizes)
+# Free lengths
 
 
-@contextlib.contextmanager
-def _quiet():
-    deduplication = logging.getLogger("onnx_ir.passes.common.initializer_deduplication")
-    level = deduplication.level
-    # It tells of weights that are outputs too, as a newline of images is.
-    deduplication.setLevel(logging.ERROR)
-    with quiet_export():
-        # Equal names of free lengths are one length, as is meant.
-        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
-        try:
-            yield
-        finally:
-            deduplication.setLevel(level)
+def _export_dynamic(model, folder, manifest):
+    set_plain_attention(model)
+    weights = SharedWeights(folder)
+    manifest.update(opset=OPSET, graphs={})
+    for name, graph in _dynamic_graphs(model).items():
+        traced = trace(graph)
+        weights.write_graph(traced, name)
+        manifest["graphs"][name] = describe_tensors(traced)
 
 
-def _translations():
-    """How operators of torch are written, where the exporter's own way has more nodes or copies more."""
-    op = required("onnxscript").opset20
-
-    def attention(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        num_heads, num_key_value_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-        # Query heads that share a key are rows of one query, so that keys and values are not repeated. In a shape, 0
-        # keeps a length and -1 takes what is left: no length is computed when the graph runs.
-        grouped = op.Reshape(op.Mul(query, scale), [0, num_key_value_heads, -1, head_dim])
-        scores = op.MatMul(grouped, op.Transpose(key, perm=[0, 1, 3, 2]))
-        scores = op.Add(op.Reshape(scores, [0, num_heads, -1, 0]), attn_mask)
-        probabilities = op.Reshape(op.Softmax(scores, axis=-1), [0, num_key_value_heads, -1, 0])
-        return op.Reshape(op.MatMul(probabilities, value), [0, num_heads, -1, head_dim])
-
-    def rms_norm(states, normalized_shape, weight=None, eps=None):
-        # In the form that runtimes know as one operator of theirs.
-        return op.Div(states, op.Sqrt(op.Add(op.ReduceMean(op.Pow(states, 2.0), [-1]), eps)))
-
+def _dynamic_graphs(model):
+    images = {}
+    if has_vision(model):
+        images = {"vision_encoder.onnx": VisionGraph(model), "embed_tokens.onnx": EmbeddingGraph(model)}
     return {
-        torch.ops.aten.scaled_dot_product_attention.default: attention,
-        torch.ops.aten.rms_norm.default: rms_norm,
+        **images,
+        "encoder_model.onnx": EncoderGraph(model, reads_embeddings=has_vision(model)),
+        "decoder_model.onnx": DecoderGraph(model),
+        "decoder_with_past_model.onnx": DecoderWithPastGraph(model),
     }
 
 
-def _name_weights(graph):
-    """Names transposed weights after the layers that multiply by them, and forgets where the code of nodes lies."""
-    for node in graph.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        if weight is not None and weight.const_value is not None and scopes is not None:
-            weight.name = f"{ast.literal_eval(scopes)[-2]}.weight_transposed"
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
+def _export_quantized(bundle: Bundle, quantization, calibration):
+    inputs = None
+    if quantization == onnx_quantization.STATIC:
+        inputs = onnx_quantization.calibration_inputs(bundle.model, bundle.tokenizer, calibration)
+    with tempfile.TemporaryDirectory(dir=bundle.folder) as temporary:
+        _export_dynamic(bundle.model, Path(temporary), bundle.manifest)
+        weights = SharedWeights(bundle.folder)
+        for name, graph in onnx_quantization.quantize_graphs(Path(temporary), inputs):
+            weights.write_graph(graph, name)
 
 
-def _write_graph(graph, path, weights):
-    weights.share(graph)
-    path.write_bytes(required("onnx_ir").to_proto(graph).SerializeToString())
+# Fixed shapes
 
 
-def _described(graph):
-    def tensors(values):
-        sizes = ([size if isinstance(size, int) else str(size) for size in value.shape] for value in values)
-        return [
-            {"name": value.name, "shape": shape, "dtype": value.dtype.numpy().name}
-            for value, shape in zip(values, sizes, strict=True)
-        ]
+def parse_static_lengths(static_lengths: Any, max_length: int) -> tuple[list[int], int]:
+    """Return the source lengths in ascending order, and the target length, from `static_lengths` of [`export_onnx`].
 
-    return {"inputs": tensors(graph.graph.inputs), "outputs": tensors(graph.graph.outputs)}
+    Args:
+        static_lengths (`Sequence[int]` or `dict`): Source lengths, or `{"source": lengths, "target": length}`. The
+            target length defaults to 128, or to `max_length` if that is smaller.
+        max_length (`int`): The longest source and target of the model, in tokens.
+
+    Raises:
+        TypeError: `static_lengths` has another type.
+        ValueError: There is no source length, or a length is less than 1 or greater than `max_length`.
+    """
+    lengths = static_lengths if isinstance(static_lengths, Mapping) else {"source": static_lengths}
+    source, target = lengths.get("source"), lengths.get("target", min(DEFAULT_TARGET_LENGTH, max_length))
+    are_integers = isinstance(source, Sequence) and all(type(length) is int for length in (*source, target))
+    if not are_integers or not lengths.keys() <= {"source", "target"}:
+        raise TypeError(
+            f"`static_lengths` is {static_lengths!r}, but must be a list of source lengths in tokens, such as "
+            '[64, 256], or {"source": [64, 256], "target": 64}.'
+        )
+    if not source or not all(1 <= length <= max_length for length in (*source, target)):
+        raise ValueError(
+            f"`static_lengths` has source lengths {list(source)} and target length {target}, but needs at least one "
+            f"source length, and all lengths between 1 and `max_position_embeddings` ({max_length})."
+        )
+    return sorted(set(source)), target
 
 
-def _write_configs(model, folder):
-    config = copy.deepcopy(model.config)
-    # The bundle has no code to load, whatever the checkpoint had.
-    for name in ("auto_map", "custom_pipelines"):
-        config.__dict__.pop(name, None)
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    origin = Path(model.config.name_or_path or ".")
-    if model.config.model_type == "encdec_vlm":
-        for path in (path for pattern in PROCESSOR_FILES for path in origin.glob(pattern)):
-            shutil.copy(path, folder)
+def _export_static(bundle, static_lengths):
+    model, manifest = bundle.model, bundle.manifest
+    if model.config.model_type != "encdec_slm":
+        raise ValueError(
+            f"`static_lengths` is given for a model of type {model.config.model_type!r}, but only text models have "
+            "graphs of fixed shape. Leave it out."
+        )
+    source_lengths, target_length = parse_static_lengths(static_lengths, model.config.max_position_embeddings)
+    _limit_lengths(bundle, source_lengths[-1], target_length)
+    set_plain_attention(model)
+    manifest.update(opset=OPSET, source_lengths=source_lengths, target_length=target_length, graphs={})
+    # The encoder is traced first, with the rotary embedding of the decoder still in its place.
+    traced = {"encoder_model": _trace_for_npus(StaticEncoderGraph(model, source_lengths[-1]))}
+    traced["decoder_with_past_model"] = _trace_for_npus(StaticDecoderGraph(model, target_length))
+    operators = sorted({node.op_type for graph in traced.values() for node in graph.graph})
+    manifest["operators"] = {"used": operators, "not_accepted": find_unsupported(operators), "lists": SOURCES}
+    weights = SharedWeights(bundle.folder)
+    for role, (stem, graph) in zip(("encoder", "decoder"), traced.items(), strict=True):
+        weights.share(graph)
+        for source_length in source_lengths:
+            name, proto = f"{stem}_{source_length}.onnx", _fix_source_length(graph, source_length)
+            (bundle.folder / name).write_bytes(proto.SerializeToString())
+            tensors = describe_tensors(import_engine("onnx_ir").from_proto(proto))
+            manifest["graphs"][name] = {"role": role, "source_length": source_length, **tensors}
+
+
+def _limit_lengths(bundle, source_length, target_length):
+    """Make tokenizer and generation config stop at the lengths of the graphs."""
+    config = bundle.model.generation_config
+    # The last token is generated, but not read.
+    config.max_length = min(config.max_length or target_length + 1, target_length + 1)
+    if bundle.tokenizer is not None and bundle.tokenizer.model_max_length > source_length:
+        bundle.tokenizer = copy.deepcopy(bundle.tokenizer)
+        bundle.tokenizer.model_max_length = source_length
+
+
+def _trace_for_npus(graph):
+    """Trace a graph; refuse operators that a runtime does not accept."""
+    traced = trace(graph)
+    refused = find_unsupported(node.op_type for node in traced.graph)
+    if reasons := [f"{runtime} does not accept {', '.join(names)}" for runtime, names in refused.items() if names]:
+        raise ValueError(
+            f"The graphs of this model need operators that NPUs do not run: {'; '.join(reasons)}. The usual cause is "
+            "an unusual `hidden_act`. Leave `static_lengths` out to export for CPUs and GPUs."
+        )
+    return traced
+
+
+def _fix_source_length(graph, source_length):
+    """Return a traced graph as a proto with a fixed source length and the shapes of all tensors."""
+    onnx = import_engine("onnx")
+    proto = import_engine("onnx_ir").to_proto(graph)
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = source_length
+    inputs = {value.name: value for value in proto.graph.input}
+    if "attention_mask" in inputs:  # the encoder, which knows its positions
+        proto.graph.input.remove(inputs["position_ids"])
+        positions = np.arange(source_length, dtype=np.int32)[None]
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(positions, "position_ids"))
+    del proto.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+
+
+__all__ = ["export_onnx", "parse_static_lengths"]

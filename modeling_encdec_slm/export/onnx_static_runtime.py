@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs graphs of fixed shape: pads sources to a bucket, and moves the cache of each row from step to step.
+"""Run graphs of fixed shape: pad each source to a bucket, and decode one token of one row at a time.
 
-Axes in shape comments: B batch, S source, T cached target, L decoder layers, K key/value heads, d width of a head,
+Axes in shape comments: B batch, S source, T target, L decoder layers, K key/value heads, d width of a head,
 V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-
-# What runs one graph: arrays by input name in, arrays in the order of its outputs out.
-Session = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
+from .onnx_runtime import OpenGraph
 
 
 @dataclass
 class StaticEncoding(BaseModelOutput):
-    """What the encoder gives for a batch: states of shape `(B, S, D)`, and what the cross-attentions read.
+    """Encoded sources: states of shape `(B, S, D)`, and what the cross-attentions read.
 
     `cross_key_values` has shape `(B, 2 * L, K, bucket, d)`: rows first, so that `generate` repeats them for beams.
     """
@@ -30,7 +27,7 @@ class StaticEncoding(BaseModelOutput):
 
 
 class StaticCache:
-    """Keys and values of the target: for each row the arrays that the last step gave, which the next one reads."""
+    """Keys and values of the target: for each row the tensors that the last step returned."""
 
     is_compileable = False
 
@@ -45,90 +42,95 @@ class StaticCache:
         self.rows = [self.rows[index] for index in beam_idx.tolist()]
 
     def activate_past_recording(self) -> None:
-        """What `generate` calls before it lets a draft be checked; always refused.
+        """Refuse drafts, for which `generate` calls this.
 
         Raises:
-            ValueError: A draft saves nothing here.
+            ValueError: Always.
         """
         raise ValueError(
-            "An assistant or `prompt_lookup_num_tokens` was given, but the graphs of a static bundle run one token "
-            "per call, so that a draft saves nothing. Leave it out, or export without `static_lengths`."
+            "An assistant or `prompt_lookup_num_tokens` is given, but graphs of fixed shape read one token per call, "
+            "so that a draft saves nothing. Leave it out, or export without `static_lengths`."
         )
 
 
 class StaticEngine:
-    """Encodes and decodes with the graphs of a static bundle, row by row, as each has room for one.
+    """Encodes and decodes with graphs of fixed shape, row by row.
 
     Args:
-        folder (`Path`): Where the bundle lies.
-        manifest (`dict`): What `read_manifest` gave for it.
-        open_session (`Callable[[Path], Session]`): Opens a graph; called once for each file that is needed.
+        folder (`Path`): Folder of the export.
+        manifest (`dict`): Its manifest.
+        open_graph (`OpenGraph`): Opens a graph in a runtime; called once for each file, when it is needed.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], open_session: Callable[[Path], Session]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], open_graph: OpenGraph):
         self.source_lengths, self.target_length = manifest["source_lengths"], manifest["target_length"]
-        self._folder, self._open_session = folder, open_session
-        self._graphs = {(graph["role"], graph["source_length"]): name for name, graph in manifest["graphs"].items()}
-        inputs = manifest["graphs"][self._graphs["decoder", self.source_lengths[0]]]["inputs"]
-        self._own_names = [tensor["name"] for tensor in inputs if ".decoder." in tensor["name"]]
-        self._cross_names = [tensor["name"] for tensor in inputs if ".encoder." in tensor["name"]]
-        self._cache_shape = next(tuple(tensor["shape"]) for tensor in inputs if ".decoder." in tensor["name"])
-        self._sessions = {}
+        self._folder, self._open_graph = folder, open_graph
+        self._names = {(graph["role"], graph["source_length"]): name for name, graph in manifest["graphs"].items()}
+        self._shapes = {
+            name: {
+                kind: {each["name"]: tuple(each["shape"]) for each in graph[kind]} for kind in ("inputs", "outputs")
+            }
+            for name, graph in manifest["graphs"].items()
+        }
+        inputs = self._shapes[self._names["decoder", self.source_lengths[0]]]["inputs"]
+        self._past_shapes = {name: shape for name, shape in inputs.items() if ".decoder." in name}
+        self._cross_names = [name for name in inputs if ".encoder." in name]
+        self._graphs = {}
 
-    def _session(self, role, source_length):
-        name = self._graphs[role, source_length]
-        if name not in self._sessions:
-            self._sessions[name] = self._open_session(self._folder / name)
-        return self._sessions[name]
+    def _run(self, role, bucket, inputs):
+        """Run a graph; return its outputs in order."""
+        name = self._names[role, bucket]
+        if name not in self._graphs:
+            self._graphs[name] = self._open_graph(self._folder / name, None)
+        return list(self._graphs[name](inputs, self._shapes[name]["outputs"]).values())
 
     def encode(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> StaticEncoding:
-        """What the decoder needs to know of sources.
+        """Encode sources.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, source_length)`): Token ids.
-            attention_mask (`torch.Tensor` of shape `(batch_size, source_length)`, *optional*): 1 for tokens that are
-                read, 0 for padding. `None` reads all.
+            attention_mask (`torch.Tensor` of shape `(batch_size, source_length)`, *optional*): 1 for tokens, 0 for
+                padding. `None` reads all.
 
         Raises:
             ValueError: The sources are longer than the largest bucket.
-            TypeError: Ids are no integers.
         """
-        _check_integers(input_ids, "input_ids")
         length = input_ids.shape[1]
-        bucket = self._bucket(length)
-        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, masks = _padded(input_ids, bucket, np.int32), _padded(masks, bucket, np.float32)
-        session = self._session("encoder", bucket)
-        rows = [session({"input_ids": ids[[row]], "attention_mask": masks[[row]]}) for row in range(len(ids))]
+        bucket = self._find_bucket(length)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        inputs = {"input_ids": _pad(input_ids.int(), bucket), "attention_mask": _pad(mask.float(), bucket)}
+        rows = [
+            self._run("encoder", bucket, {name: tensor[[row]] for name, tensor in inputs.items()})
+            for row in range(len(input_ids))
+        ]
         return StaticEncoding(
-            last_hidden_state=torch.from_numpy(np.concatenate([states for states, *_ in rows])[:, :length]),
-            cross_key_values=torch.from_numpy(np.stack([np.concatenate(cross) for _, *cross in rows])),
+            last_hidden_state=torch.cat([states for states, *_ in rows])[:, :length],
+            cross_key_values=torch.stack([torch.cat(cross) for _, *cross in rows]),
         )
 
-    def _bucket(self, length):
-        fitting = [bucket for bucket in self.source_lengths if bucket >= length]
-        if not fitting:
+    def _find_bucket(self, length):
+        if length > self.source_lengths[-1]:
             raise ValueError(
-                f"The source has {length} tokens, but the largest that this bundle was exported for has "
-                f"{self.source_lengths[-1]}. Shorten it (`truncation=True, max_length={self.source_lengths[-1]}` of "
-                f"the tokenizer), or export with `static_lengths` up to {length}."
+                f"The source has {length} tokens, but this export allows {self.source_lengths[-1]}. Shorten it "
+                f"(`truncation=True, max_length={self.source_lengths[-1]}` of the tokenizer), or export with "
+                f"`static_lengths` up to {length}."
             )
-        return fitting[0]
+        return next(bucket for bucket in self.source_lengths if bucket >= length)
 
     def new_cache(self, batch_size: int, max_length: int | None = None) -> StaticCache:
-        """A cache that holds no token.
+        """Return an empty cache.
 
         Args:
-            batch_size (`int`): Rows.
-            max_length (`int`, *optional*): Tokens of the longest target that is asked for. `None` does not know.
+            batch_size (`int`): Number of rows.
+            max_length (`int`, *optional*): Length of the longest target, start token included. `None` if unknown.
 
         Raises:
-            ValueError: The cache has no room for so many.
+            ValueError: The cache is smaller.
         """
-        # The last token is written, but never read.
+        # The last token is generated, but not read.
         self._check_room((max_length or 1) - 1)
-        empty = np.zeros(self._cache_shape, np.float32)
-        return StaticCache([[empty] * len(self._own_names) for _ in range(batch_size)])
+        empty = [torch.zeros(shape) for shape in self._past_shapes.values()]
+        return StaticCache([empty] * batch_size)
 
     def decode(
         self,
@@ -137,76 +139,54 @@ class StaticEngine:
         attention_mask: torch.Tensor | None,
         cache: StaticCache,
     ) -> torch.FloatTensor:
-        """Logits of shape `(batch_size, target_length, vocab_size)`; `cache` gets the tokens, one step for each.
+        """Return logits of shape `(batch_size, target_length, vocab_size)`, and add the tokens to `cache`.
 
         Args:
-            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`): What follows the tokens that
-                `cache` holds.
-            encoding ([`StaticEncoding`]): Of the sources, row by row.
-            attention_mask (`torch.Tensor` of shape `(batch_size, source_length)`, *optional*): That of the sources.
-            cache ([`StaticCache`]): Is changed.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`): The tokens after those in
+                `cache`.
+            encoding ([`StaticEncoding`]): Encoded sources, one per row.
+            attention_mask (`torch.Tensor` of shape `(batch_size, source_length)`, *optional*): Mask of the sources.
+            cache ([`StaticCache`]): Extended in place.
 
         Raises:
-            ValueError: There are more tokens than the cache has room for, or the encoding is of another model.
-            TypeError: Ids are no integers.
+            ValueError: The cache has no room for the tokens, or the encoding is from another model.
         """
-        _check_integers(decoder_input_ids, "decoder_input_ids")
         total = cache.num_tokens + decoder_input_ids.shape[1]
         self._check_room(total)
         if getattr(encoding, "cross_key_values", None) is None:
             raise ValueError(
-                "`encoder_outputs` has no `cross_key_values`, which the decoder of a static bundle reads instead of "
-                "the encoder's states. Take it from `get_encoder()` of this model."
+                "`encoder_outputs` has no `cross_key_values`, which graphs of fixed shape read instead of the "
+                "encoder's states. Take it from `get_encoder()` of this model."
             )
         bucket = encoding.cross_key_values.shape[3]
-        if attention_mask is None:
-            attention_mask = torch.ones(encoding.last_hidden_state.shape[:2])
-        masks = _padded(attention_mask, bucket, np.float32)
-        cross, ids = encoding.cross_key_values.numpy(), decoder_input_ids.numpy().astype(np.int32)
-        session = self._session("decoder", bucket)
-        logits = np.stack(
-            [self._steps(session, cache, *row) for row in enumerate(zip(ids, masks, cross, strict=True))]
-        )
+        mask = torch.ones(encoding.last_hidden_state.shape[:2]) if attention_mask is None else attention_mask.float()
+        rows = zip(decoder_input_ids.int(), _pad(mask, bucket), encoding.cross_key_values, strict=True)
+        logits = torch.stack([self._decode_row(cache, row, bucket, *inputs) for row, inputs in enumerate(rows)])
         cache.num_tokens = total
-        return torch.from_numpy(logits)
+        return logits
 
     def _check_room(self, num_tokens):
         if num_tokens > self.target_length:
             raise ValueError(
-                f"{num_tokens} new tokens were asked for, but the cache of this bundle has room for "
-                f"{self.target_length}. Ask for at most `max_new_tokens={self.target_length}`, or export with "
+                f"{num_tokens} new tokens are requested, but this export allows {self.target_length}. Use at most "
+                f"`max_new_tokens={self.target_length}`, or export with "
                 f'`static_lengths={{"source": {self.source_lengths}, "target": {num_tokens}}}`.'
             )
 
-    def _steps(self, session, cache, row, inputs):
-        """Logits `(T, V)` of one row's new tokens, after which the cache of the row holds them."""
-        ids, mask, cross = inputs
+    def _decode_row(self, cache, row, bucket, ids, mask, cross):
+        """Return logits `(T, V)` of one row's new tokens, and add them to its cache."""
         fixed = dict(zip(self._cross_names, cross[:, None], strict=True)) | {"encoder_attention_mask": mask[None]}
         all_logits = []
         for position, token_id in enumerate(ids, start=cache.num_tokens):
-            own_mask = np.zeros((1, self.target_length), np.float32)
-            own_mask[:, self.target_length - 1 - position :] = 1
-            logits, *cache.rows[row] = session(
-                {
-                    "input_ids": token_id.reshape(1, 1),
-                    "position_ids": np.full((1, 1), position, np.int32),
-                    "decoder_attention_mask": own_mask,
-                    **dict(zip(self._own_names, cache.rows[row], strict=True)),
-                    **fixed,
-                }
-            )
+            # The newest token is the last one in the cache.
+            self_mask = (torch.arange(self.target_length) >= self.target_length - 1 - position).float()[None]
+            inputs = {"input_ids": token_id.view(1, 1), "position_ids": torch.full_like(token_id.view(1, 1), position)}
+            past = dict(zip(self._past_shapes, cache.rows[row], strict=True))
+            outputs = self._run("decoder", bucket, {**inputs, "decoder_attention_mask": self_mask, **past, **fixed})
+            logits, *cache.rows[row] = outputs
             all_logits.append(logits[0, 0])
-        return np.stack(all_logits)
+        return torch.stack(all_logits)
 
 
-def _check_integers(ids, name):
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(
-            f"`{name}` has dtype {ids.dtype}, but token ids are integers. Pass what the tokenizer returns."
-        )
-
-
-def _padded(rows, length, dtype):
-    padded = np.zeros((rows.shape[0], length), dtype)
-    padded[:, : rows.shape[1]] = rows.numpy()
-    return padded
+def _pad(rows, length):
+    return F.pad(rows, (0, length - rows.shape[1]))

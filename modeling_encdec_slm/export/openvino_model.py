@@ -1,60 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ONNX bundle that OpenVINO runs, with the face of a model."""
+"""Run an ONNX export in OpenVINO."""
 
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig
 
-from . import bundles, onnx_export, onnx_static
-from .onnx_model import OrtEncDecSLM
-from .onnx_runtime import DynamicEngine
-from .onnx_static_runtime import StaticEngine
+from ..errors import summarize_error
+from ..export_manifest import find_export
+from .bundles import import_engine
+from .onnx_model import FORMATS, OrtEncDecSLM
+from .onnx_tracing import WEIGHTS_FILE
 
 
-# What OpenVINO computes in, by the name that users know; weights of "int8" are compressed, the rest stays float32.
+# Types of OpenVINO by the names that users know. "int8" compresses weights and computes in float32.
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "f32"}
 
 
 class OpenVINOEncDecSLM(OrtEncDecSLM):
-    """A model of this family that OpenVINO runs; made by [`OpenVINOEncDecSLM.from_pretrained`].
+    """A model of this family that OpenVINO runs; load it with [`OpenVINOEncDecSLM.from_pretrained`].
 
-    All else is as in [`OrtEncDecSLM`]: `generate`, pipelines, torch tensors on the CPU in and out.
+    Apart from that it is used like [`OrtEncDecSLM`]. Several threads may call `generate` at the same time.
     """
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str = "CPU", precision: str = "float32"
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str = "CPU",
+        precision: str = "float32",
+        revision: str | None = None,
+        subfolder: str | None = None,
     ) -> "OpenVINOEncDecSLM":
-        """The model of a folder that `export_onnx` wrote; on the CPU it runs on as many threads as torch does.
+        """Load an ONNX export, with free lengths or of fixed shape; on the CPU it uses as many threads as torch.
 
         Args:
-            folder (`str` or `Path`): The bundle, of free or of fixed lengths, float32 or int8.
-            device (`str`, *optional*, defaults to `"CPU"`): A device of OpenVINO, such as `"GPU"` or `"NPU"`; NPUs
-                need fixed lengths.
-            precision (`str`, *optional*, defaults to `"float32"`): What it computes in: `"float32"`, `"bfloat16"` or
-                `"float16"`, which devices without such units compute in float32; or `"int8"`, which compresses the
-                weights by NNCF when the model is loaded and leaves the activations to OpenVINO.
+            name_or_path (`str` or `Path`): Folder of the export, or a repository on the Hub that has it at its top or
+                in `onnx/`.
+            device (`str`, *optional*, defaults to `"CPU"`): A device of OpenVINO, such as `"GPU"` or `"NPU"`. NPUs
+                need fixed shapes.
+            precision (`str`, *optional*, defaults to `"float32"`): Type of the computations: `"float32"`,
+                `"bfloat16"` or `"float16"` (float32 on devices that lack them), or `"int8"`, which compresses the
+                weights with NNCF when the model is loaded.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            subfolder (`str`, *optional*): Folder of the export within the repository or folder.
 
         Raises:
-            ValueError: The folder is no ONNX bundle, a file of it is missing or damaged, `precision` is unknown, or
-                there is no such device here.
-            ImportError: The `export` extra is not installed.
+            ValueError: There is no such export, a file is missing or damaged, `precision` is unknown, or the device is
+                not available.
+            ImportError: A package of the `export` extra is not installed.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"`precision` is {precision!r}, but must be one of {', '.join(map(repr, PRECISIONS))}.")
-        folder = Path(folder)
-        manifest = bundles.read_manifest(folder, onnx_export.FORM, onnx_static.FORM)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         compiler = Compiler(device, precision)
-        if manifest["format"] == onnx_static.FORM:
-            engine = StaticEngine(folder, manifest, lambda path: OpenVINOGraph(compiler(path)).run)
-        else:
-            engine = DynamicEngine(folder, config, lambda graph: OpenVINOGraph(compiler(graph)))
-        return cls(engine, config, GenerationConfig.from_pretrained(folder), manifest)
+        folder, manifest = find_export(name_or_path, FORMATS, revision=revision, subfolder=subfolder)
+        return cls._from_graphs(folder, manifest, compiler.open_graph)
 
 
 class Compiler:
@@ -63,65 +69,89 @@ class Compiler:
     Args: as in [`OpenVINOEncDecSLM.from_pretrained`].
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: The device is not available.
     """
 
     def __init__(self, device: str, precision: str):
-        self._core = bundles.required("openvino").Core()
+        self._core = import_engine("openvino").Core()
         if device.split(".")[0] not in (available := self._core.available_devices):
             raise ValueError(
-                f"`device` is {device!r}, but OpenVINO finds {', '.join(available)} here. Choose among them, or "
-                "install the driver of the device."
+                f"`device` is {device!r}, but OpenVINO finds {', '.join(available)} on this machine. Choose one of "
+                "them, or install the driver of the device."
             )
         self._device, self._is_compressed = device, precision == "int8"
         self._properties = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if device.startswith("CPU"):
             self._properties["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+        self._unlinked_folder = None
 
-    def __call__(self, graph: Path | bytes) -> Any:
-        """The compiled model of a graph, given as a path or as the bytes of it.
+    def open_graph(self, path: Path, outputs: Sequence[str] | None = None) -> "CompiledGraph":
+        """Compile the graph in a file; given names of outputs, only the part that computes them.
 
         Raises:
-            ValueError: OpenVINO cannot read it.
+            ValueError: OpenVINO cannot read the file.
         """
-        name = "decoder_model.onnx" if isinstance(graph, bytes) else graph.name
         try:
-            model = self._core.read_model(graph if isinstance(graph, bytes) else str(graph))
+            model = self._core.read_model(str(self._resolve_links(path)))
         except RuntimeError as error:
             raise ValueError(
-                f"{name} cannot be read by OpenVINO ({' '.join(str(error).split())[:200]}): it is damaged, or made "
-                "for a newer OpenVINO. Export again, or update OpenVINO."
+                f"{path.name} cannot be loaded by OpenVINO ({summarize_error(error)}). The file is damaged, or made "
+                "for a newer OpenVINO: export again, or update OpenVINO."
             ) from error
+        if outputs is not None:
+            results = [result for result in model.get_results() if set(outputs) & result.input_value(0).get_names()]
+            model = import_engine("openvino").Model(results, model.get_parameters())
         if self._is_compressed:
-            nncf = bundles.required("nncf")
+            nncf = import_engine("nncf")
             nncf.set_log_level("ERROR")
             model = nncf.compress_weights(model)
-        return self._core.compile_model(model, self._device, self._properties)
+        return CompiledGraph(self._core.compile_model(model, self._device, self._properties))
+
+    def _resolve_links(self, path):
+        """Return a path whose weights are not a link, which OpenVINO refuses; the Hub's cache consists of links."""
+        weights = path.parent / WEIGHTS_FILE
+        if not weights.is_symlink():
+            return path
+        if self._unlinked_folder is None:
+            self._unlinked_folder = _create_folder_beside(weights.resolve())
+            weakref.finalize(self, shutil.rmtree, self._unlinked_folder, ignore_errors=True)
+            for source in path.parent.glob("*.onnx*"):
+                target = Path(self._unlinked_folder, source.name)
+                try:
+                    os.link(source.resolve(), target)
+                except OSError:  # another file system
+                    shutil.copy(source, target)
+        return Path(self._unlinked_folder, path.name)
 
 
-class OpenVINOGraph:
-    """A graph in OpenVINO, as the engines call one.
+def _create_folder_beside(path):
+    """Create a temporary folder beside a file, where it can be linked; elsewhere if that is not allowed."""
+    try:
+        return tempfile.mkdtemp(dir=path.parent)
+    except OSError:
+        return tempfile.mkdtemp()
 
-    Args:
-        model (`openvino.CompiledModel`): Runs it.
-    """
+
+class CompiledGraph:
+    """A compiled graph (`openvino.CompiledModel`). Each call has its own request, so that threads can share it."""
 
     def __init__(self, model: Any):
-        self._request = model.create_infer_request()
-        # OpenVINO forgets inputs that nothing reads.
+        self._model = model
+        # OpenVINO removes inputs that nothing reads.
         self._inputs = {name for port in model.inputs for name in port.names}
-        self._outputs = model.outputs
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs in their order; they are the caller's."""
-        inputs = {name: array for name, array in inputs.items() if name in self._inputs}
-        results = self._request.infer(inputs, share_inputs=True)
-        return [results[output] for output in self._outputs]
+        self._idle_requests = []
 
     def __call__(
         self, inputs: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
-        """Outputs by name, for those that `shapes` names."""
-        arrays = self.run({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
-        named = {name: array for output, array in zip(self._outputs, arrays, strict=True) for name in output.names}
-        return {name: torch.from_numpy(named[name]) for name in shapes}
+        """Return outputs by name, for the names in `shapes`."""
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items() if name in self._inputs}
+        try:
+            request = self._idle_requests.pop()
+        except IndexError:
+            request = self._model.create_infer_request()
+        try:
+            results = request.infer(arrays, share_inputs=True)
+            return {name: torch.from_numpy(results[name]) for name in shapes}
+        finally:
+            self._idle_requests.append(request)

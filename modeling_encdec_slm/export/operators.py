@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ONNX operators the runtimes of NPUs accept, as their own documents list them."""
+"""The ONNX operators that NPU runtimes accept, from their own documents."""
 
 from collections.abc import Iterable
 
 
-# Where each list below was read. CoreML's builders make Gather of its ML Program format too, though the list lacks it:
+# Documents that the lists below come from. CoreML's ML Program format has Gather too, which the list lacks: see
 # onnxruntime/core/providers/coreml/builders/impl/gather_op_builder.cc.
 SOURCES = {
     "qnn": "onnxruntime-qnn 2.3: docs/execution_providers/QNN-ExecutionProvider.md",
@@ -51,11 +51,11 @@ ACCEPTED = {
 }
 
 
-def not_accepted(operators: Iterable[str]) -> dict[str, list[str]]:
-    """The operators that each runtime does not accept, sorted; a runtime that accepts all has an empty list.
+def find_unsupported(operators: Iterable[str]) -> dict[str, list[str]]:
+    """Return the operators that each runtime does not accept, sorted; an empty list if it accepts all.
 
     Args:
-        operators (`Iterable[str]`): Names as in a graph; those of another domain than ONNX's own as `domain:name`.
+        operators (`Iterable[str]`): Names as in a graph; operators of other domains as `domain:name`.
     """
     operators = sorted(set(operators))
     return {runtime: [name for name in operators if name not in accepted] for runtime, accepted in ACCEPTED.items()}
