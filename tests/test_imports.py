@@ -41,12 +41,6 @@ PACKAGES = {
     "hub_cards": INSTALLED | {"gradio"},
     "cli": INSTALLED | {"trl"},
 }
-# Arrows that run the wrong way today. Remove an entry with its arrow; add none.
-EXCEPTIONS = {
-    ("encdec_slm.auto_classes", "export"),
-    ("encdec_slm.export.onnx_quantization", "trainers"),
-    ("encdec_slm.hub_cards.publishing", "export"),
-}
 SHIPPED = sorted(
     path.stem for path in FOLDERS["encdec_slm"].glob("*_encdec_*.py") if path.stem.endswith(("_slm", "_vlm"))
 )
@@ -94,7 +88,7 @@ def test_imports_point_one_way():
         for imported in imports(module)
         if imported in MODULES and layer(imported) not in MAY_IMPORT[layer(module)]
     }
-    assert sorted(wrong - EXCEPTIONS) == []
+    assert sorted(wrong) == []
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
