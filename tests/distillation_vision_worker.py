@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny vision-text student, tiny teachers, rows for them, and their loss written out plainly."""
 
-import copy
-import functools
-
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from distillation_worker import make_args, plain_divergence
@@ -23,21 +20,21 @@ from transformers import (
     ProcessorMixin,
 )
 
-from conftest import randomize
-from encdec_slm import EncDecVLMConfig, EncDecVLMForConditionalGeneration
-from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
-from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
+from conftest import (
+    TINY_CLIP,
+    build_byte_tokenizer,
+    build_config,
+    build_processor,
+    build_vision_config,
+    build_vision_model,
+    randomize,
+)
 from encdec_slm.trainers import Seq2SeqDistillationTrainer
-from encdec_slm.trainers.new_models import train_tokenizer
 
 
-TILE, PATCH = 28, 14
-PINPOINTS = [[28, 28], [28, 56], [56, 28]]
-TOWER = {
-    **{"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "image_size": TILE, "patch_size": PATCH},
-}
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TILE, PATCH = TINY_CLIP["image_size"], TINY_CLIP["patch_size"]
+PINPOINTS = [[TILE, TILE], [TILE, 2 * TILE], [2 * TILE, TILE]]
+IMAGE_ID = len(build_byte_tokenizer())
 # (width, height) of the images of each row: of one tile and of two, none and several.
 IMAGES = [[(30, 30)], [(60, 25)], [], [(20, 50), (28, 28)]]
 PROMPTS = ["what is it", "how many are there", "say the word", "compare <image> with <image> now"]
@@ -49,24 +46,21 @@ TEMPLATE = (
 )
 
 
-@functools.cache
-def words():
-    return train_tokenizer([*PROMPTS, *COMPLETIONS], vocab_size=300, model_max_length=256)
-
-
 def make_tokenizer(image_token="<image>"):
-    """The words' tokenizer, with the token as an extra behind them."""
-    tokenizer = copy.deepcopy(words())
-    if image_token is not None:
-        tokenizer.add_special_tokens({"extra_special_tokens": [image_token]})
-    return tokenizer
+    return build_byte_tokenizer(image_token=image_token)
+
+
+def student_config():
+    text_config = build_config(vocab_size=IMAGE_ID + 1, max_position_embeddings=256)
+    return build_vision_config(text_config, image_token_id=IMAGE_ID, image_grid_pinpoints=PINPOINTS)
 
 
 def make_processor():
-    images = EncDecVLMImageProcessor(
-        size={"height": TILE, "width": TILE}, patch_size=PATCH, image_grid_pinpoints=PINPOINTS
-    )
-    return EncDecVLMProcessor(images, make_tokenizer())
+    return build_processor(student_config(), make_tokenizer())
+
+
+def make_student():
+    return build_vision_model(student_config())
 
 
 def make_teacher_processor(kind="llava", chat_template=None):
@@ -81,40 +75,23 @@ def make_teacher_processor(kind="llava", chat_template=None):
     return processor
 
 
-def make_student(seed=0):
-    tokenizer = make_tokenizer()
-    layers = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "max_position_embeddings": 256}
-    config = EncDecVLMConfig(
-        text_config={**SIZES, **layers, "vocab_size": len(tokenizer)},
-        vision_config=dict(TOWER),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=PINPOINTS,
-    )
-    return randomize(EncDecVLMForConditionalGeneration(config), seed).eval()
-
-
 def llama_config(num_tokens):
-    return LlamaConfig(
-        **SIZES, vocab_size=num_tokens, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaConfig(**sizes, **ids, vocab_size=num_tokens, num_hidden_layers=2)
 
 
-def make_teacher(kind="llava", seed=1):
-    tokenizer = make_tokenizer()
-    options = {
-        "text_config": llama_config(len(tokenizer)),
-        "vision_config": dict(TOWER),
-        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
-        "vision_feature_layer": -2,
-    }
+def make_teacher(kind="llava", num_tokens=IMAGE_ID + 1, image_token_id=IMAGE_ID):
+    options = {"text_config": llama_config(num_tokens), "vision_config": dict(TINY_CLIP)}
+    options |= {"image_token_id": image_token_id, "vision_feature_layer": -2}
     if kind == "llava":
-        return randomize(LlavaForConditionalGeneration(LlavaConfig(**options)), seed).eval()
+        return randomize(LlavaForConditionalGeneration(LlavaConfig(**options)), 1).eval()
     config = LlavaNextConfig(**options, image_grid_pinpoints=PINPOINTS)
-    return randomize(LlavaNextForConditionalGeneration(config), seed).eval()
+    return randomize(LlavaNextForConditionalGeneration(config), 1).eval()
 
 
-def make_text_teacher(num_tokens=None, seed=2):
-    return randomize(LlamaForCausalLM(llama_config(num_tokens or len(words()))), seed).eval()
+def make_text_teacher(num_tokens=IMAGE_ID):
+    return randomize(LlamaForCausalLM(llama_config(num_tokens)), 2).eval()
 
 
 def noise(size, seed):
@@ -144,11 +121,11 @@ def as_dataset(rows):
 
 
 def make_trainer(output_dir, rows=None, student=None, teacher=None, processor=None, dataset=None, **settings):
-    settings = {"per_device_train_batch_size": 4, "max_steps": 1, "lmbda": 0.0, **settings}
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "lmbda": 0.0, "max_completion_length": 24}
     return Seq2SeqDistillationTrainer(
         make_student() if student is None else student,
         make_teacher() if teacher is None else teacher,
-        make_args(output_dir, **settings),
+        make_args(output_dir, **{**defaults, **settings}),
         train_dataset=as_dataset(make_rows() if rows is None else rows) if dataset is None else dataset,
         processing_class=make_processor(),
         teacher_processing_class=make_teacher_processor() if processor is None else processor,
@@ -159,7 +136,7 @@ def make_trainer(output_dir, rows=None, student=None, teacher=None, processor=No
 
 
 def target_of(text):
-    return words()(text, add_special_tokens=False)["input_ids"] + [words().eos_token_id]
+    return [*make_tokenizer()(text, add_special_tokens=False)["input_ids"], 2]
 
 
 def student_logits(student, row, target):
@@ -203,7 +180,6 @@ def greedy_completion(model, processor, row, start):
     if start is None:  # the teacher's text ends where the target begins
         inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :-1], inputs["attention_mask"][:, :-1]
         start = inputs["input_ids"].shape[1]
-    image = make_tokenizer().convert_tokens_to_ids("<image>")
     options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 2, "pad_token_id": 0}
-    output = model.generate(**inputs, **options, suppress_tokens=[image])[0, start:].tolist()
+    output = model.generate(**inputs, **options, suppress_tokens=[IMAGE_ID])[0, start:].tolist()
     return output[: output.index(2) + 1] if 2 in output else output

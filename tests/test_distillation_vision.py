@@ -10,12 +10,11 @@ from ddp_worker import history_of, result_of
 from distillation_vision_worker import (
     CAPTIONS,
     FEATURES,
+    IMAGE_ID,
     PATCH,
     TEMPLATE,
-    TOWER,
     as_dataset,
     greedy_completion,
-    llama_config,
     make_processor,
     make_rows,
     make_student,
@@ -27,7 +26,6 @@ from distillation_vision_worker import (
     noise,
     plain_loss,
     target_of,
-    words,
 )
 from distillation_worker import (
     OTHER_ORDER,
@@ -40,9 +38,8 @@ from distillation_worker import (
 )
 from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor
 
-from conftest import randomize
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
 from encdec_slm.trainers import Seq2SeqDistillationTrainer
 from encdec_slm.trainers.distillation_data import to_lists
@@ -125,7 +122,7 @@ def test_accumulating_2_batches_of_2_equals_one_batch_of_4(kind, tmp_path):
 def prefer_images(model):
     """Make the image token the most probable one in many places."""
     with torch.no_grad():
-        model.lm_head.weight[make_tokenizer().convert_tokens_to_ids("<image>")] *= 20
+        model.lm_head.weight[IMAGE_ID] *= 20
     return model
 
 
@@ -160,9 +157,7 @@ def test_a_teacher_with_another_vocabulary_generates_from_images(tmp_path):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|img|>"]})
     options = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = LlavaProcessor(processor.image_processor, tokenizer, image_token="<|img|>", **options)
-    sizes = {"text_config": llama_config(len(tokenizer)), "vision_config": dict(TOWER)}
-    config = LlavaConfig(**sizes, image_token_id=processor.image_token_id, vision_feature_layer=-2)
-    teacher = randomize(LlavaForConditionalGeneration(config), 3).eval()
+    teacher = make_teacher(num_tokens=len(tokenizer), image_token_id=processor.image_token_id)
     with pytest.raises(ValueError, match="vocabularies"):
         make_trainer(tmp_path, teacher=teacher, processor=processor)
     settings = {"seq_kd": True, "kd_ratio": 0.0, "max_completion_length": 8, "temperature": 1e-4}
@@ -174,7 +169,8 @@ def test_a_teacher_with_another_vocabulary_generates_from_images(tmp_path):
     inputs = {name: value[:, :-1] if value.dim() == 2 else value for name, value in inputs.items()}
     ids = teacher.generate(**inputs, do_sample=False, max_new_tokens=8, suppress_tokens=[processor.image_token_id])
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert words()(text, add_special_tokens=False)["input_ids"][:7] in [completion[:7] for _, completion in pairs]
+    ids = make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert ids[:7] in [completion[:7] for _, completion in pairs]
 
 
 def test_evaluation_generates_with_the_images(tmp_path):
@@ -250,9 +246,8 @@ def test_a_long_source_loses_text_for_both_and_never_an_image(tmp_path):
     trainer = make_trainer(tmp_path, rows, max_source_length=len(whole) - 2)
     (source,), (teacher_source,) = encode_sources(trainer, rows)
     kept = make_tokenizer()("what is it", add_special_tokens=False)["input_ids"][:-2]
-    image = make_tokenizer().convert_tokens_to_ids("<image>")
-    assert source == [image] * (len(whole) - 1 - len(kept) - 2) + [*kept, 2]
-    assert teacher_source == [image] * 4 + kept
+    assert source == [IMAGE_ID] * (len(whole) - 1 - len(kept) - 2) + [*kept, 2]
+    assert teacher_source == [IMAGE_ID] * 4 + kept
     trainer = make_trainer(tmp_path, rows, max_source_length=5, per_device_train_batch_size=1)
     with pytest.raises(ValueError, match=r"`prompt` of row 0 .*`max_source_length` is 5"):
         trainer.train()
@@ -280,7 +275,8 @@ def test_models_and_processors_are_loaded_from_folders(tmp_path):
         save_folder(tmp_path / "student", make_student(), make_processor()),
         save_folder(tmp_path / "teacher", make_teacher(), make_teacher_processor()),
     )
-    args = make_args(tmp_path / "out", lmbda=0.0, max_steps=1, per_device_train_batch_size=4)
+    settings = {"lmbda": 0.0, "max_steps": 1, "per_device_train_batch_size": 4, "max_completion_length": 24}
+    args = make_args(tmp_path / "out", **settings)
     trainer = Seq2SeqDistillationTrainer(*folders, args, train_dataset=as_dataset(make_rows()))
     trainer.train()
     expected = plain_loss(make_rows(), make_student(), make_teacher(), make_teacher_processor())
