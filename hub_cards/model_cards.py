@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..checkpoints import ADAPTER_FILE
+from ..checkpoints import ADAPTER_FILE, MODEL_TYPES, read_config
 from ..configuration import list_presets
 from ..run_results import RunResults, comparison_table, format_table
 from .eval_results import card_results
@@ -38,7 +38,9 @@ LOCAL_FOLDERS = ("outputs", "output", "checkpoints", "runs", "models", "tmp", "d
 
 
 def write_card(folder: str | Path, results: RunResults | None = None, *, converted: bool = False) -> None:
-    """Write the model card, `README.md`, of a checkpoint folder. A folder with an adapter keeps the card of PEFT.
+    """Write the model card, `README.md`, of a checkpoint folder.
+
+    An adapter keeps the card of PEFT, and a model of another family, such as T5, gets none.
 
     Args:
         folder (`str` or `Path`): Checkpoint that `save_pretrained` wrote, with a tokenizer or processor.
@@ -47,7 +49,7 @@ def write_card(folder: str | Path, results: RunResults | None = None, *, convert
             [`~encdec_slm.conversion.convert_reference_checkpoint`] wrote it.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / ADAPTER_FILE).is_file() or read_config(folder).get("model_type") not in MODEL_TYPES:
         return
     name = folder.resolve().name
     facts = {"license": "mit", "tags": [CONVERTED_TAG]} if converted else {}

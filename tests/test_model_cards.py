@@ -143,6 +143,12 @@ def test_an_adapter_keeps_its_card(tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+def test_a_model_of_another_family_gets_no_card(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    write_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_the_card_of_a_converted_model_names_its_origin_and_prompt(text_folder, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
