@@ -33,7 +33,7 @@ from .vocabulary import old_token_ids, read_vocabulary_map
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-STRATEGIES = ("even", "first-last")
+STRATEGIES = ("outer", "even", "first-last")
 # Share of all layers that the encoder gets.
 SPLITS = {"2/3-1/3": 2 / 3, "1/2-1/2": 1 / 2, "1/3-2/3": 1 / 3}
 COPIED_FIELDS = (
@@ -63,14 +63,16 @@ def from_decoder_only(
     encoder_layers: int | None = None,
     decoder_layers: int | None = None,
     split: str = "2/3-1/3",
-    strategy: str = "even",
+    strategy: str | tuple[Sequence[int], Sequence[int]] = "outer",
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
 ) -> EncDecSLMForConditionalGeneration:
     """Initialize an encoder-decoder with the weights of a decoder-only model, in evaluation mode.
 
     Layers of the source are copied to both stacks, as in T5Gemma (arXiv 2504.06225): bidirectional in the encoder,
-    causal in the decoder, where the self-attention and its norm are also copied to the cross-attention. Embeddings are
-    shared, and both stacks end with the source's final norm. The result must be trained before it is useful.
+    causal in the decoder, where the self-attention and its norm are also copied to the cross-attention. The output
+    projection of the cross-attention is zero, so that the decoder starts as a language model of the targets instead of
+    adding noise. Embeddings are shared, and both stacks end with the source's final norm. The result must be trained
+    before it is useful.
 
     Weights of a folder are read in blocks, so that memory holds the result and one block.
 
@@ -83,7 +85,8 @@ def from_decoder_only(
         decoder_layers (`int`, *optional*): Layers of the decoder, likewise.
         split (`str`, *optional*, defaults to `"2/3-1/3"`): Shares of encoder and decoder in the source's layers:
             `"2/3-1/3"`, `"1/2-1/2"` or `"1/3-2/3"`.
-        strategy (`str`, *optional*, defaults to `"even"`): Which layers are copied, see [`select_layers`].
+        strategy (`str` or `tuple`, *optional*, defaults to `"outer"`): Which layers are copied, see [`select_layers`];
+            or their indices (from 0) for the encoder and for the decoder, in place of the arguments above.
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): The source's tokenizer, or
             one that adds tokens to it; its special tokens are used. One from [`~encdec_slm.vocabulary.trim_tokenizer`]
             copies just the rows of its tokens. A tokenizer in memory that has no padding token is given one. `None`
@@ -102,7 +105,10 @@ def from_decoder_only(
     source = _open_folder(model_or_repo) if is_folder else _open_model(model_or_repo)
     _check_config(source.config.to_dict(), source.name)
     depth = source.config.num_hidden_layers
-    layers = select_layers(strategy, depth, *_count_layers(depth, encoder_layers, decoder_layers, split))
+    if isinstance(strategy, str):
+        layers = select_layers(strategy, depth, *_count_layers(depth, encoder_layers, decoder_layers, split))
+    else:
+        layers = _check_layers(strategy, depth)
     _check_weights(source)
     tokenizer, old_ids = _load_matching_tokenizer(tokenizer, source)
     model = _build_model(source, layers, _select_token_ids(source, tokenizer, old_ids), len(old_ids))
@@ -118,7 +124,8 @@ def select_layers(strategy: str, depth: int, encoder_layers: int, decoder_layers
     """Return the indices (from 0) of the source's layers that are copied to the encoder and to the decoder.
 
     Args:
-        strategy (`str`): `"even"`: both stacks take layers at even distances, from the first to the last.
+        strategy (`str`): `"outer"`: the encoder takes the first layers, the decoder the first and the last, without a
+            block in the middle. `"even"`: both stacks take layers at even distances, from the first to the last.
             `"first-last"`: the encoder takes the first layers, the decoder the last.
         depth (`int`): Layers of the source.
         encoder_layers (`int`): Layers of the encoder, 1 to `depth`.
@@ -129,14 +136,25 @@ def select_layers(strategy: str, depth: int, encoder_layers: int, decoder_layers
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy` is {strategy!r}, but must be one of {', '.join(STRATEGIES)}.")
-    if strategy == "first-last":
-        return list(range(encoder_layers)), list(range(depth - decoder_layers, depth))
-    return _space_evenly(depth, encoder_layers), _space_evenly(depth, decoder_layers)
+    if strategy == "even":
+        return _space_evenly(depth, encoder_layers), _space_evenly(depth, decoder_layers)
+    num_first = 0 if strategy == "first-last" else max(1, (decoder_layers - 1) // 2)
+    last = range(depth - decoder_layers + num_first, depth)
+    return list(range(encoder_layers)), [*range(num_first), *last]
 
 
 def _space_evenly(depth, count):
     steps = max(count - 1, 1)
     return [(2 * index * (depth - 1) + steps) // (2 * steps) for index in range(count)]  # rounds halves up
+
+
+def _check_layers(layers, depth):
+    if len(layers) != 2 or not all(stack and all(0 <= index < depth for index in stack) for stack in layers):
+        raise ValueError(
+            f"`strategy` is {layers!r}, but must be indices (0 to {depth - 1}) of layers for the encoder and for the "
+            f"decoder, or one of {', '.join(STRATEGIES)}."
+        )
+    return tuple(map(list, layers))
 
 
 def _count_layers(depth, encoder_layers, decoder_layers, split):
@@ -433,6 +451,10 @@ def _copy_weights(source, model, layers, old_ids):
     old_ids = torch.tensor(old_ids)
     parameters = dict(model.named_parameters())
     missing = set(parameters)
+    for name in parameters:
+        if ".cross_attn.o_proj." in name:
+            parameters[name].zero_()
+            missing.remove(name)
     for name, shape in source_shapes(source.config).items():
         targets = _target_names(name, layers)
         num_rows = max(1, BLOCK_BYTES // (shape[1:].numel() * source.dtype.itemsize))
@@ -461,7 +483,7 @@ def _target_names(name: str, layers: tuple[list[int], list[int]]) -> list[str]:
     targets = [f"model.encoder.layers.{place}.{rest}" for place in encoder]
     for place in decoder:
         targets.append(f"model.decoder.layers.{place}.{rest}")
-        if rest.startswith("self_attn."):
+        if rest.startswith("self_attn.") and not rest.startswith("self_attn.o_proj."):
             targets.append(f"model.decoder.layers.{place}.{rest.replace('self_attn', 'cross_attn', 1)}")
         elif rest == "input_layernorm.weight":
             targets.append(f"model.decoder.layers.{place}.pre_cross_attn_layernorm.weight")

@@ -143,6 +143,27 @@ def test_the_vocabulary_is_trimmed_to_rows(source, rows_file, tmp_path, capsys):
     assert f"{len(tokenizer)} of " in shown and f"{share:.1%} of the model" in shown
 
 
+def test_the_loss_before_training_is_printed(source, rows_file, tmp_path, capsys):
+    run("adapt", source, tmp_path / "adapted", "--calibration", rows_file)
+    shown = float(re.search(r"([\d.]+) nats per target token on 30 rows", capsys.readouterr().out)[1])
+    model, tokenizer = load_checkpoint(tmp_path / "adapted")
+    total = num_tokens = 0
+    for row in ROWS:
+        labels = tokenizer(row["target"] + tokenizer.eos_token, return_tensors="pt").input_ids
+        inputs = tokenizer(row["source"], return_tensors="pt")
+        total += labels.numel() * model(**inputs, labels=labels).loss.item()
+        num_tokens += labels.numel()
+    assert shown == pytest.approx(total / num_tokens, abs=0.02)
+
+
+@pytest.mark.parametrize(("content", "named"), [("", "calibration"), ('{"source": "a"}\n', "targets")])
+def test_rows_without_targets_are_refused_for_calibration(source, content, named, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(content)
+    arguments = ["adapt", str(source), str(tmp_path / "adapted"), "--calibration", str(tmp_path / "rows.jsonl")]
+    assert main(arguments) == 1
+    assert named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

@@ -23,13 +23,19 @@ def adapt(
     split: Annotated[
         str, typer.Option(help="Shares of the source's layers: 2/3-1/3, 1/2-1/2 or 1/3-2/3.")
     ] = "2/3-1/3",
-    strategy: Annotated[str, typer.Option(help="Which layers are kept: even or first-last.")] = "even",
+    strategy: Annotated[
+        str, typer.Option(help="Which layers are copied: outer, even or first-last; docs/adapt.md compares them.")
+    ] = "outer",
     trim_vocabulary: Annotated[
         str | None,
         typer.Option(metavar="ROWS", help="Keep only the tokens that these rows use: a JSON, CSV or Parquet file."),
     ] = None,
     vocabulary_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="With --trim-vocabulary: keep only the N most frequent.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="Print the loss before training on these rows, a file likewise."),
     ] = None,
     overwrite: Overwrite = False,
     distill: Annotated[
@@ -59,18 +65,19 @@ def adapt(
     if vocabulary_size and not trim_vocabulary:
         raise UsageError("--vocabulary-size requires --trim-vocabulary ROWS.", ctx)
     shape = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers, "split": split, "strategy": strategy}
-    _write_adapted(source, output, overwrite, shape, trim_vocabulary, vocabulary_size)
+    _write_adapted(source, output, overwrite, shape, trim_vocabulary, vocabulary_size, calibration)
     if distill or finetune:
         arguments = ["--config", distill or finetune, "--model_name_or_path", output]
         arguments += ["--teacher_model_name_or_path", source] if distill else []
         (run_distill if distill else run_finetune)([*arguments, *ctx.args])
 
 
-def _write_adapted(source, output, overwrite, shape, rows, vocabulary_size):
+def _write_adapted(source, output, overwrite, shape, rows, vocabulary_size, calibration):
     from encdec_slm.adaptation import from_decoder_only, load_tokenizer
     from encdec_slm.checkpoints import write_folder
     from encdec_slm.vocabulary import describe_embeddings
 
+    calibration_rows = None if calibration is None else _read_rows(calibration)
     with write_folder(output, overwrite=overwrite, sources=[source]) as folder:
         tokenizer = load_tokenizer(source)
         if rows is not None:
@@ -83,6 +90,38 @@ def _write_adapted(source, output, overwrite, shape, rows, vocabulary_size):
     print(f"Wrote {model.num_parameters():,} parameters in {model.dtype}, {layers}, to {output}.", flush=True)
     if rows is not None:
         print(describe_embeddings(model, tokenizer), flush=True)
+    if calibration is not None:
+        print(_describe_loss(model, tokenizer, calibration_rows), flush=True)
+
+
+def _read_rows(path):
+    from encdec_slm.trainers.data_files import read_data_file
+
+    rows = list(read_data_file(path, "calibration"))
+    if not rows:
+        raise ValueError(f"`calibration` is {path!r}, which has no rows. Give a file with sources and targets.")
+    return rows
+
+
+def _describe_loss(model, tokenizer, rows, batch_size=8):
+    import math
+
+    import torch
+
+    from encdec_slm.trainers.row_encoding import RowEncoder
+
+    encoder, total, num_tokens = RowEncoder(tokenizer), 0.0, 0
+    with torch.no_grad():
+        for first in range(0, len(rows), batch_size):
+            batch = encoder.collate(rows[first : first + batch_size])
+            if "labels" not in batch:
+                raise ValueError("The rows of `calibration` have no targets. Give rows with sources and targets.")
+            count = int((batch["labels"] >= 0).sum())
+            total, num_tokens = total + count * model(**batch).loss.item(), num_tokens + count
+    return (
+        f"Loss before training: {total / num_tokens:.2f} nats per target token on {len(rows):,} rows; guessing evenly "
+        f"has {math.log(model.config.vocab_size):.2f}."
+    )
 
 
 def _trim_to_rows(tokenizer, rows, vocabulary_size):
