@@ -1,91 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's runs of one step, what goes on after an interruption, and its table, verdict and plot."""
+"""The study of ways to start, with a tiny source and a few steps."""
 
 import importlib.util
 import json
-from functools import partial
+import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from conftest import build_byte_tokenizer, randomize
 
 
-ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(30)]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    path = Path(__file__).parent.parent / "examples" / "adaptation_study.py"
+    """The script's module, whose `run(*starts)` returns the output folder."""
+    path = ROOT / "examples" / "adaptation_study.py"
     spec = importlib.util.spec_from_file_location("adaptation_study", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["adaptation_study"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
-    rows_file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    module.FinetuneArguments = partial(module.FinetuneArguments, train_file=str(rows_file), max_eval_samples=2)
-    module.SOURCE_RUN = {"max_steps": 1}
-    module.STUDENT_RUN = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    rows = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(20)]
+    module.build_docstring_task = lambda: dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
+    module.choose_dtype = lambda: module.torch.float32
+
+    source = tmp_path_factory.mktemp("source")
+    tokenizer = build_byte_tokenizer(ends_sources=False, chat_template="{{ messages[0]['content'] }}{{ bos_token }}")
+    tokenizer.save_pretrained(source)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    randomize(AutoModelForCausalLM.from_config(config)).save_pretrained(source)
+    output_dir = tmp_path_factory.mktemp("study")
+
+    def run(*starts):
+        options = ["--steps", "4", "--batch-size", "2", "--eval-rows", "3", "--output_dir", str(output_dir)]
+        sys.argv = ["adaptation_study.py", str(source), *options, "--starts", *starts]
+        module.main()
+        return output_dir
+
+    module.run = run
     return module
 
 
-@pytest.fixture(scope="module")
-def finished(study, tmp_path_factory):
-    """The folder of a study and the numbers of one student of each kind."""
-    folder = tmp_path_factory.mktemp("study")
-    study.train_source("tiny", folder / "source")
-    return folder, {name: study.train_student(folder, name, 0) for name in study.BEGINNINGS}
+def test_a_study_trains_every_start_once(study, monkeypatch, capsys):
+    folder = study.run("default", "even", "folded norm")
+    runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert set(runs) == {"default-0", "even-0", "folded_norm-0"}
+    for run in runs.values():
+        assert list(run["losses"]) == ["0", "1", "2", "4"]
+        assert run["losses"]["4"]["loss"] < run["losses"]["0"]["loss"]
+    # The cross-attention starts at zero, so that the encoder's norm makes no difference.
+    assert runs["folded_norm-0"]["losses"]["0"] == runs["default-0"]["losses"]["0"]
+    monkeypatch.setattr(study, "train", lambda *args: pytest.fail("it was trained before"))
+    monkeypatch.setattr(study, "read_rows", lambda *args: pytest.fail("the teacher has read the rows"))
+    study.run("default")
+    header, _, *rows = (folder / "study.md").read_text().splitlines()
+    assert header.startswith("| start | seeds | loss at step 0 |") and len(rows) == 3
+    assert rows[0] in capsys.readouterr().out
 
 
-def test_students_have_one_shape_and_as_many_steps(finished):
-    _, runs = finished
-    assert list(runs) == ["even", "first-last", "random"]
-    assert len({(run["num_parameters"], run["train_steps"]) for run in runs.values()}) == 1
-    assert len({run["loss"] for run in runs.values()}) == 3
-    assert all([entry["step"] for entry in run["validation_losses"]] == [1] for run in runs.values())
+def test_starts_select_layers(study):
+    assert study.choose_layers("outer", 24, 8) == [0, 1, 2, 19, 20, 21, 22, 23]
+    assert study.choose_layers("last", 6, 2) == [4, 5]
+    assert study.choose_layers("first", 6, 4) == [0, 1, 2, 3]
+    assert study.choose_layers("even", 6, 2) == [0, 5]
 
 
-def test_a_copied_student_knows_the_source_and_a_random_one_does_not(study, finished, tmp_path):
-    source = AutoModelForCausalLM.from_pretrained(finished[0] / "source")
-    for beginning, is_copied in (("even", True), ("random", False)):
-        study.write_student(finished[0] / "source", beginning, 0, tmp_path / beginning)
-        student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / beginning)
-        difference = student.get_input_embeddings().weight - source.get_input_embeddings().weight
-        assert (difference.abs().max() == 0) == is_copied
-
-
-def test_what_is_finished_is_not_trained_again(study, finished, monkeypatch):
-    folder, runs = finished
-    for name in ("train_decoder_only", "finetune"):
-        monkeypatch.setattr(study, name, lambda *args, **kwargs: pytest.fail("it is there"))
-    study.train_source("tiny", folder / "source")
-    assert study.train_student(folder, "even", 0) == runs["even"]
-
-
-@pytest.fixture
-def runs(finished):
-    """Two seeds each; `even` has losses 2 and 3, `first-last` 3 and 4, `random` 5 and 6."""
-    first = {"even": 2.0, "first-last": 3.0, "random": 5.0}
-    losses = [(name, seed, first[name] + seed) for name in first for seed in (0, 1)]
-    return [{**finished[1][name], "seed": seed, "loss": loss} for name, seed, loss in losses]
-
-
-def test_the_table_has_mean_and_spread_over_the_seeds(study, runs):
-    header, _, *rows = study.study_table(runs).splitlines()
-    assert header.startswith("| begins as | loss (nats per token) |")
-    assert [row.split(" | ")[:2] for row in rows] == [
-        ["| even", "2.500 ± 0.707"],
-        ["| first-last", "3.500 ± 0.707"],
-        ["| random", "5.500 ± 0.707"],
-    ]
-
-
-def test_the_verdict_names_the_winner(study, runs):
-    assert study.verdict(runs).startswith("'even' begins best: even 2.500, first-last 3.500, random 5.500 nats")
-    for run in runs:
-        run["loss"] = -run["loss"]
-    assert study.verdict(runs).startswith("No strategy beats random weights: random -5.500")
-
-
-def test_the_plot_has_a_curve_for_each_way_to_begin(study, runs):
-    axes = study.study_figure(runs).axes[0]
-    assert [line.get_label() for line in axes.get_lines()] == list(study.BEGINNINGS)
-    assert len(axes.collections) == 3
+def test_the_documented_numbers_are_those_of_the_committed_runs(study):
+    runs = json.loads((ROOT / "examples" / "adaptation_study.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "adapt.md").read_text(encoding="utf-8")
+    for source in runs.values():
+        for line in study.format_table(source).splitlines()[2:]:
+            assert line in text
