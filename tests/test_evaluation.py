@@ -116,7 +116,12 @@ def test_a_batch_gives_the_same_answers_as_its_rows(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_length": 5}, {"max_new_tokens": 4, "num_beams": 3}, {"no_repeat_ngram_size": 1, "max_length": 9}],
+    [
+        {"max_length": 5},
+        {"max_new_tokens": 4, "num_beams": 3},
+        {"no_repeat_ngram_size": 1, "max_length": 9},
+        {"max_length": 9, "stop_strings": [")"], "return_dict_in_generate": True, "prompt_lookup_num_tokens": 2},
+    ],
 )
 def test_an_evaluation_measures_what_the_checkpoint_generates(text_folder, rows_file, tmp_path, settings):
     model, tokenizer = load_checkpoint(text_folder)
@@ -128,7 +133,8 @@ def test_an_evaluation_measures_what_the_checkpoint_generates(text_folder, rows_
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for row, text in zip(ROWS, texts_in(tmp_path / "out"), strict=True):
-        ids = model.generate(**tokenizer(row["source"], return_tensors="pt"))
+        inputs = tokenizer(row["source"], return_tensors="pt")
+        ids = model.generate(**inputs, tokenizer=tokenizer, return_dict_in_generate=False)
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == text
     assert results.settings["overridden"] == {}
 
@@ -140,6 +146,7 @@ def test_settings_that_the_evaluation_overrides_are_reported(finished, text_fold
     results = evaluate_checkpoint(model, "text", dataset_name=rows_file, processing_class=tokenizer, **options)
     assert results.settings["overridden"] == {"do_sample": True, "num_beams": 2, "max_new_tokens": 8}
     assert "max_new_tokens=8" in caplog.text
+    assert model.generation_config.do_sample and model.generation_config.max_length == 9
     assert results.saved.metrics == finished[0].saved.metrics
     with pytest.raises(ValueError, match="processing_class"):
         evaluate_checkpoint(model, "text", dataset_name=rows_file, **QUIET)

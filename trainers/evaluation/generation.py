@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate answers to the rows of a task in batches, without sampling."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -23,6 +24,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The `model_max_length` of a tokenizer without a limit is 1e30.
 NO_LIMIT = 1e20
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+# Sampling, several answers per source, other types of output, and prompt lookup, which needs batches of one.
+REPLACED_SETTINGS = {
+    **{"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False},
+    **{"prompt_lookup_num_tokens": None, **dict.fromkeys(SAMPLING_SETTINGS)},
+}
 # Fields of configs that do not change what is generated, or that are recorded by themselves.
 IGNORED_FIELDS = ("_name_or_path", "transformers_version", "_commit_hash", "max_new_tokens", "num_beams")
 
@@ -112,6 +118,7 @@ class AnswerGenerator:
         given = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         self.generation_config = self._build_generation_config(given, default_max_new_tokens)
         self.overridden = self._find_overridden_settings()
+        self._generate_arguments = {"tokenizer": self.tokenizer} if self.generation_config.stop_strings else {}
 
     def generate(self, examples: Sequence[Example]) -> tuple[list[str], list[bool]]:
         """Generate the answers to a batch of examples; returns them, and which of the sources were truncated."""
@@ -120,10 +127,20 @@ class AnswerGenerator:
         # Pixels are float32; a model in bfloat16 requires bfloat16.
         dtypes = {name: self.model.dtype if value.is_floating_point() else None for name, value in inputs.items()}
         inputs = {name: value.to(self.model.device, dtypes[name]) for name, value in inputs.items()}
-        with torch.inference_mode():
-            ids = self.model.generate(**inputs, generation_config=copy.deepcopy(self.generation_config))
+        with torch.inference_mode(), self._replace_generation_config():
+            ids = self.model.generate(**inputs, **self._generate_arguments)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts], [source.is_cut for source in sources]
+
+    @contextlib.contextmanager
+    def _replace_generation_config(self):
+        """Replace the model's generation config, from which `generate` takes what is not set in a given one."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        own, model.generation_config = model.generation_config, copy.deepcopy(self.generation_config)
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
     def _encode(self, example):
         where = f"row that begins with {example.source[:40]!r}"
@@ -150,8 +167,8 @@ class AnswerGenerator:
                 f"`max_new_tokens` is {limit}, but the decoder has {positions} positions, one of them for the start "
                 f"token. Set it to at most {positions - 1}."
             )
-        settings = {"do_sample": False, "max_length": None, "num_return_sequences": 1, "max_new_tokens": max(1, limit)}
-        settings |= {"num_beams": given["num_beams"] or config.num_beams or 1, **dict.fromkeys(SAMPLING_SETTINGS)}
+        settings = {"max_length": None, "max_new_tokens": max(1, limit), **REPLACED_SETTINGS}
+        settings["num_beams"] = given["num_beams"] or config.num_beams or 1
         known = vars(GenerationConfig())
         config.update(**{name: value for name, value in settings.items() if name in known})
         if config.pad_token_id is None:
@@ -169,6 +186,8 @@ class AnswerGenerator:
         """Return the settings of the checkpoint that this run replaces, with their values in the checkpoint."""
         own, used = self.model.generation_config, self.generation_config
         overridden = {"do_sample": True} if own.do_sample else {}
+        if own.num_return_sequences not in (None, 1):
+            overridden["num_return_sequences"] = own.num_return_sequences
         if (own.num_beams or 1) != used.num_beams:
             overridden["num_beams"] = own.num_beams or 1
         if self._own_limit() not in (None, used.max_new_tokens):
