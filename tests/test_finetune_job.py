@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import ByT5Tokenizer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from conftest import build_model, save_text_folder, save_vision_folder
+from conftest import build_model, save_vision_folder
 from encdec_slm.checkpoints import load_checkpoint
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.finetune_job import LORA_TARGET_MODULES, FinetuneArguments, finetune
@@ -209,26 +209,6 @@ def test_a_finished_run_is_replaced_with_its_checkpoints_and_adapters(finished, 
 
 def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("place", [".", "inside", "..", "link"])
-def test_an_output_folder_that_overlaps_the_model_is_refused(run, tmp_path, place):
-    base = tmp_path / "parent" / "base"
-    save_text_folder(base)
-    (tmp_path / "link").symlink_to(base)
-    output = {"link": tmp_path / "link"}.get(place, base / place)
-    before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="base"):
-        run(output, base)
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "tokenizer.json", "results.json"])
-def test_files_that_no_earlier_run_wrote_are_not_overwritten(run, tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=name):
-        run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_results_of_another_kind_are_not_overwritten(finished, run, tmp_path):
