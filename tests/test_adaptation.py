@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -553,3 +555,17 @@ def test_redundant_tables_of_old_folders_are_ignored(folder, copied):
     inv_freq = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
     edit_weights(copied, lm_head__weight=table.clone(), **inv_freq)
     assert_same_model(from_decoder_only(copied), from_decoder_only(folder))
+
+
+@pytest.mark.teacher
+def test_a_real_teacher_is_adapted_with_a_trimmed_vocabulary():
+    folder = os.environ["ENCDEC_TEACHER"]
+    texts = [f"def add(a, b): return a + b  # {number}" for number in range(30)]
+    trimmed, old_ids = trim_tokenizer(AutoTokenizer.from_pretrained(folder), texts)
+    model = from_decoder_only(folder, encoder_layers=1, decoder_layers=1, tokenizer=trimmed)
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        table = file.get_tensor("model.embed_tokens.weight")
+    assert torch.equal(model.get_input_embeddings().weight, table[old_ids])
+    assert model.config.vocab_size == len(trimmed) < 1000
+    ends = trimmed.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert model.generation_config.eos_token_id == ends and model.config.pad_token_id == trimmed.pad_token_id
