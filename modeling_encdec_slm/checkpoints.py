@@ -246,7 +246,7 @@ def load_processing_class(
     options.setdefault("trust_remote_code", False)
     auto_class = AutoProcessor if has_vision(model) else AutoTokenizer
     folder = Path(name_or_path) / options.get("subfolder", "")
-    if folder.is_dir() and not any(fnmatch(path.name, "*token*") or "vocab" in path.name for path in folder.iterdir()):
+    if folder.is_dir() and not any(matches_any(path.name, ("*token*", "vocab*")) for path in folder.iterdir()):
         return None
     processing_class = auto_class.from_pretrained(str(name_or_path), **options)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -308,7 +308,7 @@ def _load_weights(name, options, dtype, kwargs):
     model, info = AutoModelForSeq2SeqLM.from_pretrained(
         name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **kwargs
     )
-    _check_sizes(name, model, info)
+    check_shapes(name, model, info)
     if info["missing_keys"]:
         raise ValueError(
             f"{name!r} has no weights for {format_list(sorted(info['missing_keys']))}. Give a folder that holds a "
@@ -317,17 +317,27 @@ def _load_weights(name, options, dtype, kwargs):
     return model
 
 
-def _check_sizes(name, model, info):
+def check_shapes(name_or_path: str | Path, model: PreTrainedModel, loading_info: dict[str, Any]) -> None:
+    """Check that the weights of a checkpoint had the shapes that its config requires.
+
+    Args:
+        name_or_path (`str` or `Path`): The checkpoint, for the message.
+        model ([`~transformers.PreTrainedModel`]): The loaded model.
+        loading_info (`dict`): From `from_pretrained` with `output_loading_info=True, ignore_mismatched_sizes=True`.
+
+    Raises:
+        ValueError: A shape differs, or the config has fewer layers.
+    """
     differences = [
         f"{key} has shape {list(found)}, but config.json requires {list(expected)}"
-        for key, found, expected in sorted(info["mismatched_keys"])
+        for key, found, expected in sorted(loading_info["mismatched_keys"])
     ]
     if model.config.model_type in MODEL_TYPES:
-        extra = [key for key in info["unexpected_keys"] if re.search(r"\.layers\.\d+\.", key)]
+        extra = [key for key in loading_info["unexpected_keys"] if re.search(r"\.layers\.\d+\.", key)]
         differences += [f"{key} is in a layer that config.json does not have" for key in sorted(extra)]
     if differences:
         raise ValueError(
-            f"The weights of {name!r} do not fit its config.json: {format_list(differences, 3)}. Give a folder whose "
+            f"The weights of {str(name_or_path)!r} do not fit its config.json: {format_list(differences, 2)}. Give a folder whose "
             "files were saved together."
         )
 
@@ -488,8 +498,8 @@ def _check_replaceable(output_dir, overwrite, find_foreign_files):
         return
     if not overwrite:
         raise ValueError(
-            f"The folder {str(output_dir)!r} is not empty. Give another folder, or overwrite it: `overwrite=True`, "
-            "`--overwrite` on the command line."
+            f"The folder {str(output_dir)!r} is not empty. Give another folder, or set `overwrite=True` to replace an "
+            "earlier output."
         )
     ours = {path.name for path in output_dir.iterdir()} - _entries(output_dir)
     if foreign := [name for name in find_foreign_files(output_dir) if name not in ours]:
@@ -590,6 +600,7 @@ __all__ = [
     "check_complete_model",
     "check_hub_name",
     "check_no_overlap",
+    "check_shapes",
     "find_checkpoint_folder",
     "find_source_folders",
     "foreign_files",

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,24 @@ def test_the_program_prints_the_text_alone(folder, printed):
     )
     assert run.returncode == 0 and run.stderr == b""
     assert run.stdout.decode() == printed("generate", folder, TEXT, "--max-new-tokens", 12)
+
+
+def test_files_that_do_not_belong_together_are_named(folder, tmp_path, message):
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}), encoding="utf-8")
+    for arguments in (["generate", tmp_path / "model", TEXT], ["export", tmp_path / "model", tmp_path / "out"]):
+        shown = message(1, *arguments)
+        assert "config.json" in shown and "mlp" in shown and "24" in shown and "report" not in shown
+
+
+def test_a_missing_tokenizer_is_named(folder, tmp_path, message, capfd):
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*token*"))
+    model, bundle = tmp_path / "model", tmp_path / "out"
+    assert "tokenizer" in message(1, "generate", model, TEXT)
+    assert "tokenizer" in message(1, "evaluate", model, "--task", "docstrings", "--max-samples", 1)
+    assert main(["export", str(model), str(bundle)]) == 0 and "no tokenizer" in capfd.readouterr().err
+    assert "tokenizer" in message(1, "generate", bundle, TEXT)
 
 
 # Exports

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import is_peft_available
 
-from ..checkpoints import check_hub_name, load_checkpoint
+from ..checkpoints import check_hub_name, check_shapes, load_checkpoint
 from ..errors import summarize_error
 from .distillation_config import Seq2SeqDistillationConfig
 from .teacher_cache import TeacherCache
@@ -153,7 +153,9 @@ def _load_causal_model(name, location, kwargs):
     has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForImageTextToText if has_images and not is_causal else AutoModelForCausalLM
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = auto_class.from_pretrained(name, **kwargs)
+    check_shapes(name, model, info)
     if info["missing_keys"]:  # a backbone without its head, which would be initialized randomly
         raise ValueError(_wrong_teacher(name))
     return model

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoints import check_hub_name, find_checkpoint_folder
+from ..checkpoints import check_hub_name, check_shapes, find_checkpoint_folder
 from ..errors import summarize_error
 from ..vocabulary import tokenizer_fingerprint
 from .data_files import load_hub_dataset, read_data_file
@@ -351,7 +351,9 @@ def build_engine(
             return CTranslate2Engine(find_checkpoint_folder(teacher), loaded, batch_tokens)
         if name == "vllm":
             return VLLMEngine(teacher, loaded)
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, local_files_only=local_files_only)
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": local_files_only}
+        model, info = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, **options)
+        check_shapes(teacher, model, info)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}). Give the folder or the name of "

@@ -114,27 +114,36 @@ def _is_raised_by_this_package(error):
 def name_options(message: str, command: Any) -> str:
     """Replace the arguments of library functions in a message by the options of a command.
 
-    Names in backticks, such as `overwrite=True` or `num_beams`, become `--overwrite` or `--num-beams`. Commands that
-    take keys of a recipe keep other names: `lmbda=1` becomes `--lmbda 1`.
+    Code in backticks, such as `overwrite=True` or `num_beams`, becomes `--overwrite` or `--num-beams`. Commands that
+    take keys of a recipe keep other names: `lmbda=1` becomes `--lmbda 1`. Advice at the end of a sentence to set an
+    argument that the command does not have, as in ", or pass `processing_class=...`.", is left out.
     """
     if command is None:
         return message
     options = {param.name: param.opts[0] for param in command.params if param.param_type_name == "option"}
     takes_keys = command.context_settings.get("allow_extra_args", False)
 
-    def replace(match):
-        name, value = match.groups()
+    def rename(code):
+        name, equals, value = code.partition("=")
         if name in POSITIONAL_ARGUMENTS:
-            return f"`{POSITIONAL_ARGUMENTS[name]}`"
-        if name not in options and not (takes_keys and value):
-            return match[0]
+            return POSITIONAL_ARGUMENTS[name]
+        if name not in options and not (takes_keys and equals):
+            return None
         option = options.get(name, f"--{name}")
-        if value is None or (name in options and value == "True"):
-            return f"`{option}`"
+        if not equals or (name in options and value == "True"):
+            return option
         value = value.lower() if value in ("True", "False") else shlex.quote(value.strip("\"'"))
-        return f"`{option} {value}`"
+        return f"{option} {value}"
 
-    return re.sub(r"`(\w+)(?:=([^`]+))?`", replace, message)
+    def replace(match):
+        words = [rename(code) for code in re.split(r", (?=\w+=)", match[1])]
+        return match[0] if None in words else f"`{' '.join(words)}`"
+
+    def drop(match):
+        return match[0] if takes_keys or match[1] in options else ""
+
+    message = re.sub(r",? or (?:set|pass) `(\w+)(?:=[^`]*)?`[^.]*", drop, message)
+    return re.sub(r"`(\w+(?:=[^`]+)?)`", replace, message)
 
 
 def read_config(ctx: typer.Context, name_or_path: str | None) -> str | None:

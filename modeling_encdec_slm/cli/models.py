@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .console import Config, Output, Overwrite, UsageError
+from .console import Config, Output, Overwrite, UsageError, print_status
 from .training import run_distill, run_finetune
 
 
@@ -234,6 +234,8 @@ def export(
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"Wrote {size / 1e6:,.1f} MB in {quantization or 'float32'} to {folder}. Load it with\n")
     print(f"    {loader}.from_pretrained({str(folder)!r})", flush=True)
+    if not any(folder.glob("tokenizer*")):
+        print_status(f"{model} has no tokenizer, so the export has none: it generates from token ids only.")
     if agreement:
         _print_agreement(model, folder, loader, rows, static_lengths)
 

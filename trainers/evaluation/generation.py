@@ -61,8 +61,8 @@ def load_model(
         processing_class = found if processing_class is None else processing_class
     if processing_class is None:
         raise ValueError(
-            f"`model_or_path` {'is a loaded model' if model is model_or_path else 'has no tokenizer or processor'}. "
-            "Set `processing_class` to the tokenizer or processor of the model."
+            f"{'The model' if model is model_or_path else repr(str(model_or_path))} has no tokenizer or processor. "
+            "Save it in the folder of the model, or pass `processing_class`."
         )
     return model, processing_class
 
