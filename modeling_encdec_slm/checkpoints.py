@@ -337,8 +337,8 @@ def check_shapes(name_or_path: str | Path, model: PreTrainedModel, loading_info:
         differences += [f"{key} is in a layer that config.json does not have" for key in sorted(extra)]
     if differences:
         raise ValueError(
-            f"The weights of {str(name_or_path)!r} do not fit its config.json: {format_list(differences, 2)}. Give a folder whose "
-            "files were saved together."
+            f"The weights of {str(name_or_path)!r} do not fit its config.json: {format_list(differences, 2)}. Give a "
+            "folder whose files were saved together."
         )
 
 

@@ -410,9 +410,7 @@ def last_line(folder, decoder_only, rows_file, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("command", READING)
-def test_the_advice_of_the_hub_is_shown(command, hub, last_line, request):
-    if command.startswith("export"):
-        request.applymarker(pytest.mark.xfail(strict=False))
+def test_the_advice_of_the_hub_is_shown(command, hub, last_line):
     hub.gated.add("you/gated")
     assert "Visit /you/gated to ask for access" in last_line(command, "you/gated")
     assert "me/mistyped" in last_line(command, "me/mistyped")
