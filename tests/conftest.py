@@ -2,6 +2,7 @@
 """Builders and fixtures of tiny models, tokenizers and checkpoint folders, for all test modules and worker scripts."""
 
 import copy
+import gc
 import os
 from pathlib import Path
 
@@ -246,3 +247,9 @@ def vision_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vision_folder") / "vision"
     save_vision_folder(folder)
     return folder
+
+
+def pytest_collection_finish():
+    """Leave all modules that are imported so far out of garbage collections, which the Trainer runs several times."""
+    gc.collect()
+    gc.freeze()
