@@ -175,7 +175,7 @@ def test_a_setting_of_the_generation_config_that_beams_cannot_follow_is_named_wi
     model.generation_config.no_repeat_ngram_size = 3
     export_ctranslate2(model, tmp_path / "out", "float32")
     exported, ids = CT2EncDecSLM.from_pretrained(tmp_path / "out"), torch.tensor([[5, 6]])
-    with pytest.raises(ValueError, match=r"\(3, from the generation config .*_size=0`.*--no-repeat-ngram-size 0"):
+    with pytest.raises(ValueError, match=r"\(3, from the generation config .*`no_repeat_ngram_size=0`"):
         exported.generate(ids, num_beams=2)
     assert exported.generate(ids, num_beams=2, no_repeat_ngram_size=0, max_new_tokens=4).shape[0] == 1
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from conftest import build_model, build_tokenizer, build_vision_model
 from encdec_slm.export_manifest import (
@@ -16,6 +16,7 @@ from encdec_slm.export_manifest import (
     find_foreign_files,
     fingerprint_model,
     hash_tokenizer,
+    is_export,
     read_manifest,
 )
 
@@ -84,6 +85,22 @@ def test_an_export_in_a_repository_is_found_by_its_name(subfolder, tmp_path, mon
         find_export("me/model", ["ctranslate2"])
     with pytest.raises(ValueError, match="me/other"):
         find_export("me/other")
+
+
+def test_an_export_is_downloaded_from_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    api = HfApi(endpoint=hub.endpoint, token="hf_me")
+    write_export(tmp_path / "model" / "onnx")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, folder in (("me/export", tmp_path / "model" / "onnx"), ("me/model", tmp_path / "model")):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    assert is_export("me/export") and not is_export("me/model") and is_export("me/model", subfolder="onnx")
+    for name, options in (("me/export", {}), ("me/model", {}), ("me/model", {"subfolder": "onnx"})):
+        folder, manifest = find_export(name, ["onnx"], **options)
+        assert (folder / "weights").read_text() == "12345" and manifest["format"] == "onnx"
+    with pytest.raises(ValueError, match="me/none"):
+        is_export("me/none")
 
 
 def test_only_the_files_of_an_export_are_its_own(tmp_path):

@@ -425,8 +425,7 @@ def _check_beams(settings, origins):
         return
     names = ", ".join(f"`{name}` ({settings[name]!r}, from {origins[name]})" for name in given)
     values = ", ".join(f"`{name}={off!r}`" for name, off in given.items())
-    on_command_line = " (`--no-repeat-ngram-size 0` on the command line)" if "no_repeat_ngram_size" in given else ""
     raise ValueError(
         f"`num_beams` is {settings['num_beams']}, but CTranslate2 cannot combine beams with {names}: candidates would "
-        f"get other scores than in transformers. Pass {values}{on_command_line}, or `num_beams=1`."
+        f"get other scores than in transformers. Pass {values}, or `num_beams=1`."
     )
