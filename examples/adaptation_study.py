@@ -3,10 +3,11 @@
 
     python examples/adaptation_study.py SOURCE [--starts default even ...] [--seeds 0 1 2] [--steps 200]
 
-SOURCE is a folder, such as outputs/distill_docstrings_teacher. Students with 2/3 of its layers in the encoder and 1/3
-in the decoder learn to write docstrings for Python's standard library from it: forward KL and cross-entropy, half
-each, a trimmed vocabulary, AdamW. Seeds order the rows. The teacher reads each row once, and a study that was stopped
-continues with the next start. Writes one JSON file per run and study.md: losses in nats per held-out target token.
+SOURCE is a folder, or a preset such as `tiny`, whose decoder-only baseline is trained first. Students with 2/3 of its
+layers in the encoder and 1/3 in the decoder learn from it to write docstrings for Python's standard library: forward
+KL and cross-entropy, half each, a trimmed vocabulary, AdamW. Seeds order the rows. The teacher reads each row once,
+and a study that was stopped continues with the next start. Writes one JSON file per run and study.md: losses in nats
+per held-out target token.
 
 A source that follows instructions needs some: for Qwen2.5-Coder-0.5B-Instruct, `--prompt "Write the first sentence of
 the docstring of this Python function.\n\n{source}"`. A step with it takes 4 seconds on a CPU with bfloat16 units.
@@ -21,11 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from encdec_slm.adaptation import from_decoder_only, load_tokenizer, select_layers
 from encdec_slm.benchmarks.machine import has_bfloat16_units
 from encdec_slm.checkpoints import write_file
+from encdec_slm.configuration import list_presets
+from encdec_slm.trainers.decoder_only_job import train_decoder_only
 from encdec_slm.trainers.row_encoding import RowEncoder
 from encdec_slm.trainers.tasks.docstrings import build_docstring_task
 from encdec_slm.vocabulary import old_token_ids, trim_tokenizer
@@ -36,7 +39,8 @@ class Start:
     """How a student starts.
 
     Args:
-        encoder (`str`): Layers of the encoder: `"first"`, `"last"`, `"even"` or `"outer"` (first and last).
+        encoder (`str`): Layers of the encoder: `"first"`, `"last"`, `"even"`, `"contiguous"` (a block in the middle is
+            left out), or `"outer"` (the first, and every second one up to the last).
         decoder (`str`): Layers of the decoder, likewise.
         cross_scale (`float`): Factor of the copied output projection of the cross-attention.
         fold_norm (`bool`): Move the gain of each decoder layer's input norm into keys and values of its
@@ -49,11 +53,16 @@ class Start:
     fold_norm: bool = False
 
 
+SOURCE_TRAINING = {
+    **{"per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05},
+    **{"weight_decay": 0.01, "adam_beta2": 0.98, "save_strategy": "no", "dataloader_pin_memory": False},
+}
 STARTS = {
     "default": Start(),
     "copied cross-attention": Start(cross_scale=1.0),
     "cross-attention scaled by 0.1": Start(cross_scale=0.1),
     "folded norm": Start(fold_norm=True),
+    "contiguous decoder": Start(decoder="contiguous"),
     "even decoder": Start(decoder="even"),
     "last decoder": Start(decoder="last"),
     "even encoder": Start(encoder="even"),
@@ -65,6 +74,8 @@ STARTS = {
 
 def main():
     arguments = parse_arguments()
+    if arguments.source in list_presets():
+        arguments.source = train_source(arguments)
     study = load_study(arguments)
     for seed in arguments.seeds:
         for name in arguments.starts:
@@ -80,7 +91,7 @@ def main():
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of a decoder-only checkpoint")
+    parser.add_argument("source", help="folder of a decoder-only checkpoint, or a preset")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=200)
@@ -95,6 +106,15 @@ def parse_arguments():
 
 
 # Data and teacher
+
+
+def train_source(arguments):
+    """Train the decoder-only baseline of a preset for four epochs, unless an earlier run has done so."""
+    folder = arguments.output_dir / "source"
+    if not (folder / "config.json").is_file():
+        settings = TrainingArguments(str(folder), num_train_epochs=4, report_to=[], **SOURCE_TRAINING)
+        train_decoder_only(arguments.source, 512, build_docstring_task()["train"], settings, 80, 48)
+    return str(folder)
 
 
 @dataclass
@@ -197,6 +217,9 @@ def build_student(study, start):
 def choose_layers(name, depth, count):
     if name == "outer":
         return select_layers("outer", depth, 1, count)[1]
+    if name == "contiguous":
+        num_first = max(1, (count - 1) // 2)
+        return [*range(num_first), *range(depth - count + num_first, depth)]
     if name == "last":
         return list(range(depth - count, depth))
     return select_layers("even" if name == "even" else "outer", depth, count, 1)[0]

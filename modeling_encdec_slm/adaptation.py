@@ -124,8 +124,8 @@ def select_layers(strategy: str, depth: int, encoder_layers: int, decoder_layers
     """Return the indices (from 0) of the source's layers that are copied to the encoder and to the decoder.
 
     Args:
-        strategy (`str`): `"outer"`: the encoder takes the first layers, the decoder the first and the last, without a
-            block in the middle. `"even"`: both stacks take layers at even distances, from the first to the last.
+        strategy (`str`): `"outer"`: the encoder takes the first layers, the decoder the first ones and every second
+            one up to the last. `"even"`: both stacks take layers at even distances, from the first to the last.
             `"first-last"`: the encoder takes the first layers, the decoder the last.
         depth (`int`): Layers of the source.
         encoder_layers (`int`): Layers of the encoder, 1 to `depth`.
@@ -137,15 +137,18 @@ def select_layers(strategy: str, depth: int, encoder_layers: int, decoder_layers
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy` is {strategy!r}, but must be one of {', '.join(STRATEGIES)}.")
     if strategy == "even":
-        return _space_evenly(depth, encoder_layers), _space_evenly(depth, decoder_layers)
-    num_first = 0 if strategy == "first-last" else max(1, (decoder_layers - 1) // 2)
-    last = range(depth - decoder_layers + num_first, depth)
-    return list(range(encoder_layers)), [*range(num_first), *last]
+        return _space_evenly(0, depth - 1, encoder_layers), _space_evenly(0, depth - 1, decoder_layers)
+    if strategy == "first-last":
+        return list(range(encoder_layers)), list(range(depth - decoder_layers, depth))
+    num_first = max(1, (decoder_layers - 1) // 2)
+    num_last = decoder_layers - num_first
+    start = max(num_first, depth - 2 * num_last + 1)
+    return list(range(encoder_layers)), [*range(num_first), *_space_evenly(start, depth - 1, num_last)]
 
 
-def _space_evenly(depth, count):
+def _space_evenly(first, last, count):
     steps = max(count - 1, 1)
-    return [(2 * index * (depth - 1) + steps) // (2 * steps) for index in range(count)]  # rounds halves up
+    return [first + (2 * index * (last - first) + steps) // (2 * steps) for index in range(count)]  # rounds halves up
 
 
 def _check_layers(layers, depth):

@@ -214,7 +214,7 @@ def test_strategies_select_layers():
     assert select_layers("even", 30, 20, 10)[1] == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
     assert select_layers("even", 5, 5, 1) == ([0, 1, 2, 3, 4], [0])
     assert select_layers("first-last", 6, 4, 2) == ([0, 1, 2, 3], [4, 5])
-    assert select_layers("outer", 24, 16, 8) == (list(range(16)), [0, 1, 2, 19, 20, 21, 22, 23])
+    assert select_layers("outer", 24, 16, 8) == (list(range(16)), [0, 1, 2, 15, 17, 19, 21, 23])
     assert select_layers("outer", 6, 4, 2) == ([0, 1, 2, 3], [0, 5])
     assert select_layers("outer", 6, 6, 1) == ([0, 1, 2, 3, 4, 5], [0])
     for depth in range(1, 34):

@@ -64,7 +64,8 @@ def test_a_study_trains_every_start_once(study, monkeypatch, capsys):
 
 
 def test_starts_select_layers(study):
-    assert study.choose_layers("outer", 24, 8) == [0, 1, 2, 19, 20, 21, 22, 23]
+    assert study.choose_layers("outer", 24, 8) == [0, 1, 2, 15, 17, 19, 21, 23]
+    assert study.choose_layers("contiguous", 24, 8) == [0, 1, 2, 19, 20, 21, 22, 23]
     assert study.choose_layers("last", 6, 2) == [4, 5]
     assert study.choose_layers("first", 6, 4) == [0, 1, 2, 3]
     assert study.choose_layers("even", 6, 2) == [0, 5]
