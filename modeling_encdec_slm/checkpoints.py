@@ -53,6 +53,7 @@ LOCK_NAME = ".encdec_slm.lock"
 INCOMPLETE_PREFIX = ".encdec_slm-incomplete-"
 PREVIOUS_PREFIX = ".encdec_slm-previous-"
 HUB_TIMEOUT_SECONDS = 10
+UNREACHABLE = "the Hub cannot be reached, and the local cache does not have it"
 
 
 # Find
@@ -87,7 +88,8 @@ def find_checkpoint_folder(
                 )
             )
         except (HFValidationError, OSError) as error:
-            raise ValueError(_not_found(name_or_path, summarize_error(error))) from error
+            reason = UNREACHABLE if local_files_only else summarize_error(error)
+            raise ValueError(_not_found(name_or_path, reason)) from error
     folder = folder / (subfolder or "")
     if not folder.is_dir():
         raise ValueError(f"{str(name_or_path)!r} has no folder {subfolder!r}. Give the name of one of its folders.")
@@ -223,6 +225,8 @@ def load_checkpoint(
             model = _load_weights(name, options, dtype, kwargs)
         processing_class = load_processing_class(name, model, **options)
     except (OSError, KeyError, ImportError, RuntimeError) as error:
+        if options.get("local_files_only") and isinstance(error, OSError):
+            raise ValueError(_not_found(name, UNREACHABLE)) from error
         raise ValueError(
             f"{name!r} could not be loaded as an encoder-decoder ({summarize_error(error)}). Give a folder that "
             "`save_pretrained` wrote, or the name of a model on the Hub."

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import io
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -294,18 +293,6 @@ def test_no_combination_of_options_ends_in_a_stack_trace(folder, standard_input,
         assert "Traceback" not in shown and len(shown.splitlines()) <= 1, (chosen, shown)
 
 
-@pytest.mark.slow
-def test_the_program_prints_the_text_alone(folder, printed):
-    run = subprocess.run(
-        [PROGRAM, "generate", folder, "--max-new-tokens", "12"],
-        input=TEXT.encode(),
-        capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert run.returncode == 0 and run.stderr == b""
-    assert run.stdout.decode() == printed("generate", folder, TEXT, "--max-new-tokens", 12)
-
-
 def test_files_that_do_not_belong_together_are_named(folder, tmp_path, message):
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
@@ -420,7 +407,8 @@ def test_the_advice_of_the_hub_is_shown(command, hub, last_line):
 @pytest.mark.parametrize("command", READING)
 def test_an_unreachable_hub_is_asked_once(command, monkeypatch, last_line):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "me/mistyped" in last_line(command, "me/mistyped")
+    shown = last_line(command, "me/mistyped")
+    assert "me/mistyped" in shown and "local_files_only" not in shown
 
 
 @pytest.mark.parametrize(
@@ -462,3 +450,17 @@ def test_options_reach_the_function_of_a_command(arguments, target, expected, mo
     monkeypatch.setattr(target, stand_in)
     assert main(arguments) == 1
     assert "Reached" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["generate", "export", "bench"])
+def test_the_program_prints_no_notes_of_libraries(command, folder, printed, tmp_path):
+    words = {
+        "generate": ["generate", folder, "--max-new-tokens", "12"],
+        "export": ["export", folder, "out", "--format", "onnx", "--quantization", "int8"],
+        "bench": ["bench", "--preset", "tiny", "--settings", "8:4", "--only", "*r/transformers/float32/*"],
+    }[command]
+    run = subprocess.run([PROGRAM, *words], input=TEXT, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and run.stderr == ""
+    if command == "generate":
+        assert run.stdout == printed("generate", folder, TEXT, "--max-new-tokens", 12)

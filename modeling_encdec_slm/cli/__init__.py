@@ -8,6 +8,7 @@ and shell completion must not wait for.
 if __name__ != "encdec_slm_cli":
     raise ImportError("Import the command line as `encdec_slm_cli`.")
 
+import multiprocessing
 import os
 import sys
 import traceback
@@ -25,6 +26,9 @@ from .models import adapt, convert, export
 from .publication import demo, publish
 from .training import distill, finetune
 
+
+if multiprocessing.current_process().name != "MainProcess":  # in a worker of a command
+    set_up_logging(debug=False)
 
 PROGRAM = "encdec-slm"
 # Exit codes that shells use: SIGNALED plus the number of the signal; Ctrl-C sends SIGINT, number 2.
