@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of the vision-text family, and the geometry of an image in it: tiles, and tokens per image."""
+"""Configuration of the vision-text models, and the geometry of images: tiles, and tokens per image."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .configuration_encdec_slm import EncDecPreTrainedConfig, EncDecSLMConfig
 
 
-# Of CLIP ViT-L/14-336, the predecessor's tower.
+# CLIP ViT-L/14-336, the predecessor's tower.
 DEFAULT_VISION_CONFIG = {
     **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     **{"image_size": 336, "patch_size": 14, "projection_dim": 768},
@@ -24,33 +24,34 @@ DEFAULT_PINPOINTS = ((336, 336), (672, 672), (672, 1008), (1008, 672))
 
 @strict
 class EncDecVLMConfig(EncDecPreTrainedConfig):
-    r"""Sizes and conventions of a vision-text encoder-decoder: a text model, a vision tower, and what joins them.
+    r"""Configuration of a vision-text encoder-decoder: a text model, a vision tower, and what connects them.
 
-    An image becomes one downscaled tile and a grid of tiles of the resolution in `image_grid_pinpoints` that fits it
-    best (LLaVA-NeXT); their features stand among the tokens that the encoder reads.
+    An image becomes one downscaled tile and a grid of tiles, of the resolution in `image_grid_pinpoints` that fits it
+    best (LLaVA-NeXT). Their features take the places of its tokens in the encoder.
 
     Args:
-        text_config ([`EncDecSLMConfig`] or `dict`, *optional*): The text model. `None` means its defaults.
-        vision_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*): A vision tower that transformers'
-            `AutoModel` knows, with square tiles and patches: CLIP, SigLIP, DINOv2, ViT and their like. `None` means
-            CLIP ViT-L/14-336.
-        image_token_id (`int`, *optional*, defaults to 32011): Stands once for each image feature in `input_ids`.
-        vision_feature_layer (`int`, *optional*, defaults to -2): Which hidden state of the tower is read, counted as
-            in `hidden_states`: 0 are its embeddings, -1 its last layer.
-        vision_feature_select_strategy (`str`, *optional*): `"default"` leaves out what stands in front of the
-            patches: CLIP's class token, or registers; `"full"` keeps all, for towers without any. `None` means what
-            the tower needs.
+        text_config ([`EncDecSLMConfig`] or `dict`, *optional*): Config of the text model. `None` means its defaults.
+        vision_config ([`~transformers.PreTrainedConfig`] or `dict`, *optional*): Config of a vision tower that
+            transformers' `AutoModel` supports, with square tiles and patches, such as CLIP, SigLIP, DINOv2 or ViT.
+            `None` means CLIP ViT-L/14-336.
+        image_token_id (`int`, *optional*, defaults to 32011): Token that stands for one image feature in `input_ids`.
+        vision_feature_layer (`int`, *optional*, defaults to -2): Hidden state of the tower that is read, as an index
+            into `hidden_states`: 0 is the embeddings, -1 the last layer.
+        vision_feature_select_strategy (`str`, *optional*): `"default"` drops what precedes the patches (CLIP's class
+            token, registers); `"full"` keeps everything, for towers that have patches only. `None` chooses by the
+            tower.
         image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions `(height, width)` in pixels, multiples of
-            the tower's `image_size`. `None` means those of the predecessor, in tiles: 1 x 1, 2 x 2, 2 x 3 and 3 x 2.
-        max_num_tiles (`int`, *optional*, defaults to 3): Features of a grid are resized where they are more than
-            those of so many tiles (by more than a fifth).
-        image_newline (`bool`, *optional*, defaults to `True`): A learned vector ends every row of grid features.
+            the tower's `image_size`. `None` means those of the predecessor: 1 x 1, 2 x 2, 2 x 3 and 3 x 2 tiles.
+        max_num_tiles (`int`, *optional*, defaults to 3): The features of a grid are resized if they exceed those of
+            this number of tiles by more than a fifth.
+        image_newline (`bool`, *optional*, defaults to `True`): A learned vector ends each row of grid features.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation between the projector's two layers.
-        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the projector's fresh weights.
-        tie_word_embeddings (`bool`, *optional*): As in `text_config`; `None` means what that says.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new projector weights.
+        tie_word_embeddings (`bool`, *optional*): As in `text_config`, which is also the default.
 
     Raises:
-        ValueError: `text_config` or `vision_config` is of a type that does not fit.
+        ValueError: `text_config` or `vision_config` is of an unsuitable type.
+        TypeError: A keyword argument is neither a field of this class nor one that transformers uses.
         StrictDataclassClassValidationError: Two fields contradict each other.
     """
 
@@ -94,26 +95,26 @@ class EncDecVLMConfig(EncDecPreTrainedConfig):
 
     @property
     def tile_size(self) -> int:
-        """Side of a tile, in pixels."""
+        """Side of a tile in pixels."""
         return _side(self.vision_config, "image_size")
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, in pixels."""
+        """Side of a patch in pixels."""
         return _side(self.vision_config, "patch_size")
 
     @property
     def patches_per_side(self) -> int:
-        """Patches along one side of a tile: the whole ones, which are all that towers read."""
+        """Number of whole patches along one side of a tile."""
         return self.tile_size // self.patch_size
 
     def validate_architecture(self):
-        """The rules that hold between fields; `@strict` calls it whenever a config is built."""
+        """Check the fields against each other. Called by `@strict` whenever a config is built."""
         tile, num_channels = self.tile_size, getattr(self.vision_config, "num_channels", 3)
         if self.patches_per_side < 1 or num_channels != 3:
             raise ValueError(
                 f"`vision_config` has `image_size` {tile}, `patch_size` {self.patch_size} and "
-                f"`num_channels` {num_channels}, but must have at least one patch in a tile, and three colours."
+                f"`num_channels` {num_channels}, but must have at least one patch per tile, and three channels."
             )
         pinpoints = self.image_grid_pinpoints
         if not pinpoints or any(
@@ -137,7 +138,7 @@ class EncDecVLMConfig(EncDecPreTrainedConfig):
         if self.max_num_tiles < 1:
             raise ValueError(f"`max_num_tiles` is {self.max_num_tiles}, but must be at least 1.")
         if not self.is_encoder_decoder:
-            raise ValueError("`is_encoder_decoder` is False, but this family has an encoder and a decoder: leave it.")
+            raise ValueError("`is_encoder_decoder` is False, but must be True. Leave it out.")
 
 
 def _text_config(config: Any) -> PreTrainedConfig:
@@ -154,8 +155,8 @@ def _text_config(config: Any) -> PreTrainedConfig:
 def _check_text_type(model_type: str):
     if model_type != EncDecSLMConfig.model_type:
         raise ValueError(
-            f"`text_config` is of the type {model_type!r}, but must be of {EncDecSLMConfig.model_type!r}. Make one of "
-            "a decoder-only model with `from_decoder_only`."
+            f"`text_config` is of the type {model_type!r}, but must be of {EncDecSLMConfig.model_type!r}. Convert a "
+            "decoder-only model with `from_decoder_only`."
         )
 
 
@@ -167,28 +168,28 @@ def _vision_config(config: Any) -> PreTrainedConfig:
     kind = config.get("model_type", CLIPVisionConfig.model_type)
     if kind not in CONFIG_MAPPING:
         raise ValueError(
-            f"`vision_config` is of the type {kind!r}, which transformers does not know. Name one that it does, such "
-            "as 'clip_vision_model' or 'siglip_vision_model'."
+            f"`vision_config` is of the type {kind!r}, which transformers does not have. Use a type such as "
+            "'clip_vision_model' or 'siglip_vision_model'."
         )
     return CONFIG_MAPPING[kind](**copy.deepcopy(config))
 
 
 def _side(config: PreTrainedConfig, name: str) -> int:
-    """A tower's field for the side of a square, in pixels, which some towers have as a pair."""
+    """Return the side of a square in pixels, which some towers store as a pair."""
     value = getattr(config, name, None)
     if isinstance(value, (list, tuple)) and len(set(value)) == 1:
         value = value[0]
     if not isinstance(value, int) or value < 1 or not hasattr(config, "hidden_size"):
         raise ValueError(
             f"`vision_config` is of the type {config.model_type!r} with `{name}` {value}, but the tower must read "
-            "square tiles in square patches, as CLIP and SigLIP do. Of a model with text and vision, give the "
+            "square tiles in square patches, as CLIP and SigLIP do. For a model of text and vision, pass its "
             "`vision_config`."
         )
     return value
 
 
 def grid_shape(image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
-    """Rows and columns of the grid of tiles that an image is cut into.
+    """Return the rows and columns of the grid of tiles that an image is cut into.
 
     Args:
         image_size (`tuple[int, int]`): Height and width of the image, in pixels.
@@ -200,9 +201,9 @@ def grid_shape(image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], 
 
 
 def unpadded_bounds(image_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where features of the image itself lie in those of its padded grid: top, bottom, left and right, in features.
+    """Return where the image is in the features of its padded grid: top, bottom, left and right, in features.
 
-    An odd difference leaves one row or column of padding, as in the predecessor.
+    If the padding is odd, one row or column of it remains, as in the predecessor.
 
     Args:
         image_size (`tuple[int, int]`): Height and width of the image, in pixels.
@@ -217,12 +218,12 @@ def unpadded_bounds(image_size: tuple[int, int], grid_size: tuple[int, int]) -> 
 
 
 def shrunk_size(height: int, width: int, patches_per_side: int, max_num_tiles: int) -> tuple[int, int]:
-    """Height and width that grid features are resized to; the same where they are not too many.
+    """Return the height and width that grid features are resized to, or their own if they are not too many.
 
     Args:
-        height (`int`): Of the features, without padding.
-        width (`int`): Likewise.
-        patches_per_side (`int`): Features along one side of a tile.
+        height (`int`): Height of the features without padding.
+        width (`int`): Width of the features without padding.
+        patches_per_side (`int`): Number of features along one side of a tile.
         max_num_tiles (`int`): See [`EncDecVLMConfig`].
     """
     ratio = math.sqrt(height * width / (max_num_tiles * patches_per_side**2))
@@ -236,7 +237,7 @@ def feature_shape(
     patches_per_side: int,
     max_num_tiles: int,
 ) -> tuple[int, int]:
-    """Height and width of the grid features that an image ends up with, without the column of newlines.
+    """Return the height and width of an image's final grid features, without the column of newlines.
 
     Args: as in [`grid_shape`] and [`shrunk_size`].
     """
@@ -253,7 +254,7 @@ def num_image_tokens(
     max_num_tiles: int,
     image_newline: bool = True,
 ) -> int:
-    """Features of an image, which are as many as its tokens: of the downscaled tile, and of its grid.
+    """Return the number of tokens of an image: one per feature of its downscaled tile and its grid.
 
     Args: as in [`feature_shape`], and
         image_newline (`bool`, *optional*, defaults to `True`): See [`EncDecVLMConfig`].
