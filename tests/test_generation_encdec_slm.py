@@ -1,28 +1,314 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options, lengths and ends of generation."""
+"""`generate`: searches, caches of both kinds, options, lengths, and where a row ends."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSeq2SeqLM,
+    CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
-from conftest import build_config, build_model, build_source, build_tokenizer, build_vision_inputs
+from conftest import (
+    build_config,
+    build_model,
+    build_source,
+    build_tokenizer,
+    build_vision_config,
+    build_vision_inputs,
+    build_vision_model,
+)
 from encdec_slm import EncDecSLMForConditionalGeneration, EncDecSLMModel, Text2TextGenerationPipeline
 from encdec_slm.generation_encdec_slm import generated_lengths
+
+
+# Below, at and above a bucket's length, and far into the third bucket.
+LENGTHS = [1, 63, 64, 65, 200]
+BEAMS = {"num_beams": 3, "max_length": 10}
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request, tiny_model):
+    tiny_model.set_attn_implementation(request.param)
+    return tiny_model
+
+
+# Searches
+
+
+def greedy(model, input_ids, attention_mask, length):
+    """Greedy decoding without a cache; rows that ended are padded."""
+    ids = torch.full((len(input_ids), 1), model.config.decoder_start_token_id)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    while ids.shape[1] < length and not ended.all():
+        logits = model(input_ids, attention_mask=attention_mask, decoder_input_ids=ids, use_cache=False).logits
+        following = logits[:, -1].argmax(-1).masked_fill(ended, model.config.pad_token_id)
+        ended |= following == model.config.eos_token_id
+        ids = torch.cat((ids, following[:, None]), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+def test_greedy_search_equals_a_plain_loop(model, source, cache_implementation):
+    expected = greedy(model, **source, length=12)
+    actual = model.generate(**source, max_length=12, cache_implementation=cache_implementation)
+    assert torch.equal(actual, expected)
+
+
+def beam_search(model, input_ids, num_beams, num_new_tokens):
+    """The best sequence of a beam search over one row, without an end token."""
+    beams = [(0.0, [model.config.decoder_start_token_id])]
+    for _ in range(num_new_tokens):
+        candidates = []
+        for score, ids in beams:
+            logits = model(input_ids, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
+            log_probabilities = logits.log_softmax(-1)
+            candidates += [(score + value.item(), [*ids, token]) for token, value in enumerate(log_probabilities)]
+        beams = sorted(candidates, reverse=True)[:num_beams]
+    return beams[0][1]
+
+
+def test_beam_search_equals_a_plain_one(model, source):
+    model.generation_config.eos_token_id = None
+    row = source["input_ids"][:1]
+    with torch.no_grad():
+        expected = beam_search(model, row, num_beams=3, num_new_tokens=5)
+    actual = model.generate(row, num_beams=3, max_new_tokens=5, length_penalty=0.0)
+    assert actual[0].tolist() == expected
+    assert actual[0].tolist() != model.generate(row, max_new_tokens=5)[0].tolist()
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 12}, BEAMS], ids=str)
+def test_a_batch_generates_what_its_rows_do(model, source, settings):
+    together = model.generate(**source, **settings)
+    lengths = source["attention_mask"].sum(1).tolist()
+    for row, length in enumerate(lengths):
+        alone = model.generate(source["input_ids"][row : row + 1, :length], **settings)
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+    rolled = [torch.roll(ids, 9 - length) for ids, length in zip(source["input_ids"], lengths, strict=True)]
+    left = {"input_ids": torch.stack(rolled), "attention_mask": source["attention_mask"].flip(1)}
+    assert torch.equal(model.generate(**left, **settings), together)
+
+
+def test_sampling_returns_several_sequences_per_row(tiny_model, source):
+    torch.manual_seed(0)
+    ids = tiny_model.generate(**source, do_sample=True, num_return_sequences=4, max_length=8)
+    assert len(ids) == 12
+    assert len({tuple(row.tolist()) for row in ids[:4]}) > 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 1}, {"do_sample": True, "top_k": 1}], ids=str)
+def test_prompt_lookup_generates_what_greedy_search_does(tiny_model, source, settings):
+    embed = tiny_model.get_input_embeddings()
+    for row in range(3):
+        inputs = {name: value[row : row + 1] for name, value in source.items()}
+        expected = tiny_model.generate(**inputs, max_length=20, **settings)
+        for num_tokens in (1, 3, 10):
+            lookup = {"max_length": 20, "prompt_lookup_num_tokens": num_tokens, **settings}
+            assert torch.equal(tiny_model.generate(**inputs, **lookup), expected)
+            embedded = {"inputs_embeds": embed(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
+            assert torch.equal(tiny_model.generate(**embedded, **lookup), expected)
+
+
+def test_prompt_lookup_finds_its_candidates_in_the_source(tiny_model, source):
+    row = source["input_ids"][:1]
+    # Without repetitions, so that nothing is found in the generated tokens.
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "no_repeat_ngram_size": 1}
+    expected = tiny_model.generate(row, **settings)
+    encoder_outputs = tiny_model.get_encoder()(row)
+    steps = []
+    tiny_model.get_decoder().register_forward_hook(lambda *_: steps.append(1))
+    for found_in, num_steps in ((expected, 4), (torch.full_like(expected, 2), 20)):
+        steps.clear()
+        actual = tiny_model.generate(found_in, encoder_outputs=encoder_outputs, prompt_lookup_num_tokens=4, **settings)
+        assert torch.equal(actual, expected)
+        assert len(steps) == num_steps
+
+
+def test_an_assistant_changes_nothing_in_greedy_search(tiny_model, source):
+    row = source["input_ids"][:1]
+    expected = tiny_model.generate(row, max_length=20)
+    assert torch.equal(tiny_model.generate(row, max_length=20, assistant_model=build_model(seed=5)), expected)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_source_is_encoded_once(tiny_model, source, num_beams):
+    calls = {"encoder": 0, "cross_keys": 0, "decoder": 0}
+
+    def count(module, name):
+        module.register_forward_hook(lambda *_: calls.__setitem__(name, calls[name] + 1))
+
+    settings = {"min_new_tokens": 8, "max_new_tokens": 8, "num_beams": num_beams}
+    count(tiny_model.get_encoder(), "encoder")
+    count(tiny_model.get_decoder(), "decoder")
+    count(tiny_model.get_decoder().layers[0].cross_attn.k_proj, "cross_keys")
+    expected = tiny_model.generate(**source, **settings)
+    assert calls == {"encoder": 1, "cross_keys": 1, "decoder": 8}
+    encoded = {
+        "encoder_outputs": tiny_model.get_encoder()(**source),
+        "attention_mask": source["attention_mask"],
+    }
+    calls["encoder"] = 0
+    assert torch.equal(tiny_model.generate(**encoded, **settings), expected)
+    assert calls["encoder"] == 0
+
+
+# Static caches
+
+
+def padded_source(length, padding_side="right"):
+    """Three rows of `length`, of half of it and of all but one token."""
+    lengths = (length, (length + 1) // 2, max(1, length - 1))
+    return build_source(*lengths, padding_side=padding_side, seed=length)
+
+
+def generate_twice(model, seed=None, **kwargs):
+    """Generate with growing caches, and with static ones."""
+    results = []
+    for cache_implementation in ("dynamic", "static"):
+        if seed is not None:
+            torch.manual_seed(seed)
+        results.append(model.generate(**kwargs, max_new_tokens=8, cache_implementation=cache_implementation))
+    return results
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_static_caches_change_nothing_at_any_length(model, padding_side):
+    for length in LENGTHS:
+        dynamic, static = generate_twice(model, **padded_source(length, padding_side))
+        assert torch.equal(static, dynamic), length
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+        {"do_sample": True, "num_return_sequences": 2, "seed": 0},
+        {"do_sample": True, "num_beams": 2, "seed": 1},
+        {"encoder_repetition_penalty": 3.0, "encoder_no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_static_caches_change_nothing_in_any_search(tiny_model, settings):
+    dynamic, static = generate_twice(tiny_model, **padded_source(66), **settings)
+    assert torch.equal(static, dynamic)
+
+
+def test_static_caches_accept_a_source_in_every_form_and_leave_it_unchanged(tiny_model):
+    source = padded_source(40)
+    encoder_outputs = tiny_model.get_encoder()(**source)
+    states = encoder_outputs.last_hidden_state.clone()
+    mask = {"attention_mask": source["attention_mask"]}
+    forms = {
+        "without a mask": {"input_ids": source["input_ids"][:1]},
+        "embedded": {"inputs_embeds": tiny_model.get_input_embeddings()(source["input_ids"]), **mask},
+        "encoded": {"encoder_outputs": encoder_outputs, **mask},
+        "encoded, without a mask": {"encoder_outputs": BaseModelOutput(encoder_outputs.last_hidden_state[:1])},
+        "a mask of booleans": {**source, "attention_mask": source["attention_mask"].bool()},
+    }
+    for name, inputs in forms.items():
+        dynamic, static = generate_twice(tiny_model, **inputs)
+        assert torch.equal(static, dynamic), name
+    assert torch.equal(encoder_outputs.last_hidden_state, states)
+    assert torch.equal(mask["attention_mask"], padded_source(40)["attention_mask"])
+
+
+def test_static_caches_serve_images(tiny_vision_model):
+    inputs = build_vision_inputs(tiny_vision_model.config, [[(11, 16)], [], [(160, 240), (8, 8)]])
+    for settings in ({}, {"num_beams": 2}):
+        dynamic, static = generate_twice(tiny_vision_model, **inputs, **settings)
+        assert torch.equal(static, dynamic)
+
+
+def test_attention_to_the_padding_of_a_bucket_is_zero(tiny_model):
+    tiny_model.set_attn_implementation("eager")
+    options = {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True}
+    dynamic, static = generate_twice(tiny_model, **padded_source(9), **options)
+    assert dynamic.cross_attentions[0][0].shape == (3, 4, 1, 9)
+    for expected, actual in zip(dynamic.cross_attentions, static.cross_attentions, strict=True):
+        for one, other in zip(expected, actual, strict=True):
+            assert other.shape == (3, 4, 1, 64)
+            torch.testing.assert_close(other[..., :9], one, rtol=1e-4, atol=1e-5)
+            assert not other[..., 9:].any()
+    # The encoder reads the source without padding.
+    for name in ("encoder_attentions", "encoder_hidden_states"):
+        torch.testing.assert_close(static[name], dynamic[name])
+
+
+@pytest.fixture
+def counting():
+    """A `CompileConfig` that also compiles on the CPU, into one graph, and a list that grows with each graph."""
+    torch._dynamo.reset()  # graphs of other models count towards the same limit
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+    compile_config._compile_all_devices = True
+    yield compile_config, graphs
+    torch._dynamo.reset()
+
+
+def compiled_equals_dynamic(model, compile_config, inputs, **options):
+    options = {"max_new_tokens": 5, "eos_token_id": None, **options}
+    expected = model.generate(**inputs, **options)
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    return torch.equal(model.generate(**inputs, **options, **static), expected)
+
+
+ONE_LAYER = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+
+
+def test_a_step_is_compiled_once_per_bucket_of_source_lengths(counting):
+    compile_config, graphs = counting
+    model = build_model(**ONE_LAYER)
+    for length, num_graphs in {5: 1, 64: 1, 65: 2, 30: 2}.items():
+        assert compiled_equals_dynamic(model, compile_config, padded_source(length)), length
+        assert len(graphs) == num_graphs, length
+    # Nor does another form of the source, another number of new tokens or another way to choose them compile again.
+    source = padded_source(20, "left")
+    unmasked = {"input_ids": padded_source(33)["input_ids"].clamp(min=3)}
+    assert compiled_equals_dynamic(model, compile_config, unmasked, max_new_tokens=40)
+    encoded = {"encoder_outputs": model.get_encoder()(**source), "attention_mask": source["attention_mask"]}
+    assert compiled_equals_dynamic(model, compile_config, encoded, do_sample=True, top_k=1)
+    assert len(graphs) == 2
+
+
+def test_images_of_any_number_share_one_compiled_step(counting):
+    compile_config, graphs = counting
+    model = build_vision_model(build_vision_config(build_config(**ONE_LAYER)))
+    for sizes in ([(8, 8)], [(11, 16)], [(8, 8), (8, 8)]):
+        inputs = build_vision_inputs(model.config, [sizes])
+        assert inputs["input_ids"].shape[1] <= 64
+        assert compiled_equals_dynamic(model, compile_config, inputs)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_generation_compiles_to_machine_code(tiny_model):
+    torch._dynamo.reset()
+    compile_config = CompileConfig(fullgraph=True, mode="default")
+    compile_config._compile_all_devices = True
+    for length in LENGTHS:
+        assert compiled_equals_dynamic(tiny_model, compile_config, padded_source(length), num_beams=1), length
+    assert compiled_equals_dynamic(tiny_model, compile_config, padded_source(64), num_beams=2)
+    torch._dynamo.reset()
+
+
+# Options
 
 
 def decoder_only_model():
     sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
-
-
-# Options
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -85,6 +371,13 @@ def test_evaluation_while_training_generates_and_pads_to_a_sensible_length(setti
     generated = (output.predictions != 0).sum()
     assert generated <= settings.get("generation_max_length", 256)
     assert model.generation_config.max_length == 256
+
+
+def test_new_tokens_of_the_caller_replace_the_length_of_the_model_without_a_warning(tiny_model, source, capfd):
+    tiny_model.generation_config.eos_token_id = None
+    assert tiny_model.generate(**source, max_new_tokens=3).shape == (3, 4)
+    assert tiny_model.generate(**source, max_length=3).shape == (3, 3)
+    assert "max_length" not in capfd.readouterr().err
 
 
 # The end of a row

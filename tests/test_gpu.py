@@ -7,11 +7,10 @@ import pytest
 import torch
 from ddp_worker import history_of
 from distillation_worker import make_trainer
-from test_modeling_encdec_vlm import make_config, make_inputs
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
-from conftest import randomised
+from conftest import build_vision_config, build_vision_inputs, randomize
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration, EncDecVLMForConditionalGeneration
 from encdec_slm.trainers.distillation_losses import ObjectiveSettings, distillation_objective
 from encdec_slm.trainers.output_heads import OutputHead
@@ -71,7 +70,7 @@ def test_gradients_agree_with_eager_attention(cuda_model, cuda_source, backend):
 
 
 def test_compiled_static_generation_equals_dynamic(cuda_model, cuda_source):
-    randomised(cuda_model.cpu()).cuda()
+    randomize(cuda_model.cpu()).cuda()
     expected = cuda_model.generate(**cuda_source, min_new_tokens=16, max_new_tokens=16)
     # transformers compiles the decoding step by itself when the cache is static and the device an accelerator.
     actual = cuda_model.generate(**cuda_source, min_new_tokens=16, max_new_tokens=16, cache_implementation="static")
@@ -122,8 +121,8 @@ def test_images_are_read_by_every_backend_as_in_single_precision(cuda_model, bac
         **{"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
         **{"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
     }
-    model = EncDecVLMForConditionalGeneration(make_config(cuda_model.config, vision_config)).to("cuda").eval()
-    inputs = make_inputs(model.config, [[(11, 16)], [], [(160, 240), (8, 8)]])
+    model = EncDecVLMForConditionalGeneration(build_vision_config(cuda_model.config, vision_config)).to("cuda").eval()
+    inputs = build_vision_inputs(model.config, [[(11, 16)], [], [(160, 240), (8, 8)]])
     inputs = {name: value.cuda() for name, value in inputs.items()}
     expected = logits_with(model, "eager", torch.float32, inputs)
     actual = logits_with(model, backend, torch.bfloat16, inputs)
@@ -131,7 +130,7 @@ def test_images_are_read_by_every_backend_as_in_single_precision(cuda_model, bac
 
 
 def test_static_caches_write_what_growing_ones_do_for_every_length(cuda_model):
-    randomised(cuda_model.cpu()).cuda()
+    randomize(cuda_model.cpu()).cuda()
     for length in (40, 64, 65, 100):
         ids = torch.randint(3, 512, (2, length), generator=torch.Generator().manual_seed(length)).cuda()
         expected = cuda_model.generate(ids, max_new_tokens=8)

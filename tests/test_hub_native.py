@@ -12,19 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from hub_worker import JOBS
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
-    PreTrainedTokenizerFast,
 )
 
 import encdec_slm
-from conftest import TEXT_CODE_FILES, randomised
+from conftest import TEXT_CODE_FILES, build_model, build_tokenizer
 from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 
 
@@ -54,18 +50,8 @@ ROPES = [
 ]
 
 
-def build(model_class=EncDecSLMForConditionalGeneration, seed=0, **switches):
-    """A two-layer model whose every tensor differs from what a fresh one holds, gains of norms included."""
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "encoder_num_hidden_layers": 2,
-        "decoder_num_hidden_layers": 2,
-    }
-    return randomised(model_class(EncDecSLMConfig(**{**sizes, **switches})), seed).eval()
+def build(model_class=EncDecSLMForConditionalGeneration, **switches):
+    return build_model(model_class, **{"head_dim": 8, "max_position_embeddings": 2048, **switches})
 
 
 def make_inputs(vocab_size=97):
@@ -117,11 +103,7 @@ def repository(tmp_path_factory):
         },
     }
     torch.save(expected, root / "expected.pt")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, 97)}}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(root / "model")
+    build_tokenizer(ends_sources=False).save_pretrained(root / "model")
     return root
 
 
@@ -209,15 +191,6 @@ def test_the_package_needs_no_trust_to_load_a_folder(repository):
         assert type(load(auto_class, repository / "model", trust_remote_code=True)) is model_class
 
 
-def test_the_encoder_of_a_full_checkpoint_embeds_as_the_full_model_does(repository):
-    expected = torch.load(repository / "expected.pt")
-    encoder = load(AutoModelForTextEncoding, repository / "model").eval()
-    with torch.no_grad():
-        states = encoder(expected["inputs"]["input_ids"], expected["inputs"]["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(states, expected["encoder_states"])
-    assert not [name for name, _ in encoder.named_parameters() if "decoder" in name]
-
-
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_a_saved_model_loads_with_every_tensor_and_every_field_as_it_was(switches, tmp_path):
     model = build(**switches)
@@ -267,17 +240,6 @@ def test_a_tied_head_on_a_headless_checkpoint_is_the_embedding_and_nothing_is_mi
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_asking_for_a_number_of_new_tokens_warns_of_nothing(repository, caplog, monkeypatch):
-    model = load(AutoModelForSeq2SeqLM, repository / "model")
-    transformers_logger = "transformers.generation.utils"
-    with caplog.at_level("WARNING", logger=transformers_logger):
-        # transformers' loggers do not reach the root, where caplog listens.
-        monkeypatch.setattr("transformers.generation.utils.logger.handlers", [caplog.handler])
-        tokens = model.generate(make_inputs()["input_ids"], do_sample=False, max_new_tokens=3, eos_token_id=None)
-    assert tokens.shape[1] == 4
-    assert not caplog.messages
-
-
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 def test_a_load_rebuilds_the_rotary_buffers(rope, tmp_path):
     model = build(rope_parameters=rope)
@@ -323,7 +285,7 @@ def test_parts_of_a_model_may_stay_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("size", [90, 113])
-@pytest.mark.parametrize("switches", SWITCHES[:4], ids=str)
+@pytest.mark.parametrize("switches", [SWITCHES[0], SWITCHES[3]], ids=str)
 def test_resized_embeddings_keep_their_rows_their_tie_and_survive_a_save(switches, size, tmp_path):
     model = build(**switches)
     inputs, kept = make_inputs(90), min(size, 97)
@@ -363,13 +325,6 @@ def test_a_damaged_weight_file_is_reported_with_its_folder(repository, kept_byte
     with pytest.raises(OSError, match=r"\.safetensors") as caught:
         AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert str(folder) in str(caught.value)
-
-
-def test_a_missing_weight_file_is_named(repository, tmp_path):
-    folder = shutil.copytree(repository / "model", tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForSeq2SeqLM.from_pretrained(folder)
 
 
 def test_a_folder_without_code_files_loads_with_the_package(repository, tmp_path):

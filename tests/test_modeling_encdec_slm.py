@@ -11,8 +11,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from conftest import build_model, randomised
-from encdec_slm import EncDecSLMConfig, EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
+from conftest import build_config, build_model, randomize
+from encdec_slm import EncDecSLMEncoderModel, EncDecSLMForConditionalGeneration, EncDecSLMModel
 from encdec_slm.modeling_encdec_slm import EncDecSLMEncoderLayer, EncDecSLMRMSNorm, EncDecSLMRotaryEmbedding
 
 
@@ -20,10 +20,6 @@ from encdec_slm.modeling_encdec_slm import EncDecSLMEncoderLayer, EncDecSLMRMSNo
 def model(request, tiny_model):
     tiny_model.set_attn_implementation(request.param)
     return tiny_model
-
-
-def variant(tiny_config, **fields):
-    return EncDecSLMConfig(**{**tiny_config.to_dict(), **fields})
 
 
 def caches(model, kind, source_length):
@@ -45,25 +41,20 @@ def test_building_a_model_leaves_its_config_unchanged(tiny_config):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_cached_decoding_equals_uncached(model, source, target_ids, kind):
+@pytest.mark.parametrize("chunks", [[1] * 6, [2, 4]], ids=str)
+def test_cached_decoding_equals_uncached(model, source, target_ids, kind, chunks):
     expected = model(**source, decoder_input_ids=target_ids).logits
     past_key_values = caches(model, kind, source["input_ids"].shape[1])
-    encoder_outputs = model.get_encoder()(**source)
-    steps = [
-        model(
-            attention_mask=source["attention_mask"],
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=target_ids[:, position : position + 1],
-            past_key_values=past_key_values,
-        ).logits
-        for position in range(target_ids.shape[1])
+    given = {"attention_mask": source["attention_mask"], "encoder_outputs": model.get_encoder()(**source)}
+    logits = [
+        model(**given, decoder_input_ids=ids, past_key_values=past_key_values).logits
+        for ids in target_ids.split(chunks, dim=1)
     ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected)
 
 
-def test_layers_without_rotation_decode_with_a_cache_as_without(tiny_config, source, target_ids):
-    config = variant(tiny_config, encoder_no_rope_layers=[0, 1], decoder_no_rope_layers=[1, 0])
-    model = randomised(EncDecSLMForConditionalGeneration(config)).eval()
+def test_layers_without_rotation_decode_with_a_cache(source, target_ids):
+    model = build_model(encoder_no_rope_layers=[0, 1], decoder_no_rope_layers=[1, 0])
     expected = model(**source, decoder_input_ids=target_ids).logits
     first = model(**source, decoder_input_ids=target_ids[:, :3], use_cache=True)
     second = model(
@@ -73,28 +64,14 @@ def test_layers_without_rotation_decode_with_a_cache_as_without(tiny_config, sou
         past_key_values=first.past_key_values,
     )
     torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected)
-    everywhere = randomised(EncDecSLMForConditionalGeneration(tiny_config)).eval()
-    assert not torch.allclose(everywhere(**source, decoder_input_ids=target_ids).logits, expected, atol=1e-2)
+    assert not torch.allclose(build_model()(**source, decoder_input_ids=target_ids).logits, expected, atol=1e-2)
 
 
-def test_a_layer_without_rotation_does_not_know_the_order_of_its_source(tiny_config, source):
-    config = variant(tiny_config, encoder_num_hidden_layers=1, encoder_no_rope_layers=[0])
-    model = randomised(EncDecSLMForConditionalGeneration(config)).eval()
+def test_a_layer_without_rotation_ignores_the_order_of_its_source(source):
+    model = build_model(encoder_num_hidden_layers=1, encoder_no_rope_layers=[0])
     ids = source["input_ids"][:1]
     forwards, backwards = (model.get_encoder()(ids).last_hidden_state for ids in (ids, ids.flip(1)))
     torch.testing.assert_close(forwards, backwards.flip(1))
-
-
-def test_a_cached_chunk_equals_single_steps(model, source, target_ids):
-    expected = model(**source, decoder_input_ids=target_ids).logits
-    first = model(**source, decoder_input_ids=target_ids[:, :2], use_cache=True)
-    second = model(
-        attention_mask=source["attention_mask"],
-        encoder_outputs=(first.encoder_last_hidden_state,),
-        decoder_input_ids=target_ids[:, 2:],
-        past_key_values=first.past_key_values,
-    )
-    torch.testing.assert_close(torch.cat((first.logits, second.logits), dim=1), expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -140,8 +117,8 @@ def test_no_target_token_sees_a_later_one(model, source, target_ids):
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_eager_equals_sdpa(tiny_config, source, target_ids, qk_norm):
-    model = randomised(EncDecSLMForConditionalGeneration(variant(tiny_config, qk_norm=qk_norm))).eval()
+def test_eager_equals_sdpa(source, target_ids, qk_norm):
+    model = build_model(qk_norm=qk_norm)
     logits = {}
     for backend in ("eager", "sdpa"):
         model.set_attn_implementation(backend)
@@ -152,8 +129,8 @@ def test_eager_equals_sdpa(tiny_config, source, target_ids, qk_norm):
 # What transformers 5.23 and torch 2.13 call on the way is deprecated in torch itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
-def test_flex_attention_equals_eager(tiny_config, source, target_ids):
-    model = randomised(EncDecSLMForConditionalGeneration(variant(tiny_config, head_dim=16))).eval()
+def test_flex_attention_equals_eager(source, target_ids):
+    model = build_model(head_dim=16)
     expected = model(**source, decoder_input_ids=target_ids).logits
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
@@ -212,8 +189,8 @@ def test_one_embedding_module_serves_the_whole_model(tiny_model):
 
 
 @pytest.mark.parametrize("gated_mlp", [False, True])
-def test_every_entry_of_the_tensor_parallel_plan_names_a_module(tiny_config, gated_mlp):
-    model = EncDecSLMForConditionalGeneration(variant(tiny_config, gated_mlp=gated_mlp))
+def test_every_entry_of_the_tensor_parallel_plan_names_a_module(gated_mlp):
+    model = build_model(gated_mlp=gated_mlp)
     names = {name.replace(".0.", ".*.") for name, _ in model.named_modules()}
     assert set(model.tp_plan) <= names
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -233,8 +210,8 @@ def test_rms_norm_equals_llamas_in_half_precision():
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backend):
-    config = variant(tiny_config, qk_norm=True)
+def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(backend):
+    config = build_config(qk_norm=True)
     config._attn_implementation = backend
     theirs_config = Qwen3Config(
         hidden_size=32,
@@ -245,7 +222,7 @@ def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backe
         num_hidden_layers=1,
         attn_implementation=backend,
     )
-    ours = randomised(EncDecSLMEncoderLayer(config, 0))
+    ours = randomize(EncDecSLMEncoderLayer(config, 0))
     theirs = Qwen3DecoderLayer(theirs_config, 0)
     theirs.load_state_dict(ours.state_dict())
     theirs.self_attn.is_causal = False
@@ -256,9 +233,9 @@ def test_an_encoder_layer_equals_qwen3s_without_a_causal_mask(tiny_config, backe
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_cast_after_a_long_call_scales_the_next_long_one_again(tiny_config):
+def test_a_cast_after_a_long_call_scales_the_next_long_one_again():
     rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    rotary = EncDecSLMRotaryEmbedding(variant(tiny_config, rope_parameters=rope_parameters, max_position_embeddings=8))
+    rotary = EncDecSLMRotaryEmbedding(build_config(rope_parameters=rope_parameters, max_position_embeddings=8))
     positions = torch.arange(20)[None]
     expected = rotary(torch.zeros(1), positions)
     torch.testing.assert_close(rotary.double()(torch.zeros(1), positions), expected)
@@ -273,215 +250,28 @@ def test_casting_the_model_keeps_rotary_frequencies_in_single_precision(tiny_mod
     assert tiny_model.get_encoder().norm.weight.dtype == torch.bfloat16
 
 
-# Generation
-
-
-def greedy(model, input_ids, attention_mask, length):
-    """Greedy decoding written out, without a cache; rows that ended are padded."""
-    ids = torch.full((len(input_ids), 1), model.config.decoder_start_token_id)
-    ended = torch.zeros(len(input_ids), dtype=torch.bool)
-    while ids.shape[1] < length and not ended.all():
-        logits = model(input_ids, attention_mask=attention_mask, decoder_input_ids=ids, use_cache=False).logits
-        following = logits[:, -1].argmax(-1).masked_fill(ended, model.config.pad_token_id)
-        ended |= following == model.config.eos_token_id
-        ids = torch.cat((ids, following[:, None]), dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("cache_implementation", [None, "static"])
-def test_greedy_generation_equals_the_written_out_loop(model, source, cache_implementation):
-    expected = greedy(model, **source, length=12)
-    actual = model.generate(**source, max_length=12, cache_implementation=cache_implementation)
-    assert torch.equal(actual, expected)
-
-
-def test_generating_a_batch_equals_generating_its_rows(model, source):
-    together = model.generate(**source, max_length=12)
-    for row in range(3):
-        length = source["attention_mask"][row].sum()
-        alone = model.generate(source["input_ids"][row : row + 1, :length], max_length=12)
-        assert torch.equal(together[row, : alone.shape[1]], alone[0])
-
-
-def test_left_padded_sources_generate_what_right_padded_ones_do(model, source):
-    lengths = source["attention_mask"].sum(1)
-    rolled = [torch.roll(ids, 9 - length.item()) for ids, length in zip(source["input_ids"], lengths, strict=True)]
-    mask = (torch.arange(9) >= 9 - lengths[:, None]).long()
-    expected = model.generate(**source, max_length=12)
-    assert torch.equal(model.generate(torch.stack(rolled), attention_mask=mask, max_length=12), expected)
-
-
-def beam_search(model, input_ids, num_beams, num_new_tokens):
-    """Beam search over one row without an end-of-text token, written out; the best sequence."""
-    beams = [(0.0, [model.config.decoder_start_token_id])]
-    for _ in range(num_new_tokens):
-        candidates = []
-        for score, ids in beams:
-            logits = model(input_ids, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
-            log_probabilities = logits.log_softmax(-1)
-            candidates += [(score + value.item(), [*ids, token]) for token, value in enumerate(log_probabilities)]
-        beams = sorted(candidates, reverse=True)[:num_beams]
-    return beams[0][1]
-
-
-def test_beam_search_equals_a_written_out_one(model, source):
-    model.generation_config.eos_token_id = None
-    row = source["input_ids"][:1]
-    with torch.no_grad():
-        expected = beam_search(model, row, num_beams=3, num_new_tokens=5)
-    actual = model.generate(row, num_beams=3, max_new_tokens=5, length_penalty=0.0)
-    assert actual[0].tolist() == expected
-    assert actual[0].tolist() != model.generate(row, max_new_tokens=5)[0].tolist()
-
-
-def test_beams_of_a_padded_batch_equal_those_of_its_rows(model, source):
-    together = model.generate(**source, num_beams=3, max_length=10)
-    for row in range(3):
-        length = source["attention_mask"][row].sum()
-        alone = model.generate(source["input_ids"][row : row + 1, :length], num_beams=3, max_length=10)
-        assert torch.equal(together[row, : alone.shape[1]], alone[0])
-
-
-def test_sampling_returns_several_sequences_per_row(model, source):
-    torch.manual_seed(0)
-    ids = model.generate(**source, do_sample=True, num_return_sequences=4, max_length=8)
-    assert len(ids) == 12
-    assert len({tuple(row.tolist()) for row in ids[:4]}) > 1
-
-
-@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 1}, {"do_sample": True, "top_k": 1}], ids=str)
-def test_prompt_lookup_generates_what_greedy_does(tiny_model, source, settings):
-    embed = tiny_model.get_input_embeddings()
-    for row in range(3):
-        inputs = {name: value[row : row + 1] for name, value in source.items()}
-        expected = tiny_model.generate(**inputs, max_length=20, **settings)
-        for num_tokens in (1, 3, 10):
-            lookup = {"max_length": 20, "prompt_lookup_num_tokens": num_tokens, **settings}
-            assert torch.equal(tiny_model.generate(**inputs, **lookup), expected)
-            embedded = {"inputs_embeds": embed(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
-            assert torch.equal(tiny_model.generate(**embedded, **lookup), expected)
-
-
-def test_prompt_lookup_finds_its_candidates_in_the_source(tiny_model, source):
-    row = source["input_ids"][:1]
-    # Without repetitions, so that nothing is found in the text itself.
-    settings = {"max_new_tokens": 20, "eos_token_id": None, "no_repeat_ngram_size": 1}
-    expected = tiny_model.generate(row, **settings)
-    encoder_outputs = tiny_model.get_encoder()(row)
-    steps = []
-    tiny_model.get_decoder().register_forward_hook(lambda *_: steps.append(1))
-    for found_in, num_steps in ((expected, 4), (torch.full_like(expected, 2), 20)):
-        steps.clear()
-        actual = tiny_model.generate(found_in, encoder_outputs=encoder_outputs, prompt_lookup_num_tokens=4, **settings)
-        assert torch.equal(actual, expected)
-        assert len(steps) == num_steps
-
-
-def test_an_assistant_of_the_family_changes_nothing_in_greedy_text(tiny_config, tiny_model, source):
-    assistant = randomised(EncDecSLMForConditionalGeneration(tiny_config), seed=5).eval()
-    row = source["input_ids"][:1]
-    expected = tiny_model.generate(row, max_length=20)
-    assert torch.equal(tiny_model.generate(row, max_length=20, assistant_model=assistant), expected)
-
-
-def test_a_streamer_gets_every_token_in_order(tiny_model, source):
-    class Recorder:
-        def __init__(self):
-            self.ids = []
-
-        def put(self, value):
-            self.ids += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
-    streamer = Recorder()
-    ids = tiny_model.generate(source["input_ids"][:1], max_length=10, streamer=streamer)
-    assert streamer.ids == ids[0].tolist()
-    assert streamer.ended
-
-
-def test_an_encoding_is_reused_and_not_computed_again(tiny_model, source):
-    expected = tiny_model.generate(**source, max_length=10)
-    encoder_outputs = tiny_model.get_encoder()(**source)
-    calls = []
-    tiny_model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
-    actual = tiny_model.generate(
-        encoder_outputs=encoder_outputs, attention_mask=source["attention_mask"], max_length=10
-    )
-    assert torch.equal(actual, expected)
-    assert calls == []
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_source_and_cross_keys_are_computed_once_per_input(tiny_model, source, num_beams):
-    calls = {"encoder": 0, "cross_keys": 0, "decoder": 0}
-
-    def count(module, name):
-        module.register_forward_hook(lambda *_: calls.__setitem__(name, calls[name] + 1))
-
-    count(tiny_model.get_encoder(), "encoder")
-    count(tiny_model.get_decoder(), "decoder")
-    count(tiny_model.get_decoder().layers[0].cross_attn.k_proj, "cross_keys")
-    tiny_model.generate(**source, min_new_tokens=8, max_new_tokens=8, num_beams=num_beams)
-    assert calls == {"encoder": 1, "cross_keys": 1, "decoder": 8}
-
-
-def test_new_tokens_of_the_caller_replace_the_familys_bound_without_a_warning(tiny_model, source, capfd):
-    tiny_model.generation_config.eos_token_id = None
-    assert tiny_model.generate(**source, max_new_tokens=3).shape == (3, 4)
-    assert tiny_model.generate(**source, max_length=3).shape == (3, 3)
-    assert "max_length" not in capfd.readouterr().err
-
-
-@torch.no_grad()
-def assert_compiled_steps_equal_eager(model, source, target_ids, **compile_kwargs):
-    expected = model(**source, decoder_input_ids=target_ids).logits
-    past_key_values = caches(model, "static", 9)
-    encoder_outputs = model.get_encoder()(**source)
-    step = torch.compile(model.forward, fullgraph=True, **compile_kwargs)
-    for position in range(target_ids.shape[1]):
-        logits = step(
-            attention_mask=source["attention_mask"],
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=target_ids[:, position : position + 1],
-            past_key_values=past_key_values,
-        ).logits
-        torch.testing.assert_close(logits, expected[:, position : position + 1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_decoding_step_compiles_into_one_graph(tiny_model, source, target_ids):
-    assert_compiled_steps_equal_eager(tiny_model, source, target_ids, backend="eager")
-
-
-@pytest.mark.slow
-def test_a_decoding_step_compiles_to_machine_code(tiny_model, source, target_ids):
-    assert_compiled_steps_equal_eager(tiny_model, source, target_ids)
-
-
 # Bad input
 
 
 def test_ids_outside_of_the_vocabulary_are_named(tiny_model, source, target_ids):
-    with pytest.raises(ValueError, match=r"`input_ids` has ids from 1 to 97, but the vocabulary has ids 0 to 96"):
+    with pytest.raises(ValueError, match=r"`input_ids` .*97.* 96"):
         tiny_model(torch.tensor([[1, 97]]), decoder_input_ids=target_ids[:1])
-    with pytest.raises(ValueError, match=r"`decoder_input_ids` has ids from -100"):
+    with pytest.raises(ValueError, match=r"`decoder_input_ids` .*-100"):
         tiny_model(**source, decoder_input_ids=target_ids.masked_fill(target_ids == 1, -100))
-    with pytest.raises(ValueError, match=r"`labels` has ids from 1 to 120"):
-        tiny_model(
-            **source, labels=target_ids.clone().index_fill_(1, torch.tensor([2]), 120), decoder_input_ids=target_ids
-        )
-    with pytest.raises(ValueError, match=r"`input_ids` has ids"):
+    labels = target_ids.clone().index_fill_(1, torch.tensor([2]), 120)
+    with pytest.raises(ValueError, match=r"`labels` .*120"):
+        tiny_model(**source, labels=labels, decoder_input_ids=target_ids)
+    with pytest.raises(ValueError, match=r"`input_ids` .*400"):
         tiny_model.generate(torch.tensor([[1, 400]]))
 
 
 def test_labels_of_another_length_than_the_decoder_input_are_refused(tiny_model, source, target_ids):
-    with pytest.raises(ValueError, match=r"`labels` has shape \(3, 5\), `decoder_input_ids` \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"`labels` .*\(3, 5\), `decoder_input_ids` \(3, 6\)"):
         tiny_model(**source, decoder_input_ids=target_ids, labels=target_ids[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "decoder_start_token_id"])
-def test_a_missing_token_of_the_config_is_named_only_where_it_is_needed(tiny_config, source, target_ids, name):
+def test_a_missing_token_of_the_config_is_named_only_where_it_is_needed(source, target_ids, name):
     model = build_model(**{name: None})
     labels = target_ids.clone()
     shifted = build_model().prepare_decoder_input_ids_from_labels(labels)

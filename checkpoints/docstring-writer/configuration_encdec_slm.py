@@ -27,7 +27,7 @@ COMMON_KEYS = frozenset(
 
 
 class EncDecPreTrainedConfig(PreTrainedConfig):
-    """Base of the configs of this family: a misspelled argument is an error, an unknown key of a file a warning."""
+    """Base of both configs: a misspelled argument raises an error, an unknown key of a file logs a warning."""
 
     def __post_init__(self, **kwargs):
         if unknown := self._unknown_keys(kwargs):
@@ -96,15 +96,15 @@ class _CustomPipelines(dict):
 
 @strict
 class EncDecSLMConfig(EncDecPreTrainedConfig):
-    r"""Sizes, switches and token ids of a text encoder-decoder small language model.
+    r"""Configuration of a text encoder-decoder small language model.
 
-    The encoder reads the source once; the decoder runs once per generated token. Fields without a stack's name hold
-    for both stacks. The switches exist because real checkpoints differ in them: the predecessor (plain tanh-GELU
-    MLP, biases, attention narrower than the model), Llama and SmolLM (gated SiLU, no biases; layers without rotation
-    in SmolLM3), Qwen (biases on queries, keys and values only; query and key norms).
+    The encoder reads the source once; the decoder runs once per generated token. Fields without `encoder_` or
+    `decoder_` hold for both. The switches exist because existing checkpoints differ in them: the predecessor (MLP with
+    tanh-GELU and no gate, biases, attention narrower than the model), Llama and SmolLM (gated SiLU, no biases; SmolLM3
+    has layers without rotary embeddings), Qwen (biases on q, k and v only; query and key norms).
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 32128): Rows of the one embedding table, tokens.
+        vocab_size (`int`, *optional*, defaults to 32128): Number of tokens in the embedding table.
         hidden_size (`int`, *optional*, defaults to 512): Width of the residual stream.
         intermediate_size (`int`, *optional*, defaults to 1408): Width inside the MLP.
         num_attention_heads (`int`, *optional*, defaults to 8): Query heads of every attention.
@@ -112,42 +112,43 @@ class EncDecSLMConfig(EncDecPreTrainedConfig):
             `num_attention_heads // num_key_value_heads` query heads. `None` means one per query head.
         head_dim (`int`, *optional*): Width of one head; even. `num_attention_heads * head_dim` may differ from
             `hidden_size`. `None` means `hidden_size // num_attention_heads`.
-        encoder_num_hidden_layers (`int`, *optional*, defaults to 8): Blocks that read the source, once per input.
-        decoder_num_hidden_layers (`int`, *optional*, defaults to 4): Blocks that run once per generated token.
-        hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP, a name known to transformers.
+        encoder_num_hidden_layers (`int`, *optional*, defaults to 8): Number of encoder layers.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 4): Number of decoder layers.
+        hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP, a key of transformers' `ACT2FN`.
         gated_mlp (`bool`, *optional*, defaults to `True`): `down(act(gate(x)) * up(x))` instead of
             `down(act(up(x)))`.
         attention_bias (`bool`, *optional*, defaults to `False`): Biases on the q, k and v projections.
         attention_out_bias (`bool`, *optional*): A bias on the o projections. `None` means `attention_bias`.
         mlp_bias (`bool`, *optional*, defaults to `False`): Biases on the MLP projections.
-        lm_head_bias (`bool`, *optional*, defaults to `False`): A bias per vocabulary entry on the output.
-        qk_norm (`bool`, *optional*, defaults to `False`): RMSNorm over every query and key head before rotation.
-        rms_norm_eps (`float`, *optional*, defaults to 1e-6): Added to the mean square inside every RMSNorm.
-        rope_parameters (`dict`, *optional*): `rope_type`, `rope_theta` and what the type needs; transformers fills
-            in `"default"` and 10000.
-        encoder_no_rope_layers (`list[int]`, *optional*): One entry per encoder layer, as in SmolLM3: 1 where queries
-            and keys of its self-attention are rotated, 0 where they are not. `None` rotates them everywhere.
-        decoder_no_rope_layers (`list[int]`, *optional*): The same of the decoder; its cross-attentions never rotate.
-        max_position_embeddings (`int`, *optional*, defaults to 2048): Length in tokens that the model is made for;
-            no table is built from it. It bounds generation when no other bound is given.
-        attention_dropout (`float`, *optional*, defaults to 0.0): On attention probabilities, in training.
-        mlp_dropout (`float`, *optional*, defaults to 0.0): On the output of the MLP, in training.
-        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of fresh weights.
-        tie_word_embeddings (`bool`, *optional*, defaults to `True`): The output head reads the embedding table.
-        use_cache (`bool`, *optional*, defaults to `True`): Return key/value caches outside of training.
+        lm_head_bias (`bool`, *optional*, defaults to `False`): A bias on the output head.
+        qk_norm (`bool`, *optional*, defaults to `False`): RMSNorm over each query and key head before rotation.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-6): Added to the mean square in every RMSNorm.
+        rope_parameters (`dict`, *optional*): `rope_type`, `rope_theta` and what the type requires. `None` means
+            `"default"` and 10000.
+        encoder_no_rope_layers (`list[int]`, *optional*): One entry per encoder layer, as in SmolLM3: 1 if its
+            self-attention has rotary embeddings, 0 if not. `None` means 1 for all layers.
+        decoder_no_rope_layers (`list[int]`, *optional*): The same for the decoder. Cross-attention has no rotary
+            embeddings.
+        max_position_embeddings (`int`, *optional*, defaults to 2048): Longest source and target in tokens that the
+            model is made for. No table depends on it.
+        attention_dropout (`float`, *optional*, defaults to 0.0): Dropout of attention probabilities.
+        mlp_dropout (`float`, *optional*, defaults to 0.0): Dropout of the output of the MLP.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of new weights.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`): The output head shares the embedding table.
+        use_cache (`bool`, *optional*, defaults to `True`): Return key/value caches, except in training.
         pad_token_id (`int`, *optional*, defaults to 0): Padding.
         bos_token_id (`int`, *optional*, defaults to 1): Start of text.
         eos_token_id (`int` or `list[int]`, *optional*, defaults to 2): End of text.
         decoder_start_token_id (`int`, *optional*, defaults to 1): First token of every target.
 
     Raises:
-        TypeError: A keyword argument is neither a field of this class nor one of transformers' common ones.
+        TypeError: A keyword argument is neither a field of this class nor one that transformers uses.
         StrictDataclassClassValidationError: Two fields contradict each other.
     """
 
     model_type = "encdec_slm"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # What reads a depth from a config (PEFT, caches) means the stack that generates.
+    # PEFT and caches read `num_hidden_layers` and mean the stack that generates.
     attribute_map = {"num_hidden_layers": "decoder_num_hidden_layers"}
 
     vocab_size: int = 32128
@@ -191,7 +192,7 @@ class EncDecSLMConfig(EncDecPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """The rules that hold between fields; `@strict` calls it whenever a config is built."""
+        """Check the fields against each other. Called by `@strict` whenever a config is built."""
         for name in (
             *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
             *("head_dim", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "max_position_embeddings"),
@@ -201,26 +202,26 @@ class EncDecSLMConfig(EncDecPreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads}): every key/value head serves a whole group of query heads."
+                f"({self.num_key_value_heads}), since each key/value head serves a group of query heads."
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"`head_dim` ({self.head_dim}) must be even: rotary embeddings turn pairs of dimensions. It defaults "
-                f"to `hidden_size // num_attention_heads` ({self.hidden_size} // {self.num_attention_heads}); set it "
-                "to an even number."
+                f"`head_dim` ({self.head_dim}) must be even, since rotary embeddings rotate pairs of dimensions. Its "
+                f"default is `hidden_size // num_attention_heads` ({self.hidden_size} // {self.num_attention_heads}). "
+                "Set it to an even number."
             )
         for stack in ("encoder", "decoder"):
             layers, depth = getattr(self, f"{stack}_no_rope_layers"), getattr(self, f"{stack}_num_hidden_layers")
             if layers is not None and (len(layers) != depth or not set(layers) <= {0, 1}):
                 raise ValueError(
-                    f"`{stack}_no_rope_layers` is {layers}, but must have a 1 (rotated) or 0 (not rotated) for each "
-                    f"of the {depth} {stack} layers. Leave it out to rotate queries and keys in all of them."
+                    f"`{stack}_no_rope_layers` is {layers}, but must have a 1 (rotary embeddings) or 0 (none) for "
+                    f"each of the {depth} {stack} layers. Leave it out for rotary embeddings in all layers."
                 )
         for name in ("attention_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 0 and less than 1.")
         if not self.is_encoder_decoder:
-            raise ValueError("`is_encoder_decoder` is False, but this family has an encoder and a decoder: leave it.")
+            raise ValueError("`is_encoder_decoder` is False, but must be True. Leave it out.")
         self._validate_token_ids_fit()
 
     def _validate_token_ids_fit(self):
@@ -234,12 +235,10 @@ class EncDecSLMConfig(EncDecPreTrainedConfig):
 
 
 def _unknown_field_message(config_class, key):
-    # Families differ in the order of words most of all: `num_encoder_layers`, `encoder_num_hidden_layers`.
+    # Model families mostly differ in the order of words: `num_encoder_layers`, `encoder_num_hidden_layers`.
     fields = {_sorted_words(field.name): field.name for field in dataclasses.fields(config_class)}
     nearest = fields[difflib.get_close_matches(_sorted_words(key), fields, n=1, cutoff=0.0)[0]]
-    return (
-        f"{config_class.__name__} has no field `{key}`. The nearest field is `{nearest}`: use it or leave `{key}` out."
-    )
+    return f"{config_class.__name__} has no field `{key}`. Use `{nearest}`, the nearest field, or leave `{key}` out."
 
 
 def _sorted_words(name):

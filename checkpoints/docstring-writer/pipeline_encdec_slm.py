@@ -16,33 +16,33 @@ from .generation_encdec_slm import generated_lengths
 
 
 RESTORED_TASKS = ("text2text-generation", "summarization", "translation")
-# A tokenizer that declares no length says 1e30.
+# `model_max_length` of a tokenizer that declares no length is 1e30.
 NO_LENGTH_DECLARED = 1e20
 DEFAULT_NEW_TOKENS = 256
 
 
 class Text2TextGenerationPipeline(Pipeline):
-    """Text in, text out, with any encoder-decoder that can generate.
+    """Generate text from text with any encoder-decoder.
 
-    The output is named after the task: `generated_text`, `summary_text` or `translation_text`, and `..._token_ids`.
-    Generation stops where the model's generation config says, else after 256 tokens or at the longest target that the
-    config allows. What the config recommends for the task (`task_specific_params`, `prefix`) is applied beneath
-    whatever the caller asks for.
+    Results are named after the task: `generated_text`, `summary_text` or `translation_text`, and `..._token_ids`.
+    Generation stops at the length of the model's generation config, or after 256 tokens if it has none (less if the
+    config allows less). Settings that the config recommends for the task (`task_specific_params`, `prefix`) are
+    defaults for those of the caller.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): An encoder-decoder with a language modeling head.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
         task (`str`, *optional*, defaults to `"text2text-generation"`): Also `"summarization"`, `"translation"` or
             `"translation_xx_to_yy"`.
-        kwargs: As in [`~transformers.Pipeline`] (`device`, `batch_size`, ...), and any argument of `__call__`, which
-            then holds for every call.
+        kwargs: As in [`~transformers.Pipeline`] (`device`, `batch_size`, ...), and any argument of `__call__`, as a
+            default for all calls.
 
     Raises:
-        ValueError: The model has no encoder or cannot generate, or there is no tokenizer, or an exported model (one
-            with a `check_tokenizer`) was exported with another one.
+        ValueError: The model has no encoder or cannot generate, there is no tokenizer, or an exported model (one with
+            a `check_tokenizer`) was exported with another tokenizer.
     """
 
-    # What the base class does for pipelines that generate differs between releases of transformers 5: not used.
+    # Loading is different in other releases of transformers 5, so none of it is used.
     _load_processor = False
     _load_image_processor = False
     _load_video_processor = False
@@ -52,16 +52,16 @@ class Text2TextGenerationPipeline(Pipeline):
     def __init__(self, model, tokenizer=None, task="text2text-generation", **kwargs):
         if not (model.can_generate() and model.config.is_encoder_decoder):
             raise ValueError(
-                f"`model` is a {type(model).__name__}, but this pipeline needs an encoder-decoder that generates. "
-                'Load it with `AutoModelForSeq2SeqLM`; for a decoder-only model use the "text-generation" pipeline.'
+                f"`model` is a {type(model).__name__}, but must be an encoder-decoder that generates. Load it with "
+                '`AutoModelForSeq2SeqLM`; for a decoder-only model use the "text-generation" pipeline.'
             )
         super().__init__(model, tokenizer, task=task, **_with_device(model, kwargs))
         if self.tokenizer is None:
-            raise ValueError("`tokenizer` is None, but the model reads token ids. Pass the tokenizer of the model.")
+            raise ValueError("`tokenizer` is None, but a tokenizer is required. Pass the one of the model.")
         if hasattr(self.model, "check_tokenizer"):
-            # An exported model knows the one that it was exported with.
+            # An exported model is checked against the tokenizer that it was exported with.
             self.model.check_tokenizer(self.tokenizer)
-        # The default must not run past the end of a table of positions.
+        # A table of positions must not be exceeded by default.
         longest = min(_declared_lengths(model.config, "decoder").values(), default=NO_LENGTH_DECLARED)
         self._default_new_tokens = min(DEFAULT_NEW_TOKENS, longest - 1)
         recommended = (getattr(model.config, "task_specific_params", None) or {}).get(task, {})
@@ -88,27 +88,27 @@ class Text2TextGenerationPipeline(Pipeline):
             "return_tensors": return_tensors,
             "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
         }
-        # Arguments of a call come on top of those of the pipeline, but a whole `generation_config` replaces them.
-        of_pipeline = {} if "generation_config" in generate_kwargs else getattr(self, "_forward_params", {})
-        forward_params = {"generate_kwargs": {**of_pipeline.get("generate_kwargs", {}), **generate_kwargs}}
+        # Arguments of a call override those of the pipeline; a whole `generation_config` replaces them.
+        defaults = {} if "generation_config" in generate_kwargs else getattr(self, "_forward_params", {})
+        forward_params = {"generate_kwargs": {**defaults.get("generate_kwargs", {}), **generate_kwargs}}
         return _without_none(preprocess_params), forward_params, _without_none(postprocess_params)
 
     def __call__(self, inputs, **kwargs):
-        """The generated text of one or many sources.
+        """Generate text from one or several sources.
 
         Args:
-            inputs (`str`, `list[str]`, generator or dataset of `str`): Sources. A column of a dataset is a list
-                (`dataset["text"]`) or, read as needed, `KeyDataset(dataset, "text")`.
-            return_text (`bool`, *optional*): Give the text. `None` gives it unless `return_tensors` asks for ids.
-            return_tensors (`bool`, *optional*, defaults to `False`): Give the token ids, from the start token to the
-                end-of-text token.
+            inputs (`str`, `list[str]`, generator or dataset of `str`): Sources. A column of a dataset is
+                `dataset["text"]` or, read lazily, `KeyDataset(dataset, "text")`.
+            return_text (`bool`, *optional*): Return the text. `None` returns it unless `return_tensors` is set.
+            return_tensors (`bool`, *optional*, defaults to `False`): Return the token ids, from the start token to
+                the first end token.
             clean_up_tokenization_spaces (`bool`, *optional*): Remove spaces before punctuation. `None` leaves it to
                 the tokenizer.
             truncation (`bool` or `str`, *optional*, defaults to `False`): Cut a source that is longer than the
                 tokenizer or the model allows, the task's prefix included.
             src_lang (`str`, *optional*): Language of the source, for tokenizers that mark it (mBART, NLLB, M2M100).
-                `None` reads the task's name, as in `"translation_en_to_fr"`.
-            tgt_lang (`str`, *optional*): Language to write, likewise.
+                `None` reads it from the task, as in `"translation_en_to_fr"`.
+            tgt_lang (`str`, *optional*): Language of the target, likewise.
             stop_sequence (`str` or `list[str]`, *optional*): Strings that end the generation.
             kwargs: `batch_size` (sources per step, defaults to 1), `num_workers`, and arguments of `generate`, such
                 as `num_beams`, `num_return_sequences`, `max_new_tokens` or `streamer`.
@@ -116,12 +116,12 @@ class Text2TextGenerationPipeline(Pipeline):
         Returns:
             - For a `str`: a list of one `dict` per returned sequence.
             - For a list: one `dict` per source; with `num_return_sequences` above 1, one list of them per source.
-            - For a generator or dataset: an iterator over what each source alone would return, computed as it is read.
+            - For a generator or dataset: an iterator over the results of each source alone, computed as it is read.
 
         Raises:
             TypeError: A source is not a `str`.
-            ValueError: A source is too long and `truncation` is not set; the tokenizer makes ids that the model has
-                no embedding for; it has no padding token but `batch_size` asks for padding; nothing is to be returned.
+            ValueError: A source is too long and `truncation` is not set; a token id is outside of the vocabulary of
+                the model; `batch_size` requires padding, but there is no padding token; nothing is to be returned.
         """
         if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray)):
             inputs = [_check_is_text(text, f"`inputs[{position}]`") for position, text in enumerate(inputs)]
@@ -142,13 +142,13 @@ class Text2TextGenerationPipeline(Pipeline):
             encoding = self._encode_for_translation(text, src_lang, tgt_lang, options)
         else:
             encoding = self.tokenizer(text, **options)
-        token_ids = encoding["input_ids"] or [self._token_id_of_nothing()]
+        token_ids = encoding["input_ids"] or [self._empty_source_id()]
         if limit is not None and len(token_ids) > limit:
             raise ValueError(
                 f"The source that begins with {text[:40]!r} has {len(token_ids)} tokens, but {declared_by} allows "
                 f"{limit}. Pass `truncation=True` to read only its beginning, or shorten it."
             )
-        # Made here instead of read from the tokenizer: not all of them give a mask, and batches need one.
+        # Not all tokenizers return a mask, and batches need one.
         input_ids = torch.tensor([token_ids])  # (1, S)
         model_inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if "forced_bos_token_id" in encoding:
@@ -156,7 +156,7 @@ class Text2TextGenerationPipeline(Pipeline):
         return model_inputs
 
     def _source_limit(self):
-        """The most tokens a source may have and who says so; `None` where nobody does."""
+        """Return the longest source in tokens and what declares it; `None` twice if nothing does."""
         limits = {"`tokenizer.model_max_length`": self.tokenizer.model_max_length}
         limits |= _declared_lengths(self.model.config, "encoder")
         return min(((limit, by) for by, limit in limits.items() if limit < NO_LENGTH_DECLARED), default=(None, None))
@@ -171,11 +171,11 @@ class Text2TextGenerationPipeline(Pipeline):
             **options,
         )
 
-    def _token_id_of_nothing(self):
+    def _empty_source_id(self):
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
-                "The source has no tokens, but the model has to read at least one, and the tokenizer has no "
-                "end-of-text token to stand for it. Leave empty sources out, or set `tokenizer.eos_token`."
+                "The source has no tokens, but at least one is required, and the tokenizer has no end token to use "
+                "instead. Leave empty sources out, or set `tokenizer.eos_token`."
             )
         return self.tokenizer.eos_token_id
 
@@ -185,7 +185,7 @@ class Text2TextGenerationPipeline(Pipeline):
         if "forced_bos_token_id" in model_inputs:
             forced_id = model_inputs.pop("forced_bos_token_id")[0].item()
             generate_kwargs = {"forced_bos_token_id": forced_id, **generate_kwargs}
-        settings = self._beneath(generate_kwargs)
+        settings = self._with_defaults(generate_kwargs)
         output = self.model.generate(**model_inputs, **settings)
         sequences = output.sequences if isinstance(output, ModelOutput) else output
         eos_token_id, pad_token_id = (self._setting(name, settings) for name in ("eos_token_id", "pad_token_id"))
@@ -197,12 +197,12 @@ class Text2TextGenerationPipeline(Pipeline):
         highest, vocab_size = input_ids.max().item(), _stack_config(self.model.config, "encoder").vocab_size
         if highest >= vocab_size:
             raise ValueError(
-                f"The tokenizer made token id {highest}, but the model has ids 0 to {vocab_size - 1}. Use the "
+                f"The tokenizer returned token id {highest}, but the model has ids 0 to {vocab_size - 1}. Use the "
                 "tokenizer of this checkpoint, or `model.resize_token_embeddings` after adding tokens to it."
             )
 
-    def _beneath(self, generate_kwargs):
-        """The caller's generation arguments on top of what the config recommends and what nobody else sets."""
+    def _with_defaults(self, generate_kwargs):
+        """Return the caller's generation arguments with those that the config recommends, and with defaults."""
         config = generate_kwargs.get("generation_config")
         settings = (
             dict(generate_kwargs) if config is not None else {**self._recommended(generate_kwargs), **generate_kwargs}
@@ -226,7 +226,7 @@ class Text2TextGenerationPipeline(Pipeline):
         return {key: value for key, value in self._task_params.items() if key not in replaced}
 
     def _setting(self, name, settings):
-        """What `generate` will use for one of its settings; `None` if no argument, pipeline or model sets it."""
+        """Return the value that `generate` will use for a setting, `None` if nothing sets it."""
         if name in settings:
             return settings[name]
         configs = (settings.get("generation_config"), self.model.generation_config)
@@ -237,7 +237,9 @@ class Text2TextGenerationPipeline(Pipeline):
         if return_text is None:
             return_text = not return_tensors
         if not (return_text or return_tensors):
-            raise ValueError("`return_text` and `return_tensors` are both False, so nothing is left. Set one of them.")
+            raise ValueError(
+                "`return_text` and `return_tensors` are both False, so nothing would be returned. Set one of them."
+            )
         name = {"summarization": "summary", "translation": "translation"}.get(self.task.split("_")[0], "generated")
         records = []
         for token_ids, length in zip(model_outputs["output_ids"][0], model_outputs["lengths"][0], strict=True):
@@ -297,14 +299,14 @@ def _without_none(params):
 
 
 def _stack_config(config, stack):
-    """The config of the encoder's or decoder's text model; `config` itself if it is flat."""
+    """Return the config of the encoder's or decoder's text model; `config` itself if it is flat."""
     for part in (stack, "text_config"):
         config = getattr(config, part, None) or config
     return config
 
 
 def _declared_lengths(config, stack):
-    """The most tokens that a config allows in the encoder or the decoder, by the field that says so."""
+    """Return the lengths in tokens that a config declares for the encoder or decoder, by field."""
     config = _stack_config(config, stack)
     fields = (f"max_{stack}_position_embeddings", "max_position_embeddings")
     return {f"`{field}` of the config": value for field in fields if (value := getattr(config, field, None) or 0) > 0}
@@ -320,7 +322,7 @@ def _check_is_text(text, name):
 
 
 class _TaskAliases(dict):
-    """The registry's aliases, and `translation_xx_to_yy` for `translation`."""
+    """Aliases of the registry, with every `translation_xx_to_yy` for `translation`."""
 
     def __contains__(self, task):
         return super().__contains__(task) or re.fullmatch("translation_.+_to_.+", task) is not None
@@ -330,30 +332,30 @@ class _TaskAliases(dict):
 
 
 def restore_text2text_pipelines():
-    """Makes `pipeline("text2text-generation" | "summarization" | "translation_xx_to_yy", model=...)` work again.
+    """Restore `pipeline("text2text-generation" | "summarization" | "translation_xx_to_yy", model=...)`.
 
-    Afterwards the three tasks take every encoder-decoder, T5 and BART included, for the whole process. It is opt-in
-    because it changes transformers itself: the tasks leave `transformers.pipelines.REMOVED_TASKS`, and
-    `PIPELINE_REGISTRY` gets them in `supported_tasks` and `translation_xx_to_yy` in `task_aliases`. A second call
-    changes nothing. `model` has to be given: no default is chosen.
+    Afterwards the three tasks accept any encoder-decoder, including T5 and BART, in the whole process. This is opt-in
+    because it changes transformers: the tasks are removed from `transformers.pipelines.REMOVED_TASKS` and added to
+    `supported_tasks` and `task_aliases` of `PIPELINE_REGISTRY`. A second call changes nothing. `model` is required:
+    there is no default model.
 
     Raises:
-        RuntimeError: This release of transformers does not keep its tasks there.
+        RuntimeError: This release of transformers stores its tasks elsewhere.
     """
     registry = getattr(pipelines, "PIPELINE_REGISTRY", None)
-    removed = getattr(pipelines, "REMOVED_TASKS", {})  # older releases of transformers 5 name no removed tasks
+    removed = getattr(pipelines, "REMOVED_TASKS", {})  # not in older releases of transformers 5
     parts = [removed, *(getattr(registry, name, None) for name in ("supported_tasks", "task_aliases"))]
     if not all(isinstance(part, dict) for part in parts) or not hasattr(registry, "register_pipeline"):
         raise RuntimeError(
-            f"transformers {transformers_version} does not keep its pipeline tasks where this version of encdec_slm "
-            "changes them. Update encdec_slm, or build `Text2TextGenerationPipeline(model=..., tokenizer=...)`."
+            f"transformers {transformers_version} stores its pipeline tasks where this version of encdec_slm does not "
+            "find them. Update encdec_slm, or build `Text2TextGenerationPipeline(model=..., tokenizer=...)`."
         )
     for task in RESTORED_TASKS:
         removed.pop(task, None)
         if registry.supported_tasks.get(task, {}).get("impl") is not Text2TextGenerationPipeline:
             registry.register_pipeline(task, Text2TextGenerationPipeline, AutoModelForSeq2SeqLM, type="text")
             if hasattr(Text2TextGenerationPipeline, "_registered_impl"):
-                # With it, saving a pipeline of any model would make the model's folder ask for this file.
+                # It would make the folder of every model that a pipeline saves require this file.
                 del Text2TextGenerationPipeline._registered_impl
     if "translation_xx_to_yy" not in registry.task_aliases:
         registry.task_aliases = _TaskAliases(registry.task_aliases)
