@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from encdec_slm_cli import main
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
@@ -270,14 +270,15 @@ def test_generate_refuses_what_it_cannot_do(folder, vision_folder, picture, stan
         ([folder, "--file", tmp_path], 1, "Is a directory"),
         ([folder, TEXT, "--stream", "--num-beams", "2"], 2, "--num-beams 1"),
         ([tmp_path, TEXT], 1, str(tmp_path)),
-        ([folder, "a " * 4000], 1, "`--truncation`"),
     ]
     for arguments, code, words in cases:
         assert words in message(code, "generate", *arguments)
 
 
-def test_a_text_that_is_too_long_is_cut_on_request(folder, printed):
-    assert printed("generate", folder, "a " * 4000, "--truncation", "--max-new-tokens", 3).endswith("\n")
+def test_a_text_that_is_too_long_is_cut_on_request(folder, vision_folder, picture, printed, message):
+    for arguments in ([folder, "a " * 4000], [vision_folder, "a " * 4000, "--image", picture]):
+        assert "`--truncation`" in message(1, "generate", *arguments)
+        assert printed("generate", *arguments, "--truncation", "--max-new-tokens", 3).endswith("\n")
 
 
 def test_no_combination_of_options_ends_in_a_stack_trace(folder, standard_input, capfd):
@@ -314,14 +315,33 @@ def test_a_missing_tokenizer_is_named(folder, tmp_path, message, capfd):
 # Exports
 
 
-def test_an_export_to_ctranslate2_generates_what_the_model_does(folder, tmp_path, printed):
-    shown = printed("export", folder, tmp_path / "ct2", "--quantization", "float32")
-    assert "CT2EncDecSLM.from_pretrained" in shown
-    assert main(["export", folder, str(tmp_path / "ct2")]) == 1
-    printed("export", folder, tmp_path / "ct2", "--overwrite", "--quantization", "float32")
+@pytest.fixture(scope="module")
+def bundle(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bundle") / "ct2"
+    assert main(["export", folder, str(path), "--quantization", "float32"]) == 0
+    return path
+
+
+@pytest.mark.parametrize("options", [["--stream"], ["--no-stream"]], ids=str)
+def test_an_export_generates_what_the_model_does(options, folder, bundle, printed, monkeypatch):
     text = printed("generate", folder, TEXT, "--max-new-tokens", 6)
-    for option in ("--stream", "--no-stream"):
-        assert printed("generate", tmp_path / "ct2", TEXT, "--max-new-tokens", 6, option) == text
+    # The pipeline would move a model to an accelerator; an export has a device of its own.
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    assert printed("generate", bundle, TEXT, "--max-new-tokens", 6, *options) == text
+
+
+def test_an_export_is_found_by_the_name_of_its_repository(folder, bundle, hub, tmp_path, printed, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    text = printed("generate", folder, TEXT, "--max-new-tokens", 6)
+    for name, place in (("me/export", "."), ("me/model", "ctranslate2")):
+        HfApi().create_repo(name)
+        HfApi().upload_folder(repo_id=name, folder_path=bundle, path_in_repo=place)
+    assert printed("generate", "me/export", TEXT, "--max-new-tokens", 6) == text
+    HfApi().upload_folder(repo_id="me/model", folder_path=folder)
+    options = ("--max-new-tokens", 6, "--subfolder", "ctranslate2")
+    assert printed("generate", "me/model", TEXT, *options) == text
+    shutil.copytree(bundle, tmp_path / "local" / "ctranslate2")
+    assert printed("generate", tmp_path / "local", TEXT, *options) == text
 
 
 @pytest.mark.slow
