@@ -249,8 +249,8 @@ def _load(file):
         )
         raise ValueError(
             f"{str(file)!r} could not be read ({reason}). A complete file by `torch.save` with only tensors and plain "
-            "values is required; anything else was not executed. Download it again, or save only `model_state_dict` "
-            "and `model_config`."
+            "values is required; anything else was not executed. Download it again, or save only 'model_state_dict' "
+            "and 'model_config'."
         ) from error
 
 

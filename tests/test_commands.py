@@ -227,6 +227,7 @@ def test_messages_name_options_of_the_command_and_not_arguments_of_functions():
     assert shown("evaluate", "`model_or_path` and `num_beams=4`") == "`MODEL` and `--num-beams 4`"
     assert shown("distill", "`lmbda` is 1, set `seq_kd=True`.") == "`lmbda` is 1, set `--seq_kd true`."
     assert shown("distill", "Use `seq_kd=True, lmbda=0`.") == "Use `--seq_kd true --lmbda 0`."
+    assert shown("generate", "Pass `do_sample=False`.") == "Pass `no --sample`."
     assert shown("presets", "`overwrite=True`") == "`overwrite=True`"
     assert shown("export", "Save it, or pass `tokenizer=AutoTokenizer.from_pretrained(...)`.") == "Save it."
     assert (

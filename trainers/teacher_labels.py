@@ -355,9 +355,10 @@ def build_engine(
         model, info = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, **options)
         check_shapes(teacher, model, info)
     except (OSError, KeyError, ValueError) as error:
+        reason = summarize_error(error).partition(" for this kind of AutoModel")[0]  # a list of all classes follows
         raise ValueError(
-            f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}). Give the folder or the name of "
-            "a decoder-only model."
+            f"The teacher {teacher!r} could not be loaded ({reason}). Give the folder or the name of a decoder-only "
+            "model."
         ) from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return TransformersEngine(model.to(device), loaded, batch_tokens)

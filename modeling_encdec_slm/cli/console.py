@@ -130,8 +130,8 @@ def name_options(message: str, command: Any) -> str:
         if name not in options and not (takes_keys and equals):
             return None
         option = options.get(name, f"--{name}")
-        if not equals or (name in options and value == "True"):
-            return option
+        if not equals or (name in options and value in ("True", "False")):
+            return option if value != "False" else f"no {option}"
         value = value.lower() if value in ("True", "False") else shlex.quote(value.strip("\"'"))
         return f"{option} {value}"
 
@@ -142,7 +142,7 @@ def name_options(message: str, command: Any) -> str:
     def drop(match):
         return match[0] if takes_keys or match[1] in options else ""
 
-    message = re.sub(r",? or (?:set|pass) `(\w+)(?:=[^`]*)?`[^.]*", drop, message)
+    message = re.sub(r",? or (?:set|pass|export with) `(\w+)(?:=[^`]*)?`[^.]*", drop, message)
     return re.sub(r"`(\w+(?:=[^`]+)?)`", replace, message)
 
 
@@ -151,12 +151,16 @@ def read_config(ctx: typer.Context, name_or_path: str | None) -> str | None:
     if name_or_path is not None and not ctx.resilient_parsing:
         from encdec_slm.configuration.recipe_files import check_keys, load_recipe
 
+        names = {}
+        for param in ctx.command.params:
+            for name in (param.name, *param.opts):
+                names.setdefault(name.lstrip("-").replace("-", "_"), param.name)
         try:
             values = {str(key).replace("-", "_"): value for key, value in load_recipe(name_or_path).items()}
-            check_keys(values, {param.name for param in ctx.command.params} - {"config", "help"}, name_or_path)
+            check_keys(values, names.keys() - {"config", "help"}, name_or_path)
         except ValueError as error:
             raise UsageError(str(error), ctx) from error
-        ctx.default_map = {name: value for name, value in values.items() if value is not None}
+        ctx.default_map = {names[key]: value for key, value in values.items() if value is not None}
     return name_or_path
 
 

@@ -31,7 +31,9 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=0, help="Repeat no N tokens in a row; 0 allows it.  [default: the model's]"),
     ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample tokens instead of taking the likeliest.")] = False,
+    do_sample: Annotated[
+        bool, typer.Option("--sample", help="Sample tokens instead of taking the likeliest.")
+    ] = False,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help="Temperature of --sample, which it implies; above 0.")
     ] = None,
@@ -67,7 +69,7 @@ def generate(
     settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "temperature": temperature}
     settings["no_repeat_ngram_size"] = no_repeat_ngram_size
     settings = {name: value for name, value in settings.items() if value is not None}
-    if sample or temperature is not None:
+    if do_sample or temperature is not None:
         settings["do_sample"] = True
     if image is not None and not Path(image).is_file():
         raise ValueError(f"--image is {image!r}, but there is no such file. Give the path of an image.")

@@ -33,7 +33,7 @@ def check_arguments(quantization: Any, calibration: Any, static_lengths: Any) ->
     """
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(
-            f"`quantization` is {quantization!r}, but must be None (float32) or one of "
+            f"`quantization` is {quantization!r}, but must be left out (float32) or be one of "
             f"{', '.join(map(repr, QUANTIZATIONS))}."
         )
     if static_lengths is not None and quantization is not None:

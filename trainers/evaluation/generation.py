@@ -48,7 +48,9 @@ def load_model(
         ValueError: It cannot be loaded, is not an encoder-decoder, or has no tokenizer or processor.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"`dtype` is {dtype!r}, but must be {', '.join(DTYPES)}, or None for that of the weights.")
+        raise ValueError(
+            f"`dtype` is {dtype!r}, but must be one of {', '.join(DTYPES)}. Leave it out to keep the weights' own."
+        )
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if not isinstance(model_or_path, (str, Path)):
