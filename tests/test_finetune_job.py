@@ -277,3 +277,15 @@ def test_a_saved_folder_generates_in_a_process_without_this_package(finished, tm
     command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(finished[0])]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip(), run.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_measure_each_row_once(rows_file, tmp_path):
+    options = {"train_file": rows_file, "output_dir": tmp_path / "run", "preset": "tiny", "max_steps": 1}
+    options |= {"max_eval_samples": 3, "use_cpu": "true", "save_strategy": "no", "report_to": "none"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "encdec_slm_cli", "finetune"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(read_predictions(tmp_path / "run")) == 3

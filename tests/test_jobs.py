@@ -15,7 +15,7 @@ def test_text_metrics_are_percentages():
     assert text_metrics(["returns size", ""], references)["rougeL"].value == 40.0
 
 
-def test_padding_is_not_decoded():
+def test_padding_and_repeated_rows_are_not_decoded():
     tokenizer = build_byte_tokenizer()
     ids = tokenizer(" a b")["input_ids"]
-    assert decode(tokenizer, np.array([[1, *ids, -100, 0]])) == ["a b"]
+    assert decode(tokenizer, np.array([[1, *ids, -100, 0]] * 2), 1) == ["a b"]

@@ -358,7 +358,7 @@ def _build_student_tokenizer(args, training_args, teacher_tokenizer, splits):
 def _measure_student(trainer, test):
     """Return the metrics of a student on held-out rows, and its completions."""
     output = trainer.predict(test)
-    completions = decode(trainer.processing_class, output.predictions)
+    completions = decode(trainer.processing_class, output.predictions, len(test))
     metrics = {"loss": loss_metric(output.metrics["test_ce_loss"]), **text_metrics(completions, test["completion"])}
     if (agreement := output.metrics.get("test_teacher_agreement")) is not None:
         metrics["teacher_agreement"] = Metric(round(100 * agreement, 2), unit="percent")

@@ -186,5 +186,5 @@ def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel | PeftModel, Pr
 def _measure(trainer, encoded, rows):
     """Return loss and scores of held-out rows, and the completions."""
     output = trainer.predict(encoded)
-    completions = decode(trainer.processing_class, output.predictions)
+    completions = decode(trainer.processing_class, output.predictions, len(rows))
     return {"loss": loss_metric(output.metrics["test_loss"]), **text_metrics(completions, rows["target"])}, completions

@@ -160,10 +160,17 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
     return round(time.perf_counter() - started, 1)
 
 
-def decode(tokenizer: Any, predicted_ids: np.ndarray) -> list[str]:
-    """Decode completions of a Trainer (-100 is padding) without special tokens and surrounding spaces."""
+def decode(tokenizer: Any, predicted_ids: np.ndarray, num_rows: int) -> list[str]:
+    """Decode completions of a Trainer, without special tokens and surrounding spaces.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the model.
+        predicted_ids (`np.ndarray` of shape `(num_predictions, length)`): -100 is padding.
+        num_rows (`int`): Rows that were predicted. In a distributed run, `Seq2SeqTrainer` returns more, because the
+            last batches are filled with rows from the start.
+    """
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    predicted_ids = np.where(predicted_ids < 0, pad_token_id, predicted_ids)
+    predicted_ids = np.where(predicted_ids < 0, pad_token_id, predicted_ids)[:num_rows]
     return [text.strip() for text in tokenizer.batch_decode(predicted_ids, skip_special_tokens=True)]
 
 
