@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 from ..configuration import decoder_only_twin
 from ..run_results import ModelResults, RunResults
 from .distillation_data import DistillationRowEncoder, as_prompts
-from .jobs import describe_settings, save_run, show_losses, train, validation_losses
+from .jobs import describe_training, save_run, show_losses, train
 from .new_models import first_texts, preset_config, train_tokenizer
 from .row_encoding import RowEncoder, encode_rows
 
@@ -67,12 +67,13 @@ def train_decoder_only(
         task="text",
         models=[ModelResults("teacher", {}, model.num_parameters(), seconds)],
         saved_model="teacher",
-        num_rows={"train": len(dataset)},
         base_model=preset,
-        train_steps=trainer.state.global_step,
-        validation_losses=validation_losses(trainer),
-        settings=describe_settings(trainer, max_source_length=max_source_length, max_target_length=max_target_length),
-        device=str(training_args.device),
+        **describe_training(
+            trainer,
+            {"train": dataset},
+            max_source_length=max_source_length,
+            max_target_length=max_target_length,
+        ),
     )
     save_run(trainer, model.generation_config, results)
     return results

@@ -24,16 +24,14 @@ from .distillation_data import as_prompts, collate
 from .distillation_models import load_teacher, load_teacher_processing_class
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .jobs import (
-    CONFIDENCE,
     decode,
-    describe_settings,
+    describe_training,
     loss_metric,
     save_run,
     set_generation_config,
     show_losses,
     text_metrics,
     train,
-    validation_losses,
 )
 from .new_models import preset_config
 from .resuming import (
@@ -388,28 +386,23 @@ def _build_results(args, student, entries, splits):
     trainer = student.trainer
     training_args = trainer.args
     teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
-    is_streamed = isinstance(splits["train"], IterableDataset)
     return RunResults(
         kind=STAGES[student.entry.name].kind,
         task="docstrings" if args.is_docstring_task else "text",
         models=entries,
         saved_model=student.entry.name,
         dataset=args.describe_source(args.test_file or args.train_file or "docstrings"),
-        num_rows={split: len(rows) for split, rows in splits.items() if not (is_streamed and split == "train")},
         base_model=args.model_name_or_path or ("teacher" if args.student_from_teacher else args.preset),
         teacher=teacher.config._name_or_path,
         objective=describe_objective(training_args),
         targets=describe_targets(training_args),
-        train_steps=trainer.state.global_step,
-        validation_losses=validation_losses(trainer),
-        confidence=CONFIDENCE,
-        settings=describe_settings(
+        samples=student.predictions[:3],
+        **describe_training(
             trainer,
+            splits,
             max_source_length=training_args.max_source_length,
             max_completion_length=training_args.max_completion_length,
         ),
-        samples=student.predictions[:3],
-        device=str(training_args.device),
     )
 
 

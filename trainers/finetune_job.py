@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from datasets import IterableDataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainingArguments, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -15,15 +14,13 @@ from ..run_results import ModelResults, RunResults
 from .jobs import (
     AFTER,
     BEFORE,
-    CONFIDENCE,
     build_trainer,
     decode,
-    describe_settings,
+    describe_training,
     loss_metric,
     save_run,
     text_metrics,
     train,
-    validation_losses,
 )
 from .new_models import build_text_model
 from .resuming import prepare_output_dir
@@ -112,7 +109,6 @@ def finetune(
         for row, completion in zip(splits["test"], completions, strict=True)
     ]
     num_parameters = model.num_parameters()
-    is_streamed = isinstance(splits["train"], IterableDataset)
     results = RunResults(
         kind="fine-tuning",
         task="docstrings" if args.is_docstring_task else "text",
@@ -122,17 +118,12 @@ def finetune(
         ],
         saved_model=AFTER,
         dataset=args.describe_source(args.test_file or args.train_file or "docstrings"),
-        num_rows={split: len(rows) for split, rows in splits.items() if not (is_streamed and split == "train")},
         num_cut_rows={f"train {kind}s": counts["train"][kind] for kind in ("source", "target")},
         base_model=name or args.preset,
-        train_steps=trainer.state.global_step,
-        validation_losses=validation_losses(trainer),
-        confidence=CONFIDENCE,
-        settings=describe_settings(
-            trainer, max_source_length=args.max_source_length, max_target_length=args.max_target_length
-        ),
         samples=predictions[:3],
-        device=str(trainer.args.device),
+        **describe_training(
+            trainer, splits, max_source_length=args.max_source_length, max_target_length=args.max_target_length
+        ),
     )
     save_run(trainer, trainer.args.generation_config, results, predictions)
     return results

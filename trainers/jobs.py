@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from transformers import (
     GenerationConfig,
@@ -200,15 +201,26 @@ def text_metrics(completions: Sequence[str], references: Sequence[str]) -> dict[
     return mean_with_interval(rows, confidence=CONFIDENCE)
 
 
-def describe_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
-    """Return settings of a run for its results."""
-    return {**settings, "num_trainable_parameters": count_trainable(trainer.model), "seed": trainer.args.seed}
+def describe_training(
+    trainer: Trainer, splits: Mapping[str, Dataset | IterableDataset], **settings: Any
+) -> dict[str, Any]:
+    """Return the fields of [`~encdec_slm.run_results.RunResults`] that describe a training.
 
-
-def validation_losses(trainer: Trainer) -> list[dict[str, float]]:
-    """Return the validation losses of a run, in nats per token, each with its `step`."""
-    history = trainer.state.log_history
-    return [{"step": entry["step"], "loss": round(entry["eval_loss"], 4)} for entry in history if "eval_loss" in entry]
+    Args:
+        trainer ([`~transformers.Trainer`]): After training.
+        splits (`Mapping`): Rows by split.
+        settings: Other settings of the run.
+    """
+    losses = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+    settings |= {"num_trainable_parameters": count_trainable(trainer.model), "seed": trainer.args.seed}
+    return {
+        "num_rows": {split: len(rows) for split, rows in splits.items() if isinstance(rows, Dataset)},
+        "train_steps": trainer.state.global_step,
+        "validation_losses": [{"step": step, "loss": round(loss, 4)} for step, loss in losses],
+        "confidence": CONFIDENCE,
+        "settings": settings,
+        "device": str(trainer.args.device),
+    }
 
 
 def save_run(

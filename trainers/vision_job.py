@@ -21,11 +21,10 @@ from .jobs import (
     CONFIDENCE,
     build_trainer,
     decode,
-    describe_settings,
+    describe_training,
     loss_metric,
     save_run,
     train,
-    validation_losses,
 )
 from .new_models import build_vision_model
 from .resuming import prepare_output_dir
@@ -158,14 +157,9 @@ def finetune_vision(args: VisionArguments, training_args: Seq2SeqTrainingArgumen
         ],
         saved_model=AFTER,
         dataset=args.describe_source(", ".join(args.tasks or TASKS)),
-        num_rows={split: len(rows) for split, rows in splits.items()},
         base_model=name or args.preset,
-        train_steps=trainer.state.global_step,
-        validation_losses=validation_losses(trainer),
-        confidence=CONFIDENCE,
-        settings=describe_settings(trainer, max_target_length=args.max_target_length),
         samples=[predictions[index] for index in shown],
-        device=str(trainer.args.device),
+        **describe_training(trainer, splits, max_target_length=args.max_target_length),
     )
     images = [read_images(find_images(test[index]), f"row {index}") for index in shown]
     save_run(
