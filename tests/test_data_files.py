@@ -60,6 +60,12 @@ def test_a_byte_order_mark_is_not_part_of_the_text(name, tmp_path):
     assert load(tmp_path / name) == ROWS
 
 
+def test_line_ends_within_cells_are_normalized(tmp_path):
+    for ending in ("\n", "\r\n"):
+        (tmp_path / "rows.csv").write_bytes(f'source,target{ending}"a{ending}b",c{ending}'.encode())
+        assert load(tmp_path / "rows.csv") == [{"source": "a\nb", "target": "c"}]
+
+
 def test_an_edited_file_is_read_anew_even_with_its_old_time(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"source": "a", "target": "b"}')

@@ -139,7 +139,7 @@ def _read_parquet(file):
 def _decode_lines(file):
     for number, line in enumerate(file, start=1):
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"line {number} is not UTF-8 ({error.reason}). Save the file as UTF-8") from None
 
