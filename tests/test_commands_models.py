@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from encdec_slm_cli import main
 from huggingface_hub import HfApi, constants
 from PIL import Image
@@ -342,6 +343,13 @@ def test_an_export_is_found_by_the_name_of_its_repository(folder, bundle, hub, t
     assert printed("generate", "me/model", TEXT, *options) == text
     shutil.copytree(bundle, tmp_path / "local" / "ctranslate2")
     assert printed("generate", tmp_path / "local", TEXT, *options) == text
+
+
+def test_the_agreement_of_an_export_is_printed(folder, tmp_path, printed, monkeypatch):
+    splits = {"validation": Dataset.from_list(ROWS[:6])}
+    monkeypatch.setattr("encdec_slm.trainers.engine_agreement.build_docstring_task", lambda: splits)
+    shown = printed("export", folder, tmp_path / "out", "--quantization", "float32", "--agreement", "--rows", 3)
+    assert "On 3 held-out rows" in shown and "equal tokens      100.00 %" in shown
 
 
 @pytest.mark.slow

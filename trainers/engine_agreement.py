@@ -11,6 +11,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..generation_encdec_slm import generated_lengths
 from .evaluation.metrics import text_scores
 from .evaluation.results import mean_with_interval
+from .tasks.docstrings import build_docstring_task
+
+
+def describe_agreement(
+    model: PreTrainedModel,
+    exported: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int = 100,
+    max_source_length: int | None = None,
+) -> str:
+    """Compare a model and its export on held-out rows of the docstring task.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): As in [`measure_agreement`], like the next two.
+        exported: The export.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of both.
+        num_rows (`int`, *optional*, defaults to 100): Number of rows at most.
+        max_source_length (`int`, *optional*): Longer sources are left out, in tokens. `None` truncates them.
+    """
+    # Not the test split: its rows calibrate ONNX graphs.
+    rows = build_docstring_task()["validation"].shuffle(seed=0)
+    if max_source_length is not None:
+        rows = rows.filter(lambda row: len(tokenizer(row["source"])["input_ids"]) <= max_source_length)
+    rows = rows.select(range(min(num_rows, len(rows))))
+    scores = measure_agreement(model, exported, tokenizer, rows["source"], rows["target"])
+    lines = [
+        f"On {len(rows)} held-out rows of the docstring task, compared with the model in {model.dtype}:",
+        f"  equal tokens      {scores['token_match']:6.2f} %",
+        f"  equal targets     {scores['exact_match']:6.2f} %",
+        f"  ROUGE-L           {scores['rougeL_exported']:6.2f} (export), {scores['rougeL_model']:.2f} (model)",
+    ]
+    return "\n".join(lines)
+
+
+def load_calibration_rows(num_rows: int = 32) -> list[str]:
+    """Load sources of the docstring task to calibrate static quantization, spread over its test split."""
+    sources = build_docstring_task()["test"]["source"]
+    return sources[:: max(1, len(sources) // num_rows)][:num_rows]
 
 
 def measure_agreement(
@@ -74,4 +112,4 @@ def _generate(model, batch, config, max_new_tokens):
     return [row[1:length] for row, length in zip(sequences.tolist(), lengths.tolist(), strict=True)]
 
 
-__all__ = ["measure_agreement"]
+__all__ = ["describe_agreement", "load_calibration_rows", "measure_agreement"]

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -146,37 +146,7 @@ def name_options(message: str, command: Any) -> str:
     return re.sub(r"`(\w+(?:=[^`]+)?)`", replace, message)
 
 
-def read_config(ctx: typer.Context, name_or_path: str | None) -> str | None:
-    """Use the values of a YAML file as defaults of a command's options."""
-    if name_or_path is not None and not ctx.resilient_parsing:
-        from encdec_slm.configuration.recipe_files import check_keys, load_recipe
-
-        names = {}
-        for param in ctx.command.params:
-            for name in (param.name, *param.opts):
-                names.setdefault(name.lstrip("-").replace("-", "_"), param.name)
-        try:
-            values = {str(key).replace("-", "_"): value for key, value in load_recipe(name_or_path).items()}
-            check_keys(values, names.keys() - {"config", "help"}, name_or_path)
-        except ValueError as error:
-            raise UsageError(str(error), ctx) from error
-        ctx.default_map = {names[key]: value for key, value in values.items() if value is not None}
-    return name_or_path
-
-
-Config = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        is_eager=True,
-        callback=read_config,
-        help="A YAML file with values for these arguments and options. The command line overrides it.",
-    ),
-]
-Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in OUTPUT.")]
-
 __all__ = [
-    *("Config", "Output", "Overwrite", "UsageError"),
-    *("describe_error", "handle_signals", "name_options", "prepare_streams", "print_status", "set_up_logging"),
+    *("UsageError", "describe_error", "handle_signals", "name_options", "prepare_streams", "print_status"),
+    "set_up_logging",
 ]

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Config, UsageError
+from . import options
+from .console import UsageError
 
 
 def generate(
@@ -17,19 +18,14 @@ def generate(
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help="Input. Without it: --file, or standard input.")
     ] = None,
-    file: Annotated[str | None, typer.Option(metavar="FILE", help="File with the input; - is standard input.")] = None,
-    image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Image for a vision-text model; TEXT is the question.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest output.  [default: the model's]")
-    ] = None,
+    file: Annotated[str | None, options.file(help="File with the input; - is standard input.")] = None,
+    image: Annotated[str | None, options.file(help="Image for a vision-text model; TEXT is the question.")] = None,
+    max_new_tokens: Annotated[int | None, options.count(help="Longest output.  [default: the model's]")] = None,
     num_beams: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Beam search; 1 is greedy search.  [default: the model's]")
+        int | None, options.count(help="Beam search; 1 is greedy search.  [default: the model's]")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Repeat no N tokens in a row; 0 allows it.  [default: the model's]"),
+        int | None, options.count(min=0, help="Repeat no N tokens in a row; 0 allows it.  [default: the model's]")
     ] = None,
     do_sample: Annotated[
         bool, typer.Option("--sample", help="Sample tokens instead of taking the likeliest.")
@@ -43,14 +39,12 @@ def generate(
     truncation: Annotated[
         bool, typer.Option("--truncation", help="Read only the beginning of a text that is too long.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit on the Hub.")] = None,
-    subfolder: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Folder in MODEL, such as that of an export.")
-    ] = None,
+    revision: Annotated[str | None, options.revision(help="Branch, tag or commit on the Hub.")] = None,
+    subfolder: Annotated[str | None, options.name(help="Folder in MODEL, such as that of an export.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with MODEL. Read it first.")
     ] = False,
-    config: Config = None,
+    config: options.Config = None,
 ):
     """Generate from a text, or from an image and a question. Only the output goes to standard output.
 
@@ -131,13 +125,13 @@ def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
     from encdec_slm.export_manifest import is_export
     from encdec_slm.pipeline_encdec_slm import EncDecVLMPipeline, Text2TextGenerationPipeline
 
-    options = {"revision": revision, "subfolder": subfolder}
-    if is_export(name, **options):
+    place = {"revision": revision, "subfolder": subfolder}
+    if is_export(name, **place):
         from encdec_slm.export import load_export
 
-        model, processing_class = load_export(name, **options)
+        model, processing_class = load_export(name, **place)
     else:
-        model, processing_class = load_checkpoint(name, trust_remote_code=trust_remote_code, **options)
+        model, processing_class = load_checkpoint(name, trust_remote_code=trust_remote_code, **place)
     if processing_class is None:
         raise ValueError(
             f"{name!r} has no tokenizer, so it cannot read a text. Save the tokenizer of the model there."
@@ -154,8 +148,8 @@ def _load_pipeline(name, revision, subfolder, trust_remote_code, image) -> Any:
 def _generate(pipe, text, image, settings, truncation):
     if image is None:
         return pipe(text, truncation=truncation, **settings)[0]["generated_text"]
-    options = {"return_full_text": False, "generate_kwargs": settings, "truncation": truncation}
-    return pipe(images=image, text=text, **options)[0]["generated_text"]
+    answers = pipe(images=image, text=text, return_full_text=False, generate_kwargs=settings, truncation=truncation)
+    return answers[0]["generated_text"]
 
 
 __all__ = ["generate"]

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from .console import Config, Output, UsageError
+from . import options
+from .console import UsageError
 
 
 def label(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or name of a decoder-only model.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="JSON, CSV or Parquet file, or a data set on the Hub.")],
-    output: Output,
+    output: options.Output,
     distributions: Annotated[
         str | None,
         typer.Option(metavar="topk:K|sampled:N", help="Store the K most probable tokens, or N drawn ones."),
@@ -23,36 +24,35 @@ def label(
         Literal["transformers", "ctranslate2", "vllm", "openai"],
         typer.Option(help="What runs the teacher; openai is any compatible endpoint."),
     ] = "transformers",
-    source_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "source",
-    target_column: Annotated[str, typer.Option(help="Column with the given target.")] = "target",
-    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "train",
+    source_column: Annotated[str, options.name(help="Column with the prompt.")] = "source",
+    target_column: Annotated[str, options.name(help="Column with the given target.")] = "target",
+    split: Annotated[str, options.name(help="Split of a data set on the Hub.")] = "train",
     prompt_template: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Jinja template of the teacher's prompt, with the row's columns as fields."),
+        str | None, options.file(help="Jinja template of the teacher's prompt, with the row's columns as fields.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Send prompts through the chat template, if the teacher has one.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest completion.")] = 64,
-    num_completions: Annotated[int, typer.Option(metavar="N", min=1, help="Completions per row.")] = 1,
+    max_new_tokens: Annotated[int, options.count(help="Longest completion.")] = 64,
+    num_completions: Annotated[int, options.count(help="Completions per row.")] = 1,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Of completions; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="P", help="Sample from the tokens of this total mass.")] = 1.0,
     stop: Annotated[str | None, typer.Option(metavar="TEXT", help="End completions before this text.")] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights, with --engine transformers.")
     ] = "auto",
-    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of a batch.")] = 2048,
+    batch_tokens: Annotated[int, options.count(help="Most tokens of a batch.")] = 2048,
     rows: Annotated[
         str | None, typer.Option(metavar="START:STOP", help="Label only these rows, to share the work of machines.")
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(metavar="N", min=1, help="Rows of one file of the cache.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    rows_per_shard: Annotated[int, options.count(help="Rows of one file of the cache.")] = 256,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")] = 0,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The teacher's tokenizer, for log-probabilities from an endpoint.")
+        str | None, options.folder(help="The teacher's tokenizer, for log-probabilities from an endpoint.")
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(metavar="URL", help="Of the endpoint; its key: OPENAI_API_KEY.")
     ] = None,
     requests_per_minute: Annotated[float | None, typer.Option(metavar="N", help="Rate limit of the endpoint.")] = None,
-    config: Config = None,
+    config: options.Config = None,
 ):
     """Label a data set with a teacher, once: its completions, its distributions, or both.
 
@@ -78,9 +78,9 @@ def label(
         span = _parse_rows(rows)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    options = {"batch_tokens": batch_tokens, "dtype": dtype, "tokenizer": tokenizer}
-    options |= {"base_url": base_url, "requests_per_minute": requests_per_minute}
-    runner = build_engine(engine, teacher, **options)
+    engine_options = {"batch_tokens": batch_tokens, "dtype": dtype, "tokenizer": tokenizer}
+    engine_options |= {"base_url": base_url, "requests_per_minute": requests_per_minute}
+    runner = build_engine(engine, teacher, **engine_options)
     chat = chat and (engine == "openai" or runner.tokenizer.chat_template is not None)
     targets = None if completions else target_column
     dataset = load_label_rows(data, source_column, targets, split, prompt_template, chat)

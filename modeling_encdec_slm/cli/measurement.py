@@ -4,11 +4,18 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from .console import Config, UsageError, print_status
+from . import options
+from .console import UsageError, print_status
+
+
+TASK_HELP = (
+    "text (your own rows), docstrings, squad_v2, xsum, code_x_glue_ct_code_to_text, vqav2, textvqa, chartqa, digits, "
+    "charts or lines."
+)
 
 
 def evaluate(
@@ -16,56 +23,38 @@ def evaluate(
         str | None, typer.Argument(metavar="MODEL", help="Folder that save_pretrained wrote, or a name on the Hub.")
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", metavar="MODEL", help="The same.")] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            metavar="TASK",
-            help="text (your own rows), docstrings, squad_v2, xsum, code_x_glue_ct_code_to_text, vqav2, textvqa, "
-            "chartqa, digits, charts or lines.",
-        ),
-    ] = "docstrings",
+    task: Annotated[str, typer.Option(metavar="TASK", help=TASK_HELP)] = "docstrings",
     output_dir: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER", help="For evaluation.json and predictions.jsonl. An interrupted run continues there."
-        ),
+        options.folder(help="For evaluation.json and predictions.jsonl. An interrupted run continues there."),
     ] = None,
     dataset_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="File, folder or Hub data set.  [default: the task's]")
+        str | None, options.name(help="File, folder or Hub data set.  [default: the task's]")
     ] = None,
-    dataset_config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of the data set.")] = None,
-    dataset_revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of the data set.")
-    ] = None,
-    dataset_split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Split of the data set.  [default: the task's]")
-    ] = None,
-    source_column: Annotated[str, typer.Option(metavar="NAME", help="For text and docstrings.")] = "source",
-    target_column: Annotated[str, typer.Option(metavar="NAME", help="For text and docstrings.")] = "target",
-    max_samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Use at most N random rows.")] = None,
-    model_revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Branch, tag or commit of MODEL on the Hub.")
-    ] = None,
+    dataset_config: Annotated[str | None, options.name(help="Configuration of the data set.")] = None,
+    dataset_revision: Annotated[str | None, options.revision(help="Branch, tag or commit of the data set.")] = None,
+    dataset_split: Annotated[str | None, options.name(help="Split of the data set.  [default: the task's]")] = None,
+    source_column: Annotated[str, options.name(help="For text and docstrings.")] = "source",
+    target_column: Annotated[str, options.name(help="For text and docstrings.")] = "target",
+    max_samples: Annotated[int | None, options.count(help="Use at most N random rows.")] = None,
+    model_revision: Annotated[str | None, options.revision(help="Branch, tag or commit of MODEL on the Hub.")] = None,
     max_source_length: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest source, in tokens.  [default: the model's]")
+        int | None, options.count(help="Longest source, in tokens.  [default: the model's]")
     ] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Longest output, in tokens.  [default: the model's or task's]"),
+        int | None, options.count(help="Longest output, in tokens.  [default: the model's or task's]")
     ] = None,
     num_beams: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Beam search; 1 is greedy search.  [default: the model's]")
+        int | None, options.count(help="Beam search; 1 is greedy search.  [default: the model's]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows per batch.")] = 8,
+    batch_size: Annotated[int, options.count(help="Rows per batch.")] = 8,
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, ...  [default: an accelerator if there is one]")
+        str | None, options.name(help="cpu, cuda, ...  [default: an accelerator if there is one]")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16.  [default: as saved]")
-    ] = None,
-    num_bootstrap: Annotated[int, typer.Option(metavar="N", min=1, help="Resamples for the intervals.")] = 1000,
+    dtype: Annotated[str | None, options.name(help="float32, bfloat16 or float16.  [default: as saved]")] = None,
+    num_bootstrap: Annotated[int, options.count(help="Resamples for the intervals.")] = 1000,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of --max-samples and the intervals.")] = 0,
-    config: Config = None,
+    config: options.Config = None,
 ):
     """Score a checkpoint on a task, with 95 % confidence intervals by bootstrap.
 
@@ -79,40 +68,33 @@ def evaluate(
       encdec-slm evaluate outputs/model --task text --dataset-name rows.jsonl --max-samples 200
       encdec-slm evaluate outputs/vqa_synthetic --task digits --batch-size 50
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "model_option", "config")}
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "model_option", "config")}
     if (model is None) == (model_option is None):
         raise UsageError("Give one MODEL: a folder that save_pretrained wrote, or a name on the Hub.")
     from encdec_slm.run_results import comparison_table, format_table
     from encdec_slm.trainers.evaluation import evaluate_checkpoint
 
-    print(format_table(comparison_table(evaluate_checkpoint(model or model_option, **options))))
+    print(format_table(comparison_table(evaluate_checkpoint(model or model_option, **arguments))))
     if output_dir is not None:
         print_status(f"Wrote {Path(output_dir, 'evaluation.json')}")
 
 
 def bench(
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="A size for text; `encdec-slm presets` lists them.")
-    ] = "330m",
+    preset: Annotated[str, options.name(help="A size for text; `encdec-slm presets` lists them.")] = "330m",
     settings: Annotated[
         list[str], typer.Option(metavar="SOURCE:NEW", help="Source tokens and new tokens. Repeat it for several.")
     ] = ["512:64", "2048:128"],  # noqa: B006  typer reads it
-    devices: Annotated[str, typer.Option(metavar="DEVICES", help="cpu, cuda, or cpu,cuda.")] = "cpu",
+    devices: Annotated[Literal["cpu", "cuda", "cpu,cuda"], typer.Option(help="Where the models run.")] = "cpu",
     only: Annotated[
-        list[str],
-        typer.Option(metavar="PATTERN", help="Names of contenders, such as '*/ctranslate2/*'. Repeat it for several."),
+        list[str], options.name(help="Pattern of contenders, such as '*/ctranslate2/*'. Repeat it for several.")
     ] = ["*"],  # noqa: B006
-    repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of every setting.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads of each engine.  [default: torch's]")
-    ] = None,
-    models: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For the models of the engines; a later run finds them there.")
-    ] = Path("outputs/benchmark_models"),
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="For benchmark.json and benchmark.png.")] = Path(
-        "outputs/benchmark"
+    repetitions: Annotated[int, options.count(help="Runs of every setting.")] = 5,
+    threads: Annotated[int | None, options.count(help="Threads of each engine.  [default: torch's]")] = None,
+    models: Annotated[Path, options.folder(help="For models of the engines, which a later run finds there.")] = Path(
+        "outputs/benchmark_models"
     ),
-    config: Config = None,
+    output: Annotated[Path, options.folder(help="For benchmark.json and benchmark.png.")] = Path("outputs/benchmark"),
+    config: options.Config = None,
 ):
     """Time a preset and its decoder-only baseline, and peers, in every engine that is installed.
 
@@ -141,7 +123,7 @@ def bench(
     _check_preset(preset)
     _check_output(output)
     lengths = sorted(_parse_setting(text) for text in settings)
-    contenders = list_contenders(preset, _parse_devices(devices), only)
+    contenders = list_contenders(preset, devices.split(","), only)
     report = run_benchmark(contenders, lengths, repetitions, threads or torch.get_num_threads(), models)
     print(f"\n{build_tables(report)}\n\n{build_verdict(report)}\n")
     output.mkdir(parents=True, exist_ok=True)
@@ -182,14 +164,7 @@ def _parse_setting(text):
     return source_length, num_new_tokens
 
 
-def _parse_devices(text):
-    devices = text.split(",")
-    if not set(devices) <= {"cpu", "cuda"}:
-        raise UsageError(f"--devices is {text!r}, but must be cpu, cuda or cpu,cuda.")
-    return devices
-
-
-def presets(config: Config = None):
+def presets(config: options.Config = None):
     """Show all sizes as a Markdown table: parameters, layers, and the bytes that one token moves.
 
     \b

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from .console import Config, UsageError, print_status
+from . import options
+from .console import UsageError, print_status
+
+
+FACTS_HELP = (
+    "YAML file with facts for the card: description, training_data, teacher, objective, hardware, energy, limits, "
+    "example, license, name, language, datasets, base_model, tags."
+)
 
 
 def publish(
@@ -18,32 +25,20 @@ def publish(
         str | None, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub; the card's snippets load it.")
     ] = None,
     results: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="evaluation.json of `encdec-slm evaluate`. Repeat it for several."),
+        list[str] | None, options.file(help="evaluation.json of `encdec-slm evaluate`. Repeat it for several.")
     ] = None,
     bundles: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER", help="Folder of `encdec-slm export` to include. Repeat it for several."),
+        list[str] | None, options.folder(help="Folder of `encdec-slm export` to include. Repeat it for several.")
     ] = None,
-    facts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML file with facts for the card: description, training_data, teacher, objective, hardware, "
-            "energy, limits, example, license, name, language, datasets, base_model, tags.",
-        ),
-    ] = None,
+    facts: Annotated[str | None, options.file(help=FACTS_HELP)] = None,
     leave_out: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Files in MODEL that are not published. Repeat it for several."),
+        list[str] | None, options.name(help="Pattern of files in MODEL that are not published. Repeat it for several.")
     ] = None,
     push: Annotated[bool, typer.Option("--push", help="Upload the folder, in one commit.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Create the repository as public, not private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch to upload to.  [default: main]")
-    ] = None,
+    revision: Annotated[str | None, options.revision(help="Branch to upload to.  [default: main]")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.")] = False,
-    config: Config = None,
+    config: options.Config = None,
 ):
     """Build a complete repository folder from a checkpoint, check it, and upload it with --push.
 
@@ -94,10 +89,8 @@ def demo(
         int | None, typer.Option(metavar="N", min=1, max=65535, help="Port.  [default: the first free one from 7860]")
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Let gradio open a public address.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="Commit, tag or branch on the Hub, whose code runs.")
-    ] = None,
-    config: Config = None,
+    revision: Annotated[str | None, options.revision(help="Commit, tag or branch whose code runs.")] = None,
+    config: options.Config = None,
 ):
     """Serve a web page to try a model, on this machine only, until Ctrl-C.
 
