@@ -24,11 +24,12 @@ from ..checkpoints import (
     check_no_overlap,
     has_vision,
     load_checkpoint,
+    load_processing_class,
     matches_any,
     write_folder,
 )
 from ..errors import format_list
-from ..export_manifest import MANIFEST, read_manifest
+from ..export_manifest import FORMAT_FOLDERS, MANIFEST, check_bundle_matches, check_tokenizer, read_manifest
 from ..run_results import RunResults
 from . import fresh_process
 from .eval_results import EVAL_RESULTS_FOLDER, load_evaluations, write_eval_results
@@ -53,7 +54,7 @@ VISION_CODE = (
     *("image_processing_encdec_vlm.py", "processing_encdec_vlm.py"),
 )
 PROCESSING_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json")
-BUNDLES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnx-static")}
+BUNDLES = tuple(dict.fromkeys(FORMAT_FOLDERS.values()))
 # License of the weights, if it differs from that of the code.
 WEIGHTS_LICENSE = "LICENSE-weights"
 REWRITTEN_FILES = (
@@ -173,7 +174,7 @@ def publish(
     model = _load_model(model_or_dir, source)
     with write_folder(output_dir, overwrite=True, find_foreign_files=find_changed_files, sources=sources) as folder:
         _write_checkpoint(folder, model, source, processing_class)
-        manifests = _copy_bundles(source, bundles, folder)
+        manifests = _copy_bundles(source, bundles, folder, model)
         content = CardContent(
             folder,
             repo_id or resolved.name,
@@ -323,15 +324,22 @@ def _copy_processing(source, folder):
             shutil.copyfile(path, folder / path.name)
 
 
-def _copy_bundles(source, bundles, folder):
-    """Copy exports into the repository; returns their manifests by folder name."""
+def _copy_bundles(source, bundles, folder, model):
+    """Copy exports of the model into the repository; returns their manifests by folder name."""
     found = [source / name for name in BUNDLES if source is not None and (source / name).is_dir()]
+    tokenizer = load_processing_class(folder, model)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     manifests = {}
     for path in (*found, *bundles):
-        manifest = read_manifest(path, *(form for forms in BUNDLES.values() for form in forms))
-        name = next(name for name, forms in BUNDLES.items() if manifest["format"] in forms)
+        manifest = read_manifest(path, *FORMAT_FOLDERS)
+        name = FORMAT_FOLDERS[manifest["format"]]
         if name in manifests:
             raise ValueError(f"{str(path)!r} is a second export for `{name}/`. Give only one of them.")
+        try:
+            check_bundle_matches(manifest, model)
+            check_tokenizer(manifest, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} cannot be published with this model. {error}") from error
         refuse_unsafe_files(path, _bundle_files(path))
         shutil.copytree(path, folder / name)
         text = json.dumps(_remove_origin(manifest), indent=2) + "\n"

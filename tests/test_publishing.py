@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from export_fixtures import build_ascii_tokenizer
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForSeq2SeqLM
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import encdec_slm
-from conftest import build_byte_tokenizer, build_model
+from conftest import build_byte_tokenizer, build_model, save_text_folder
 from encdec_slm.export import export_ctranslate2
 from encdec_slm.hub_cards import fresh_process, publish
 from encdec_slm.hub_cards.fresh_process import check_in_fresh_process
@@ -125,21 +127,58 @@ def test_a_vision_model_works_without_the_package(vision_folder, tmp_path):
     assert publish(vision_folder, output_dir=tmp_path / "out").folder.is_dir()
 
 
-def test_exports_are_copied_into_the_repository(text_folder, source, tmp_path, checked):
-    export_ctranslate2(text_folder, source / "ctranslate2")
-    (tmp_path / "graphs").mkdir()
-    (tmp_path / "graphs" / "encoder_model.onnx").write_bytes(b"\x08\x08")
-    manifest = {"format": "onnx", "tokenizer_sha256": None, "files": {"encoder_model.onnx": 2}}
-    (tmp_path / "graphs" / "export_manifest.json").write_text(json.dumps(manifest))
-    names = names_in(publish(source, output_dir=tmp_path / "out", bundles=[tmp_path / "graphs"]))
-    assert {"ctranslate2/model.bin", "ctranslate2/export_manifest.json", "onnx/encoder_model.onnx"} <= names
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| `ctranslate2/` | ctranslate2 | int8 |" in card and "| `onnx/` | onnx | float32 |" in card
+@pytest.fixture(scope="module")
+def ct2_folder(text_folder, tmp_path_factory):
+    """A CTranslate2 export of the text model."""
+    return export_ctranslate2(text_folder, tmp_path_factory.mktemp("ct2") / "ctranslate2")
+
+
+@pytest.fixture(scope="module")
+def export_source(export_model, tmp_path_factory):
+    """The model of `onnx_folder` and `static_folder`, as a folder."""
+    folder = tmp_path_factory.mktemp("export_source") / "source"
+    for part in (export_model, build_ascii_tokenizer()):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_exports_are_copied_into_the_repository(source, ct2_folder, tmp_path, checked):
+    names = names_in(publish(source, output_dir=tmp_path / "given", bundles=[ct2_folder]))
+    assert {"ctranslate2/model.bin", "ctranslate2/export_manifest.json"} <= names
+    shutil.copytree(ct2_folder, source / "ctranslate2")
+    assert names_in(publish(source, output_dir=tmp_path / "found")) == names
     with pytest.raises(ValueError, match="second export"):
-        publish(source, output_dir=tmp_path / "twice", bundles=[source / "ctranslate2"])
+        publish(source, output_dir=tmp_path / "twice", bundles=[ct2_folder])
     (source / "ctranslate2" / "export_manifest.json").unlink()
     with pytest.raises(ValueError, match=r"ctranslate2/model\.bin"):
         publish(source, output_dir=tmp_path / "unknown")
+
+
+@pytest.mark.parametrize("place", ["given", "beside the model"])
+@pytest.mark.parametrize("change", ["seed", "size", "vision", "tokenizer", "no fingerprint", "onnx", "onnx-static"])
+def test_exports_of_another_model_are_refused(request, source, ct2_folder, tmp_path, checked, change, place):
+    name = {"onnx": "onnx_folder", "onnx-static": "static_folder"}.get(change, "ct2_folder")
+    bundle = shutil.copytree(request.getfixturevalue(name), tmp_path / "bundle")
+    if change == "vision":
+        shutil.rmtree(source)
+        shutil.copytree(request.getfixturevalue("vision_folder"), source)
+    elif change in ("seed", "size"):
+        save_text_folder(source, **({"seed": 1} if change == "seed" else {"hidden_size": 64}))
+    elif change == "tokenizer":
+        build_ascii_tokenizer().save_pretrained(source)
+    elif change == "no fingerprint":
+        manifest = json.loads((bundle / "export_manifest.json").read_text())
+        (bundle / "export_manifest.json").write_text(json.dumps({**manifest, "model": None}))
+    if place == "beside the model":
+        bundle = bundle.rename(source / ("onnx" if "onnx" in change else "ctranslate2"))
+    with pytest.raises(ValueError, match=bundle.name):
+        publish(source, output_dir=tmp_path / "out", bundles=[bundle] if place == "given" else [])
+    assert not (tmp_path / "out").exists() and not checked
+
+
+def test_exports_of_the_same_weights_in_another_dtype_are_accepted(source, ct2_folder, tmp_path, checked):
+    AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    publish(source, output_dir=tmp_path / "out", bundles=[ct2_folder])
 
 
 def test_a_license_of_the_weights_is_kept(source, tmp_path, checked):
@@ -402,9 +441,8 @@ def test_an_upload_is_one_private_commit_and_none_if_nothing_has_changed(hub, te
     assert hub.num_commits("me/tiny") == 2 and hub.sent("PUT", "/lfs/") == 1
 
 
-def test_an_interrupted_upload_is_resumed_by_the_same_call(hub, text_folder, tmp_path, checked):
-    export_ctranslate2(text_folder, tmp_path / "ct2")
-    arguments = {"output_dir": tmp_path / "out", "bundles": [tmp_path / "ct2"], "push": True}
+def test_an_interrupted_upload_is_resumed_by_the_same_call(hub, text_folder, ct2_folder, tmp_path, checked):
+    arguments = {"output_dir": tmp_path / "out", "bundles": [ct2_folder], "push": True}
     hub.interrupted_after = 1
     with pytest.raises(ConnectionError, match="the line went dead") as caught:
         publish(text_folder, "me/tiny", **arguments)
@@ -449,6 +487,27 @@ def test_a_repository_loads_by_its_name_and_then_from_the_cache(hub, text_folder
         HfApi(token=False).model_info("me/tiny")
     with pytest.raises(OSError, match="private repository"):
         AutoModelForSeq2SeqLM.from_pretrained("me/tiny", cache_dir=tmp_path / "empty", token=False)
+
+
+@pytest.mark.parametrize(
+    ("source_name", "bundle_name"),
+    [("text_folder", "ct2_folder"), ("export_source", "onnx_folder"), ("export_source", "static_folder")],
+)
+def test_the_card_loads_exports_by_the_name_of_the_repository(
+    hub, request, source_name, bundle_name, tmp_path, checked, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    source, bundle = map(request.getfixturevalue, (source_name, bundle_name))
+    facts = {"example": "a b"}
+    done = publish(source, "me/tiny", output_dir=tmp_path / "out", bundles=[bundle], facts=facts, push=True)
+    _, card = ModelCard.load(done.folder / "README.md").text.split("## Use")
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = "\n".join([*snippets[:2], next(snippet for snippet in snippets if "load_export" in snippet)])
+    assert 'MODEL = "me/tiny"' in code and "subfolder=" in code
+    code = code.replace('"main"', repr(done.commit)).replace("=32", "=8")
+    exec(compile(code, "README.md", "exec"), {})
+    generated, exported = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert exported == generated or (exported and source_name == "text_folder")  # which is in int8
 
 
 DOWNLOADER = """\
