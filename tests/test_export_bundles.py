@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 import sys
 
 import peft
@@ -273,3 +274,16 @@ def test_a_full_disk_is_named(tmp_path):
     os.symlink("/dev/full", tmp_path / "model.onnx_data")
     with pytest.raises(OSError, match="No space left"):
         weights._store(torch.ones(5000).numpy())
+
+
+def test_exports_need_no_package_of_another_extra(text_folder, tmp_path):
+    script = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(["matplotlib", "datasets", "peft", "trl", "accelerate", "sklearn", "gradio"])
+        from encdec_slm.export import OrtEncDecSLM, OpenVINOEncDecSLM, export_onnx
+        from encdec_slm_cli import main
+        sys.exit(main(["export", *sys.argv[1:]]) or main(["generate", sys.argv[2], "text"]))
+    """
+    command = [sys.executable, "-c", script, str(text_folder), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

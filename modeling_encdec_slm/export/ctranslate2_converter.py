@@ -71,11 +71,9 @@ def export_ctranslate2(
         spec.optimize(quantization=quantization)
         spec.save(str(bundle.folder))
         # `config.json` is CTranslate2's own.
-        configs = {
-            "config": bundle.model.config.to_dict(),
-            "generation_config": bundle.model.generation_config.to_dict(),
-        }
-        bundle.manifest.update(quantization=quantization, **configs)
+        config = {**bundle.model.config.to_dict(), "_name_or_path": ""}
+        bundle.manifest.update(config=config, generation_config=bundle.model.generation_config.to_dict())
+        bundle.manifest["quantization"] = quantization
     return Path(output_dir)
 
 

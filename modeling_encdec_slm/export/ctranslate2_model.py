@@ -57,9 +57,9 @@ class CT2EncDecSLM(ExportedModel):
             is named like `<id_7>`. It ends targets only at an `end_token`.
     """
 
-    def __init__(self, translator, manifest, tokens):
-        generation_config = GenerationConfig.from_dict(manifest["generation_config"])
-        super().__init__(EncDecSLMConfig.from_dict(manifest["config"]), generation_config, manifest)
+    def __init__(self, translator, manifest, tokens, name_or_path):
+        config = EncDecSLMConfig.from_dict(manifest["config"], name_or_path=name_or_path)
+        super().__init__(config, GenerationConfig.from_dict(manifest["generation_config"]), manifest)
         self.translator = translator
         self._tokens = tokens
         self._ids = {token: token_id for token_id, token in enumerate(tokens)}
@@ -112,7 +112,8 @@ class CT2EncDecSLM(ExportedModel):
                 f"CTranslate2 could not load {str(folder)!r} with `device` {device!r} and `compute_type` "
                 f"{compute_type!r} ({summarize_error(error)}). Use other values, or export again."
             ) from error
-        return cls(translator, manifest, json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8")))
+        tokens = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+        return cls(translator, manifest, tokens, str(folder))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +162,7 @@ class CT2EncDecSLM(ExportedModel):
             TypeError: `input_ids` is not a tensor of integers.
         """
         settings = self._resolve_settings(generation_config, kwargs)
+        device = getattr(input_ids, "device", self.device)
         rows = self._tokenize_rows(input_ids, attention_mask)
         rows = [
             row for row in rows for _ in range(1 if settings["num_beams"] > 1 else settings["num_return_sequences"])
@@ -176,12 +178,12 @@ class CT2EncDecSLM(ExportedModel):
             options = _decoding_options(settings) | ({} if is_stopped is None else {"callback": is_stopped})
             results = self.translator.translate_batch(rows, **options)
             targets, scores = [self._to_ids(result.hypotheses[0]) for result in results], None
-        sequences = self._pad(targets, settings).to(input_ids.device)
+        sequences = self._pad(targets, settings).to(device)
         if not settings["return_dict_in_generate"]:
             return sequences
         if scores is None:
             return GenerateEncoderDecoderOutput(sequences=sequences)
-        scores = torch.tensor(scores, device=input_ids.device)
+        scores = torch.tensor(scores, device=device)
         return GenerateBeamEncoderDecoderOutput(sequences=sequences, sequences_scores=scores)
 
     def _resolve_settings(self, generation_config, kwargs):
@@ -233,13 +235,14 @@ class CT2EncDecSLM(ExportedModel):
 
     def _tokenize_rows(self, input_ids, attention_mask):
         """Return the tokens of each source, without padding."""
+        input_ids, attention_mask = self._move(input_ids), self._move(attention_mask)
         check_token_ids(input_ids, "input_ids", self.config)
         check_attention_mask(attention_mask, input_ids.shape)
-        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool().cpu()
+        mask = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
         _check_mask(mask)
         return [
             [self._tokens[token_id] for token_id in row[is_read].tolist()]
-            for row, is_read in zip(input_ids.cpu(), mask, strict=True)
+            for row, is_read in zip(input_ids, mask, strict=True)
         ]
 
     def _to_ids(self, tokens):

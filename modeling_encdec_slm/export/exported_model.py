@@ -59,6 +59,10 @@ class ExportedModel:
                 )
         return self
 
+    def _move(self, value: Any) -> Any:
+        """Move a tensor to the device of the export."""
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that a tokenizer is that of the exported model.
 

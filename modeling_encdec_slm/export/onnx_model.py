@@ -85,6 +85,10 @@ class OrtEncDecSLM(ExportedModel, GenerationMixin):
     def is_remote_code(cls) -> bool:
         return False
 
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> Any:
+        """Generate on the CPU; see [`~transformers.GenerationMixin.generate`]. Tensors are moved there."""
+        return super().generate(self._move(inputs), **{name: self._move(value) for name, value in kwargs.items()})
+
     def get_encoder(self, modality: str | None = None) -> "OrtEncoder":
         """Return what `generate` calls once per source."""
         return OrtEncoder(self._engine, self.config)
