@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import format_list
+from ..export_manifest import MANIFEST
 
 
 SECRET_NAMES = (
@@ -91,7 +92,7 @@ def is_pickle(path: Path) -> bool:
     # A pickle of protocol 2 or later, or an archive of `torch.save`.
     if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or (start[:2] == b"PK" and b"data.pkl" in start):
         return True
-    is_ctranslate2 = path.name == "model.bin" and (path.parent / "export_manifest.json").is_file()
+    is_ctranslate2 = path.name == "model.bin" and (path.parent / MANIFEST).is_file()
     return _is_named(path, PICKLES) and not is_ctranslate2
 
 

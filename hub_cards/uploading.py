@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 
 from ..checkpoints import TOKENIZER_FILES
 from ..errors import summarize_error
+from ..export_manifest import FORMAT_FOLDERS
 
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Files of an earlier commit that would be loaded together with the new ones; other files are the owner's.
 REPLACED_ON_THE_HUB = (
     *("*.safetensors", "*.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES),
-    *("*processor_config.json", "ctranslate2/*", "onnx/*", ".eval_results/*"),
+    *("*processor_config.json", ".eval_results/*", *(f"{folder}/*" for folder in FORMAT_FOLDERS.values())),
 )
 
 
