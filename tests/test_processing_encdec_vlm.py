@@ -18,6 +18,7 @@ from transformers.processing_utils import TextKwargs
 from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
 from encdec_slm.trainers.new_models import train_tokenizer
+from encdec_slm.trainers.row_encoding import build_row_encoder
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vision_golden.json").read_text(encoding="utf-8"))
@@ -343,6 +344,19 @@ def test_a_question_that_is_too_long_is_refused_or_cut_at_its_end(processor, wid
     assert cut[-3:] == whole[0][-3:]  # the end of the template is kept
     with pytest.raises(ValueError, match=r"64 of them for images.* 40"):
         processor.encode_questions("word", wide, truncation=True, max_length=40)
+
+
+@pytest.mark.parametrize("template", [None, "Q: {{ messages[0]['content'][-1]['text'] }} <image>"])
+@pytest.mark.parametrize("question", ["What?", "a <image> b", "a <image> <image> b", "word " * 300])
+def test_training_and_evaluation_encode_a_question_in_the_same_way(processor, square, template, question):
+    if template is not None:
+        processor = copy.copy(processor)
+        processor.chat_template = template
+    encoder = build_row_encoder(processor, max_source_length=150)
+    row = encoder.collate([{"question": question, "image": square}])
+    inputs = processor.encode_questions(question, square, truncation=True, max_length=150, return_tensors="pt")
+    assert torch.equal(row["input_ids"], inputs["input_ids"])
+    assert torch.equal(row["pixel_values"], inputs["pixel_values"])
 
 
 @pytest.mark.parametrize(
