@@ -31,10 +31,10 @@ AutoModel.register(EncDecVLMConfig, EncDecVLMModel)
 AutoModelForSeq2SeqLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
 AutoModelForImageTextToText.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(EncDecVLMConfig, EncDecVLMForConditionalGeneration)
-# Under both names, so that nobody is told that it falls back to Pillow where torchvision is installed.
+# Under both names: with torchvision installed, transformers would otherwise warn that it falls back to Pillow.
 AutoImageProcessor.register(
     EncDecVLMConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncDecVLMImageProcessor)
 )
 AutoProcessor.register(EncDecVLMConfig, EncDecVLMProcessor)
-# For processors of other families it is transformers' own pipeline.
+# It behaves like transformers' own pipeline with processors of other families.
 PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = EncDecVLMPipeline

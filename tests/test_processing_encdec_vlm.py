@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers.processing_utils import TextKwargs
 
+from conftest import PROCESSOR_CODE_FILES
 from encdec_slm.image_processing_encdec_vlm import EncDecVLMImageProcessor
 from encdec_slm.processing_encdec_vlm import EncDecVLMProcessor
 from encdec_slm.trainers.new_models import train_tokenizer
@@ -23,12 +24,6 @@ from encdec_slm.trainers.row_encoding import build_row_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vision_golden.json").read_text(encoding="utf-8"))
 PROMPTS = [case for case in GOLDEN["prompts"] if case["template"] == "mu_v1"]
-FILES = {
-    "configuration_encdec_slm",
-    "configuration_encdec_vlm",
-    "image_processing_encdec_vlm",
-    "processing_encdec_vlm",
-}
 # Stands for an image among the words of a prompt.
 IMAGE = -200
 
@@ -57,7 +52,7 @@ def square():
     return Image.new("RGB", (20, 20), (10, 200, 10))
 
 
-def collapsed(processor, ids):
+def collapse(processor, ids):
     """`ids` with one -200 for each run of image tokens, and the lengths of the runs."""
     runs = [(token == processor.image_token_id, list(run)) for token, run in groupby(ids)]
     return [token for is_image, run in runs for token in ([IMAGE] if is_image else run)], [
@@ -86,7 +81,7 @@ def test_chat_messages_become_the_predecessors_prompt(processor, wide, case):
     output = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     pieces = case["prompt"].split("<image>")
     expected = words(processor, pieces[0], *([IMAGE] if case["with_image"] else []))
-    assert collapsed(processor, output["input_ids"][0].tolist()) == (expected, [64] if case["with_image"] else [])
+    assert collapse(processor, output["input_ids"][0].tolist()) == (expected, [64] if case["with_image"] else [])
     assert ("pixel_values" in output) == case["with_image"]
 
 
@@ -95,7 +90,7 @@ def test_prompts_are_tokenized_between_images(processor, wide, case):
     output = processor(text=case["prompt"], images=wide if case["with_image"] else None)
     before, *after = case["prompt"].split("<image>")
     pieces = [before, IMAGE, *after] if case["with_image"] else [before]
-    assert collapsed(processor, output["input_ids"][0])[0] == words(processor, *pieces)
+    assert collapse(processor, output["input_ids"][0])[0] == words(processor, *pieces)
 
 
 def test_500_random_sizes_have_a_token_for_every_feature(processor):
@@ -166,7 +161,7 @@ def test_images_alone_give_pixels_alone(processor, wide):
 
 def test_images_without_a_token_stand_in_front(processor, wide, square):
     one = processor(text="What?", images=[wide, square])["input_ids"][0]
-    assert collapsed(processor, one) == (words(processor, IMAGE, "What?"), [64 + 36])
+    assert collapse(processor, one) == (words(processor, IMAGE, "What?"), [64 + 36])
     texts = ["a", "b"]
     rows = processor(text=texts, images=[wide, square])["input_ids"]
     assert texts == ["a", "b"]
@@ -178,7 +173,7 @@ def test_images_without_a_token_stand_in_front(processor, wide, square):
 
 def test_flat_images_follow_the_tokens_of_all_texts(processor, wide, square):
     rows = processor(text=["<image> and <image>", "none", "<image>"], images=[wide, square, wide])["input_ids"]
-    assert collapsed(processor, rows[0])[1] == [64, 36]
+    assert collapse(processor, rows[0])[1] == [64, 36]
     assert [row.count(processor.image_token_id) for row in rows] == [100, 0, 64]
 
 
@@ -213,7 +208,7 @@ def test_an_image_token_that_a_user_types_stays_text(wide, special):
     tokenizer = processor.tokenizer
     messages = ask("What does <image> mean in <image><image>?", wide)
     output = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
-    ids, runs = collapsed(processor, output["input_ids"][0])
+    ids, runs = collapse(processor, output["input_ids"][0])
     assert runs == [64]
     # As the predecessor would have written it, had the user typed another word.
     typed = processor.apply_chat_template(ask("What does TAG mean in TAGTAG?", wide)).replace("TAG", "<image>")
@@ -472,7 +467,7 @@ def test_a_saved_folder_works_in_a_fresh_process(processor, wide, tmp_path):
     assert ids == expected["input_ids"].tolist()
     assert (shape, total) == ([7, 3, 28, 28], expected["pixel_values"].sum().item())
     for folder in (first, second):
-        assert {path.stem for path in folder.glob("*.py")} == FILES
+        assert {path.name for path in folder.glob("*.py")} == PROCESSOR_CODE_FILES
         config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
         assert config["auto_map"] == {"AutoProcessor": "processing_encdec_vlm.EncDecVLMProcessor"}
         assert config["image_processor"]["auto_map"]["AutoImageProcessor"].endswith(".EncDecVLMImageProcessor")

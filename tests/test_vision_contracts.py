@@ -8,8 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from encdec_slm import EncDecSLMConfig, EncDecVLMConfig, EncDecVLMForConditionalGeneration, configuration
-from encdec_slm.trainers.new_models import build_processor, train_tokenizer
+from conftest import TINY_SIGLIP, save_vision_folder
 
 
 JOBS = r"""
@@ -46,10 +45,9 @@ def written(result):
 chat = [{"role": "user", "content": [{"type": "image", "url": file}, {"type": "text", "text": "what?"}]}]
 options = {"max_new_tokens": 6, "return_full_text": False}
 answers = []
-for pipe in (
-    pipeline("image-text-to-text", model=folder, **trusted),
-    pipeline("image-text-to-text", model=model, processor=processor),
-):
+by_path = pipeline("image-text-to-text", model=folder, **trusted)
+assert type(by_path).__name__ == "EncDecVLMPipeline"
+for pipe in (by_path, type(by_path)(model=model, processor=processor)):
     assert pipe(text=[chat, chat], **options)[1] == pipe(text=chat, **options)
     plain = pipe(images=[file, image], text=["what?"] * 2, batch_size=2, **options)
     plain = [written(one) for one in (*plain, pipe(images=image, text="what?", **options))]
@@ -89,27 +87,12 @@ with torch.no_grad():
 """
 
 
-def test_the_catalogue_has_the_config_classes():
-    assert set(configuration.__all__) >= {"EncDecSLMConfig", "EncDecVLMConfig"}
-    assert configuration.EncDecVLMConfig is EncDecVLMConfig
-    assert type(configuration.load_preset("tiny-vlm")) is configuration.EncDecVLMConfig
-
-
 @pytest.mark.slow
 def test_a_folder_alone_answers_trains_and_is_adapted_without_the_package(tmp_path):
-    tokenizer = train_tokenizer(["what is this?"], 300, model_max_length=512)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    layers = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "initializer_range": 0.2}
-    tower = {"model_type": "siglip_vision_model", "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
-    config = EncDecVLMConfig(
-        text_config=EncDecSLMConfig(vocab_size=len(tokenizer), **sizes, **layers).to_dict(),
-        vision_config={**sizes, **tower},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
     folder = tmp_path / "model"
-    EncDecVLMForConditionalGeneration(config).save_pretrained(folder)
-    build_processor(config, tokenizer).save_pretrained(folder)
+    save_vision_folder(
+        folder, vision_config={**TINY_SIGLIP, "image_size": 16, "patch_size": 8}, image_grid_pinpoints=None
+    )
     Image.effect_noise((40, 30), 90).convert("RGB").save(folder / "picture.png")
     (tmp_path / "empty").mkdir()
     own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
