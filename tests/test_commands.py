@@ -214,6 +214,26 @@ def test_errors_of_other_code_are_named(error, words, monkeypatch, refused):
     assert code == 1 and words in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["finetune"], "trl", "train"),
+        (["distill"], "trl", "train"),
+        (["export", "{model}", "{out}"], "ctranslate2", "export"),
+        (["export", "{model}", "{out}", "--format", "onnx"], "onnx", "export"),
+        (["demo", "--model", "{model}"], "gradio", "demo"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else value,
+)
+def test_a_missing_package_is_answered_with_its_extra(
+    arguments, package, extra, text_folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([word.format(model=text_folder, out=tmp_path / "out") for word in arguments]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"`{package}`" in last and f"pip install encdec-slm[{extra}]" in last
+
+
 def test_messages_name_options_of_the_command_and_not_arguments_of_functions():
     def shown(command, message):
         return name_options(message, COMMANDS[command])

@@ -123,3 +123,43 @@ def test_importing_the_package_loads_no_optional_package():
     # Those that torch and transformers load where they are installed.
     known = {"accelerate", "pandas", "sklearn", "torchao"}
     assert loaded & (TRAIN | EXPORT | {"gradio"}) <= known
+
+
+WITHOUT_PACKAGES = """
+import importlib.util, sys
+missing, find_spec = set(sys.argv[1].split(",")), importlib.util.find_spec
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] in missing else find_spec(name, *rest)
+from encdec_slm_cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+OTHERS = {"gradio", "lm_eval", "sacrebleu", "scipy", "tensorboard"}
+TRAINING = "--train_file {rows} --preset tiny --vocab_size 300 --max_steps 1 --max_eval_samples 2 --use_cpu true"
+COMMANDS = {
+    "generate": ("generate {model} text --max-new-tokens 3", TRAIN | EXPORT | OTHERS),
+    "publish": ("publish {model} {out}", TRAIN | EXPORT | OTHERS),
+    "export": ("export {model} {out}", (TRAIN | EXPORT | OTHERS) - {"ctranslate2"}),
+    "export onnx": (
+        "export {model} {out} --format onnx --quantization int8",
+        (TRAIN | EXPORT | OTHERS) - {"onnx", "onnxscript", "onnxruntime"},
+    ),
+    "finetune": ("finetune --output_dir {out} --report_to none " + TRAINING, EXPORT | OTHERS),
+    "evaluate": ("evaluate {model} --task text --dataset-name {rows} --max-samples 1", EXPORT | OTHERS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_needs_only_the_packages_of_its_extra(command, text_folder, tmp_path):
+    line, missing = COMMANDS[command]
+    (tmp_path / "rows.jsonl").write_text('{"source": "a", "target": "b"}\n' * 20, encoding="utf-8")
+    places = {"model": text_folder, "out": tmp_path / "out", "rows": tmp_path / "rows.jsonl"}
+    arguments = [word.format(**places) for word in line.split()]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGES, ",".join(missing), *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
