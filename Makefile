@@ -44,7 +44,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 # The same tests with the oldest transformers, in an environment of its own.
 $(OLDEST_READY): setup.cfg pyproject.toml constraints.txt Makefile
