@@ -65,7 +65,7 @@ def _exit(number, frame):
 def set_up_logging(debug: bool) -> None:
     """Show the log of this package; hide the notes of libraries unless `debug`. Call it before they are imported."""
     logger = logging.getLogger("encdec_slm")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)  # of a distributed run
     # Not the root logger: libraries with handlers of their own would print each line twice.
     logger.handlers = [logging.StreamHandler()]
     if debug:
