@@ -4,15 +4,12 @@
 import dataclasses
 import difflib
 import os
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import yaml
-
-
-if TYPE_CHECKING:
-    from trl import TrlParser
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -83,13 +80,19 @@ def check_keys(keys: Iterable[str], valid_keys: Collection[str], origin: str) ->
             raise ValueError(f"Unknown key `{key}` in {origin}. The nearest valid key is `{nearest}`.")
 
 
-def recipe_parser(dataclass_types: Sequence[type]) -> "TrlParser":
-    """Build the parser of a run's command line. Its errors are `ValueError`s."""
-    from trl import TrlParser  # slow to import, and an optional dependency
-
-    parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE [--key value ...]", allow_abbrev=False)
-    parser.error = _raise_value_error
-    return parser
+def describe_keys(dataclass_types: Sequence[type]) -> str:
+    """List the keys of a recipe with their defaults and help, by dataclass."""
+    lines = []
+    for kind in dataclass_types:
+        lines += ["", f"{kind.__name__}:"]
+        for field in dataclasses.fields(kind):
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            help_text = " ".join(field.metadata.get("help", "").split())
+            if field.init and default is not dataclasses.MISSING:
+                lines.append(f"  --{field.name} (default: {default})")
+                lines.append(textwrap.fill(help_text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines[1:])
 
 
 def parse_recipe(dataclass_types: Sequence[type], args: Sequence[str]) -> tuple:
@@ -105,7 +108,10 @@ def parse_recipe(dataclass_types: Sequence[type], args: Sequence[str]) -> tuple:
     Raises:
         ValueError: There is no such recipe, a key is unknown, or a value does not fit.
     """
-    parser, args = recipe_parser(dataclass_types), list(args)
+    from trl import TrlParser  # slow to import, and an optional dependency
+
+    parser, args = TrlParser(dataclass_types, allow_abbrev=False), list(args)
+    parser.error = _raise_value_error
     if "--config" in args[:-1]:
         position = args.index("--config")
         recipe = load_recipe(args[position + 1], dataclass_types)
@@ -129,4 +135,4 @@ def _raise_value_error(message) -> NoReturn:
     raise ValueError(f"{message[:1].upper()}{message[1:]}.")
 
 
-__all__ = ["check_keys", "find_recipe", "list_recipes", "load_recipe", "parse_recipe", "recipe_parser"]
+__all__ = ["check_keys", "describe_keys", "find_recipe", "list_recipes", "load_recipe", "parse_recipe"]

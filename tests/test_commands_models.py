@@ -222,6 +222,16 @@ def test_beams_samples_and_repetitions_follow_the_options(folder, printed):
     assert printed("generate", *options, "--no-repeat-ngram-size", 0) == greedy
 
 
+@pytest.mark.parametrize("option", ["--stream", "--no-stream"])
+def test_output_that_the_console_cannot_show_is_replaced(option, folder, printed, monkeypatch):
+    text = printed("generate", folder, TEXT, "--max-new-tokens", 20, option)
+    assert not text.isascii()  # the model generates random bytes
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["generate", folder, TEXT, "--max-new-tokens", "20", option]) == 0
+    assert stream.buffer.getvalue() == text.encode("ascii", "replace")
+
+
 def test_a_recipe_of_generate_is_overridden(folder, tmp_path, printed):
     recipe = tmp_path / "writing.yaml"
     recipe.write_text(f"model: {folder}\ntext: {TEXT!r}\nmax_new_tokens: 3\nstream: false\n", encoding="utf-8")

@@ -55,8 +55,8 @@ def finetune(
       encdec-slm finetune --list-keys
     """
     task = task or _recipe_task(config)
-    arguments = _with_recipe(config, task, ctx.args)
-    (run_vision if task == "vision" else run_finetune)(arguments, list_keys)
+    arguments = None if list_keys else _with_recipe(config, task, ctx.args)
+    (run_vision if task == "vision" else run_finetune)(arguments)
 
 
 def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = False):
@@ -91,7 +91,7 @@ def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fal
       encdec-slm distill --config distill_docstrings --kd_ratio 0.5 --resume_from_checkpoint true
       encdec-slm distill --list-keys
     """
-    run_distill(_with_recipe(config, "distill", ctx.args), list_keys)
+    run_distill(None if list_keys else _with_recipe(config, "distill", ctx.args))
 
 
 def _recipe_task(config):
@@ -115,35 +115,34 @@ def _with_recipe(config, job, keys):
     return ["--config", config, *keys]
 
 
-def run_finetune(arguments: Sequence[str], list_keys: bool = False) -> None:
-    """Fine-tune a text model by `--config RECIPE --key VALUE ...`, and print a report."""
+def run_finetune(arguments: Sequence[str] | None) -> None:
+    """Fine-tune a text model by `--config RECIPE --key VALUE ...`, and print a report; list the keys for `None`."""
     from transformers import Seq2SeqTrainingArguments
     from trl import ModelConfig
 
     from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
 
-    args, training_args, model_args = _parse(
-        (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig), arguments, list_keys
-    )
+    kinds = (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)
+    args, training_args, model_args = _parse(kinds, arguments)
     _report(finetune(args, training_args, model_args), training_args)
 
 
-def run_vision(arguments: Sequence[str], list_keys: bool = False) -> None:
-    """Train a vision-text model by `--config RECIPE --key VALUE ...`, and print a report."""
+def run_vision(arguments: Sequence[str] | None) -> None:
+    """Train a vision-text model, as [`run_finetune`]."""
     from transformers import Seq2SeqTrainingArguments
 
     from encdec_slm.trainers.vision_job import VisionArguments, finetune_vision
 
-    args, training_args = _parse((VisionArguments, Seq2SeqTrainingArguments), arguments, list_keys)
+    args, training_args = _parse((VisionArguments, Seq2SeqTrainingArguments), arguments)
     _report(finetune_vision(args, training_args), training_args)
 
 
-def run_distill(arguments: Sequence[str], list_keys: bool = False) -> None:
-    """Distill by `--config RECIPE --key VALUE ...`, and print a report."""
+def run_distill(arguments: Sequence[str] | None) -> None:
+    """Distill a teacher, as [`run_finetune`]."""
     from encdec_slm.trainers import Seq2SeqDistillationConfig
     from encdec_slm.trainers.distill_job import DistillArguments, distill
 
-    args, training_args = _parse((DistillArguments, Seq2SeqDistillationConfig), arguments, list_keys)
+    args, training_args = _parse((DistillArguments, Seq2SeqDistillationConfig), arguments)
     _report(distill(args, training_args), training_args)
 
 
@@ -156,11 +155,11 @@ def _report(results, training_args):
         print(describe_run(results, training_args.output_dir))
 
 
-def _parse(dataclass_types, arguments, list_keys):
-    from encdec_slm.configuration.recipe_files import parse_recipe, recipe_parser
+def _parse(dataclass_types, arguments):
+    from encdec_slm.configuration.recipe_files import describe_keys, parse_recipe
 
-    if list_keys:
-        print(recipe_parser(dataclass_types).format_help())
+    if arguments is None:
+        print(describe_keys(dataclass_types))
         raise typer.Exit
     try:
         return parse_recipe(dataclass_types, arguments)
