@@ -121,9 +121,15 @@ class CachedLabels:
         tail = None if self.tail is None else self.tail[index]
         return CachedLabels(self.ids[index], self.probs[index], tail, self.kept_mass[index])
 
+    @property
+    def num_scores(self) -> int:
+        """Number of entries of a position."""
+        return self.ids.shape[1]
+
     def compare(self, logits, log_student, student, beta):
-        """Compare a student with these labels; see [`compare_with_labels`]."""
-        return compare_with_labels(logits, log_student, student, self, beta)
+        """Compare a student with these labels; see [`compare_with_labels`]. The third result is `kept_mass`."""
+        divergence, agreement, gradient = compare_with_labels(logits, log_student, student, self, beta)
+        return divergence, agreement, self.kept_mass, gradient
 
     def to(self, device: torch.device | str) -> "CachedLabels":
         """Move the labels to a device."""

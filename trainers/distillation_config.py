@@ -7,6 +7,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig
 
 
+TOKEN_ALIGNMENTS = ("same", "byte_spans")
+
+
 @dataclass
 class Seq2SeqDistillationConfig(DistillationConfig):
     """Configuration of [`Seq2SeqDistillationTrainer`].
@@ -32,6 +35,11 @@ class Seq2SeqDistillationConfig(DistillationConfig):
             `max_completion_length`.
         teacher_cache (`str`, *optional*): Folder that `encdec-slm label` wrote for the training data, which then needs
             no teacher. Targets are those that were labeled, and `lmbda` is 0. Evaluation is by cross-entropy.
+        token_alignment (`str`, *optional*, defaults to `"same"`): `"same"` compares student and teacher token by token
+            and requires the same tokens. `"byte_spans"` also compares those with different tokenizers, at positions
+            where a token of both starts at the same byte of the target; see
+            [`~encdec_slm.trainers.token_alignment.TokenAlignment`]. With `kd_ratio=0` they are compared in evaluation
+            only.
         predict_with_generate (`bool`, *optional*, defaults to `False`): Generate a completion for each row in
             evaluation, greedily, with `repetition_penalty` and `generation_kwargs`, for `compute_metrics`.
 
@@ -46,6 +54,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     max_source_length: int | None = field(default=None, metadata={"help": "Longest source, in tokens."})
     teacher_cache: str | None = field(
         default=None, metadata={"help": "Folder of a teacher's labels, without teacher."}
+    )
+    token_alignment: str = field(
+        default="same", metadata={"help": "'same' tokens, or 'byte_spans' for a teacher with another tokenizer."}
     )
     predict_with_generate: bool = field(default=False, metadata={"help": "Generate completions in evaluation."})
 
@@ -73,6 +84,11 @@ class Seq2SeqDistillationConfig(DistillationConfig):
             raise ValueError(f"`max_source_length` must be at least 1 or None, got {self.max_source_length}.")
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ValueError(f"`max_completion_length` must be at least 1, got {self.max_completion_length}.")
+
+        if self.token_alignment not in TOKEN_ALIGNMENTS:
+            raise ValueError(
+                f"`token_alignment` must be {' or '.join(map(repr, TOKEN_ALIGNMENTS))}, got {self.token_alignment!r}."
+            )
 
     def _check_effects(self):
         """Refuse settings that this trainer cannot honor."""
@@ -105,6 +121,7 @@ class Seq2SeqDistillationConfig(DistillationConfig):
             "seq_kd": self.seq_kd,
             "lmbda": 0.0 < self.lmbda < 1.0,
             "kd_temperature": self.kd_temperature != 1.0,
+            "token_alignment": self.token_alignment != "same",
         }
         for name, is_set in conflicts.items():
             if is_set:

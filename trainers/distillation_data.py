@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from .cached_labels import LABEL_COLUMNS, CachedTeacher
 from .distillation_config import Seq2SeqDistillationConfig
 from .row_encoding import RowEncoder, build_row_encoder, find_columns, pad_ids
+from .token_alignment import NOT_COMPARED, AlignedTarget, TokenAlignment
 
 
 ENCODED_COLUMNS = ("row", "source_ids", "teacher_source_ids", "target_ids", "num_source_tokens", "num_target_tokens")
@@ -151,7 +152,9 @@ def as_prompts(dataset: Dataset | IterableDataset, is_chat: bool) -> Dataset | I
     return dataset.map(convert, **options if isinstance(dataset, IterableDataset) else {**options, "desc": "Prompts"})
 
 
-def check_teacher_context(dataset: Dataset, max_target_length: int | None, teacher_context: int) -> None:
+def check_teacher_context(
+    dataset: Dataset, max_target_length: int | None, teacher_context: int, alignment: TokenAlignment | None = None
+) -> None:
     """Check that each row fits the teacher's context.
 
     Args:
@@ -159,6 +162,7 @@ def check_teacher_context(dataset: Dataset, max_target_length: int | None, teach
             when a batch is made.
         max_target_length (`int`, *optional*): Length of targets that are generated. `None` uses the rows' targets.
         teacher_context (`int`): In tokens, for source and target together.
+        alignment ([`~encdec_slm.trainers.token_alignment.TokenAlignment`], *optional*): For another tokenizer.
 
     Raises:
         ValueError: A row is too long.
@@ -168,7 +172,8 @@ def check_teacher_context(dataset: Dataset, max_target_length: int | None, teach
         return
     targets = [max_target_length] * len(dataset)
     if max_target_length is None:
-        targets = [len(ids) for ids in dataset["target_ids"]]
+        targets = dataset["target_ids"]
+        targets = [len(ids if alignment is None else alignment.encode_target(ids).teacher_ids) for ids in targets]
     lengths = [(len(ids), target) for ids, target in zip(dataset["teacher_source_ids"], targets, strict=True)]
     row, (source_length, target_length) = max(enumerate(lengths), key=lambda item: sum(item[1]))
     check_row_length(row, source_length, target_length, teacher_context)
@@ -195,6 +200,7 @@ def collate(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
     teacher_token_ids: Sequence[int] | None = None,
+    aligned_targets: Sequence[AlignedTarget] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Make a batch of encoded rows, padded on the right.
 
@@ -206,15 +212,20 @@ def collate(
         pad_to_multiple_of (`int`, *optional*): Lengths are rounded up to multiples of this.
         teacher_token_ids (`Sequence[int]`, *optional*): The teacher's id of each token of a trimmed vocabulary. `None`
             if the teacher reads the ids of the student.
+        aligned_targets (`Sequence[AlignedTarget]`, *optional*): The targets in the tokens of a teacher with another
+            tokenizer. `None` if both models have the same tokens.
 
     Returns:
         `dict`: `source_ids`, `target_ids`, `teacher_ids` (source and target in one row) and, if `gold` is not
         `targets`, `gold_ids` of shape `(batch_size, length)`, and their masks; `teacher_source_lengths` and `row` of
-        shape `(batch_size,)`; `num_target_tokens` and `num_gold_tokens` of shape `()`.
+        shape `(batch_size,)`; `num_target_tokens`, which are compared, and `num_gold_tokens` of shape `()`. With
+        `aligned_targets` also `teacher_indices` and `position_kinds`, of the shape of `target_ids`.
     """
     teacher_targets = targets
     if teacher_token_ids is not None:
         teacher_targets = [[teacher_token_ids[token_id] for token_id in target] for target in targets]
+    elif aligned_targets is not None:
+        teacher_targets = [target.teacher_ids for target in aligned_targets]
     teacher_rows = [[*row["teacher_source_ids"], *ids] for row, ids in zip(rows, teacher_targets, strict=True)]
     sequences = {"source": [row["source_ids"] for row in rows], "target": targets, "teacher": teacher_rows}
     if gold is not None and gold is not targets:
@@ -225,6 +236,11 @@ def collate(
     batch["teacher_source_lengths"] = torch.tensor([len(row["teacher_source_ids"]) for row in rows])
     batch["row"] = torch.tensor([row["row"] for row in rows])
     batch["num_target_tokens"] = torch.tensor(sum(map(len, targets)))
+    if aligned_targets is not None:
+        columns = zip(*((target.teacher_indices, target.kinds) for target in aligned_targets), strict=True)
+        for name, values in zip(("teacher_indices", "position_kinds"), columns, strict=True):
+            batch[name], _ = pad_ids(values, NOT_COMPARED, pad_to_multiple_of)
+        batch["num_target_tokens"] = (batch["position_kinds"] != NOT_COMPARED).sum()
     batch["num_gold_tokens"] = torch.tensor(sum(map(len, gold or ())))
     return batch
 

@@ -51,8 +51,9 @@ class ObjectiveSettings(NamedTuple):
         beta (`float`): 0 is the forward KL divergence, 1 the reverse one, between them the generalized JSD.
         temperature (`float`): Divides both logits in the divergence; > 0.
         label_smoothing (`float`): Share of the label's probability that goes to all tokens; cross-entropy only.
-        num_common_tokens (`int`): Token ids below it are the same tokens for both models and are compared. Each
-            distribution is restricted to them and renormalized.
+        num_common_tokens (`int`, *optional*): Token ids below it are the same tokens for both models and are
+            compared. Each distribution is restricted to them and renormalized. Not used by teachers that are no
+            tensors.
         teacher_token_ids (`torch.LongTensor` of shape `(num_common_tokens,)`, *optional*): The teacher's ids of these
             tokens, for a student with a trimmed vocabulary. `None` if the ids are the same.
         logits_budget_bytes (`int`, *optional*): Size of one chunk of float32 logits of one model. `None` means 32 MiB
@@ -64,7 +65,7 @@ class ObjectiveSettings(NamedTuple):
     beta: float
     temperature: float
     label_smoothing: float
-    num_common_tokens: int
+    num_common_tokens: int | None
     teacher_token_ids: torch.Tensor | None = None
     logits_budget_bytes: int | None = None
 
@@ -136,10 +137,11 @@ def distillation_objective(
     Args:
         student_hidden (`torch.Tensor` of shape `(num_positions, student_width)`): Inputs of `student_head`.
         student_head ([`OutputHead`]): Head of the student; its weight and bias receive gradients.
-        teacher_hidden (`torch.Tensor` of shape `(num_positions, teacher_width)` or
-            [`~encdec_slm.trainers.cached_labels.CachedLabels`], *optional*): Inputs of `teacher_head`, or the labels
-            of a teacher cache. `None` computes the cross-entropy alone; what compares the models is 0.
-        teacher_head ([`OutputHead`], *optional*): Head of the teacher; `None` for cached labels.
+        teacher_hidden (`torch.Tensor` of shape `(num_positions, teacher_width)`, *optional*): Inputs of
+            `teacher_head`; or a [`~encdec_slm.trainers.cached_labels.CachedLabels`] or
+            [`~encdec_slm.trainers.token_alignment.AlignedTeacher`], which compare themselves with the student. `None`
+            computes the cross-entropy alone; what compares the models is 0.
+        teacher_head ([`OutputHead`], *optional*): Head of the teacher for a tensor.
         labels (`torch.LongTensor` of shape `(num_positions,)`): Token that each position predicts.
         settings ([`ObjectiveSettings`]): Weights and kind of divergence.
 
@@ -147,16 +149,16 @@ def distillation_objective(
         [`Objective`]: Without positions the loss is 0, still differentiable.
     """
     weight, bias = student_head.weight, student_head.bias
-    student_hidden, student_head = _to_autocast_dtype(student_hidden, student_head)
+    student_hidden, student_head = to_autocast_dtype(student_hidden, student_head)
     if teacher_head is not None:
-        teacher_hidden, teacher_head = _to_autocast_dtype(teacher_hidden, teacher_head)
+        teacher_hidden, teacher_head = to_autocast_dtype(teacher_hidden, teacher_head)
     inputs = (student_hidden, weight, bias)
     if not torch.is_grad_enabled():
         inputs = (None if value is None else value.detach() for value in inputs)
     return Objective(*_ChunkedObjective.apply(*inputs, student_head, teacher_hidden, teacher_head, labels, settings))
 
 
-def _to_autocast_dtype(hidden, head):
+def to_autocast_dtype(hidden: torch.Tensor, head: OutputHead) -> tuple[torch.Tensor, OutputHead]:
     """Cast hidden states and head once to the precision that autocast would use for their product."""
     kind, dtype = hidden.device.type, hidden.dtype
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -197,6 +199,8 @@ def _chunk_size(hidden, head, teacher_hidden, teacher_head, settings):
     vocab_size = head.vocab_size(hidden)
     if teacher_head is not None:
         vocab_size = max(vocab_size, teacher_head.vocab_size(teacher_hidden))
+    elif teacher_hidden is not None:
+        vocab_size = max(vocab_size, teacher_hidden.num_scores)
     budget = settings.logits_budget_bytes
     if budget is None:
         budget = LOGITS_BUDGET_BYTES if hidden.device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET_BYTES
@@ -248,8 +252,9 @@ def _chunk_objective(logits, teacher, labels, settings):
             teacher_logits, kept_mass = _restrict(teacher, settings)
             divergence, agreement, kd_gradient = _compare(logits, log_student, student, teacher_logits, settings)
         else:
-            divergence, agreement, kd_gradient = teacher.compare(logits, log_student, student, settings.beta)
-            kept_mass = teacher.kept_mass
+            divergence, agreement, kept_mass, kd_gradient = teacher.compare(
+                logits, log_student, student, settings.beta
+            )
         loss += settings.kd_weight * divergence.sum()
         kd_gradient.mul_(settings.kd_weight / settings.temperature)
         gradient[:, : settings.num_common_tokens].add_(kd_gradient)

@@ -25,6 +25,7 @@ from ..checkpoints import check_hub_name, check_shapes, load_checkpoint
 from ..errors import summarize_error
 from .distillation_config import Seq2SeqDistillationConfig
 from .teacher_cache import TeacherCache
+from .token_alignment import TokenAlignment
 from .vocabulary import count_common_tokens, find_teacher_token_ids
 
 
@@ -300,7 +301,8 @@ def load_processing_classes(
     # A teacher that could read images may be given text about them.
     kinds = (PreTrainedTokenizerBase, ProcessorMixin) if teacher_has_images else (PreTrainedTokenizerBase,)
     _check_kind("teacher_processing_class", teacher_processing_class, teacher, kinds)
-    return _with_padding(processing_class, teacher_processing_class), teacher_processing_class
+    are_ends_aligned = args.token_alignment == "byte_spans"
+    return _with_padding(processing_class, teacher_processing_class, are_ends_aligned), teacher_processing_class
 
 
 def load_teacher_processing_class(
@@ -319,7 +321,7 @@ def load_teacher_processing_class(
     return _load_processing_class(base, has_images, args) if found is None else found
 
 
-def _with_padding(processing_class, teacher_processing_class):
+def _with_padding(processing_class, teacher_processing_class, are_ends_aligned):
     """Return the student's tokenizer with a padding token; warn if the two models end texts differently."""
     tokenizer, teacher_tokenizer = get_tokenizer(processing_class), get_tokenizer(teacher_processing_class)
     if tokenizer.eos_token_id is None:
@@ -327,7 +329,7 @@ def _with_padding(processing_class, teacher_processing_class):
             "The student's tokenizer has no end-of-text token, so the student cannot learn to stop. Set its "
             "`eos_token`."
         )
-    if teacher_tokenizer.eos_token != tokenizer.eos_token:
+    if teacher_tokenizer.eos_token != tokenizer.eos_token and not are_ends_aligned:
         logger.warning(
             f"The student's end-of-text token is {tokenizer.eos_token!r} and the teacher's is "
             f"{teacher_tokenizer.eos_token!r}, so the teacher predicts another token at the end of a text than the "
@@ -369,21 +371,32 @@ def _load_processing_class(location, has_images, args):
         return None
 
 
+class VocabularyMatch(NamedTuple):
+    """Tokens that student and teacher have in common.
+
+    Args:
+        num_common_tokens (`int`, *optional*): Number of the student's ids, from 0, that the teacher has as well.
+        teacher_token_ids (`list[int]`, *optional*): The teacher's id of each, if the student's vocabulary is trimmed.
+        alignment ([`~encdec_slm.trainers.token_alignment.TokenAlignment`], *optional*): For different tokenizers. If
+            `num_common_tokens` is `None` as well, nothing is compared.
+    """
+
+    num_common_tokens: int | None = None
+    teacher_token_ids: list[int] | None = None
+    alignment: TokenAlignment | None = None
+
+
 def compare_vocabularies(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     processing_class: Tokenizer,
     teacher_processing_class: Tokenizer,
-    kd_ratio: float,
-) -> tuple[int | None, list[int] | None]:
-    """Count the tokens that both models score, and find the teacher's ids of a trimmed vocabulary.
-
-    Returns:
-        `tuple`: The number, `None` if the vocabularies differ and nothing is compared (`kd_ratio=0`); and the
-        teacher's id of each of these tokens, `None` if the ids are the same.
+    args: Seq2SeqDistillationConfig,
+) -> VocabularyMatch:
+    """Find out which tokens of both models are compared.
 
     Raises:
-        ValueError: The vocabularies differ and `kd_ratio` is above 0.
+        ValueError: The vocabularies differ, and `args` do not allow that.
     """
     processing_classes = (processing_class, teacher_processing_class)
     sizes = (model.config.get_text_config().vocab_size for model in (student, teacher))
@@ -391,13 +404,15 @@ def compare_vocabularies(
     try:
         teacher_token_ids = find_teacher_token_ids(*vocabularies)
         if teacher_token_ids is not None:
-            return len(teacher_token_ids), teacher_token_ids
-        return count_common_tokens(*vocabularies), None
+            return VocabularyMatch(len(teacher_token_ids), teacher_token_ids)
+        return VocabularyMatch(count_common_tokens(*vocabularies))
     except ValueError:
-        if kd_ratio > 0:
+        if args.token_alignment == "byte_spans":
+            return VocabularyMatch(alignment=TokenAlignment(*vocabularies[:4]))
+        if args.kd_ratio > 0:
             raise
         logger.warning("Student and teacher have different tokenizers: evaluation does not compare them.")
-        return None, None
+        return VocabularyMatch()
 
 
 def find_image_tokens(processing_classes: Sequence[Tokenizer]) -> list[str]:

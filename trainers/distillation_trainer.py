@@ -65,6 +65,7 @@ from .output_heads import HeadReader
 from .resuming import STATE_NAME, find_checkpoint, last_complete_checkpoint, refuse_non_finite_weights
 from .row_encoding import LABELS_PADDING, encode_rows, pad_ids
 from .teacher_cache import TeacherCache
+from .token_alignment import NOT_COMPARED, AlignedTeacher, compute_aligned_ratio
 
 
 NUM_LOGGED_COMPLETIONS = 8
@@ -155,13 +156,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             args,
         )
         self.cached_teacher, self.num_common_tokens, self.teacher_token_ids = None, None, None
-        self.teacher_context = None
+        self.alignment, self.teacher_context = None, None
         if cache is not None:
             vocab_size = student.config.get_text_config().vocab_size
             self.cached_teacher = CachedTeacher(cache, get_tokenizer(processing_class), vocab_size)
         else:
-            self.num_common_tokens, self.teacher_token_ids = compare_vocabularies(
-                student, teacher, processing_class, self.teacher_processing_class, args.kd_ratio
+            self.num_common_tokens, self.teacher_token_ids, self.alignment = compare_vocabularies(
+                student, teacher, processing_class, self.teacher_processing_class, args
             )
             self.teacher_context = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
         self.row_encoder = build_encoder(processing_class, self.teacher_processing_class, args, self.cached_teacher)
@@ -185,6 +186,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         )
         self.compute_metrics = compute_metrics
         self.teacher_model = None if teacher is None else self._prepare_teacher(teacher)
+        if self.alignment is not None:
+            self.alignment.to(self.accelerator.device)
         self._student_reader, self._teacher_reader = HeadReader("student"), HeadReader("teacher")
         self._generation_configs = build_generation_configs(
             self.generation_config,
@@ -233,11 +236,15 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
 
     @property
     def _context_is_limited(self):
-        return self.num_common_tokens is not None and self.teacher_context is not None
+        return self._is_comparable and self.teacher_context is not None
+
+    @property
+    def _is_comparable(self):
+        return self.num_common_tokens is not None or self.alignment is not None
 
     def _check_teacher_context(self, dataset, max_target_length):
         if isinstance(dataset, Dataset) and self._context_is_limited:
-            check_teacher_context(dataset, max_target_length, self.teacher_context)
+            check_teacher_context(dataset, max_target_length, self.teacher_context, self.alignment)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*ENCODED_COLUMNS, "num_images", *self.row_encoder.kept_columns]
@@ -301,15 +308,22 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             targets = self.generate_as_teacher(rows, self._generation_configs.teacher)
         else:
             targets = [row["target_ids"] for row in rows]
-        self._log_batch(mode, origin, rows, targets)
+        aligned_targets = None
+        if self.alignment is not None and self._is_compared:
+            aligned_targets = [
+                self.alignment.encode_target(ids, None if origin == "data" else self._teacher_room(row))
+                for row, ids in zip(rows, targets, strict=True)
+            ]
+        self._log_batch(mode, origin, rows, targets, aligned_targets)
         if self._context_is_limited:
-            for row, target in zip(rows, targets, strict=True):
+            teacher_targets = targets if aligned_targets is None else [each.teacher_ids for each in aligned_targets]
+            for row, target in zip(rows, teacher_targets, strict=True):
                 check_row_length(row["row"], len(row["teacher_source_ids"]), len(target), self.teacher_context)
         gold = targets if origin != "student" else None
         if origin == "student" and "target_ids" in rows[0] and (self.args.kd_ratio < 1 or mode == "eval"):
             gold = [row["target_ids"] for row in rows]
         padding = (self._tokenizer.pad_token_id, self.pad_to_multiple_of)
-        batch = collate(rows, targets, gold, *padding, self.teacher_token_ids)
+        batch = collate(rows, targets, gold, *padding, self.teacher_token_ids, aligned_targets)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         for name in ("num_target_tokens", "num_gold_tokens"):
             batch[name] = self.accelerator.gather(batch[name]).sum()
@@ -318,6 +332,10 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         if self._is_compared and self.cached_teacher is not None:
             batch["cached_labels"] = [{name: row[name] for name in LABEL_COLUMNS if name in row} for row in rows]
         return batch
+
+    def _teacher_room(self, row):
+        """How many tokens of a generated target the teacher can read, which may be more than the student's."""
+        return None if self.teacher_context is None else self.teacher_context - len(row["teacher_source_ids"])
 
     def _choose_origin(self, mode, has_targets):
         """Choose where the targets of a batch come from; all processes and a resumed run choose the same."""
@@ -404,7 +422,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
 
         return self._prepare_input(concatenate_inputs(images))
 
-    def _log_batch(self, mode, origin, rows, targets):
+    def _log_batch(self, mode, origin, rows, targets, aligned_targets):
         """Log the numbers of tokens, lengths, and where the targets come from."""
         device, metrics = self.accelerator.device, self._metrics[mode]
         lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in targets], device=device))
@@ -421,6 +439,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         if mode == "train":
             values |= {f"targets/from_{name}_ratio": float(origin == name) for name in ("student", "teacher")}
             values |= describe_rows(rows, "source", self.args.max_source_length)
+            if aligned_targets is not None:
+                values["targets/aligned_ratio"] = compute_aligned_ratio(aligned_targets)
             if origin == "data":
                 values |= describe_rows(rows, "target", self.max_completion_length)
             self._logged_rows = rows[: self.num_completions_to_print or NUM_LOGGED_COMPLETIONS]
@@ -473,6 +493,9 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         loss = objective.loss
         if kd_weight is not None:
             parts = (objective.divergence, objective.entropy, objective.agreement, objective.kept_mass)
+            if self.alignment is not None:
+                is_compared = inputs["position_kinds"][rows, indices] != NOT_COMPARED
+                rows, parts = rows[is_compared], [part[is_compared] for part in parts]
             add_to_rows(row_sums[:, : len(COMPARISON_SUMS)], rows, *parts)
         if "gold" in positions:
             hidden, labels, rows, _ = positions["gold"]
@@ -521,7 +544,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
     def _run_teacher(self, inputs, rows, indices):
         """Return the teacher's hidden states that predict target tokens, of shape (N, D), and its head.
 
-        With a teacher cache: the labels of these positions, and `None`.
+        With a teacher cache or another tokenizer, what is compared with the student at these positions, and `None`.
         """
         if self.cached_teacher is not None:
             lengths = inputs["target_mask"].sum(-1).tolist()
@@ -538,9 +561,13 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
                 use_cache=False,
                 **self._image_inputs(inputs.get("teacher_images")),
             )
-            # The token at index i is predicted at i - 1, and the target begins behind the source.
-            hidden = hidden[rows, inputs["teacher_source_lengths"][rows] - 1 + indices]
-            return hidden, self._teacher_reader.head(self.accelerator.unwrap_model(self.teacher_model))
+            head = self._teacher_reader.head(self.accelerator.unwrap_model(self.teacher_model))
+        starts = inputs["teacher_source_lengths"][rows] - 1  # the token at index i is predicted at i - 1
+        if self.alignment is None:
+            return hidden[rows, starts + indices], head
+        hidden = hidden[rows, starts + inputs["teacher_indices"][rows, indices]]
+        kinds = inputs["position_kinds"][rows, indices]
+        return AlignedTeacher(self.alignment, hidden, head, kinds, self.args.kd_temperature), None
 
     def _loss_weights(self, inputs):
         """Return the weights of the summed divergence (`None` without teacher) and of the summed cross-entropy."""
@@ -559,7 +586,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         """Whether student and teacher are compared: in training if the loss needs it, in evaluation if possible."""
         if self.cached_teacher is not None:
             return self.model.training and self.args.kd_ratio > 0
-        return self.num_common_tokens is not None and (self.args.kd_ratio > 0 or not self.model.training)
+        return self._is_comparable and (self.args.kd_ratio > 0 or not self.model.training)
 
     def _objective_settings(self, kd_weight, ce_weight):
         teacher_token_ids = self.teacher_token_ids

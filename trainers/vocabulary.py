@@ -47,11 +47,11 @@ def count_common_tokens(
         raise ValueError(
             f"The vocabularies of student and teacher differ in {len(different):,} of {len(ids):,} ids: "
             f"{_describe(different, student, teacher)}. Distributions can only be compared over the same tokens. Use "
-            "the teacher's tokenizer for the student and train on its ids, or use the teacher for sequence-level "
-            "distillation only (`seq_kd=True, lmbda=0, kd_ratio=0`)."
+            "the teacher's tokenizer for the student, set `token_alignment='byte_spans'`, or use the teacher for "
+            "sequence-level distillation only (`seq_kd=True, lmbda=0, kd_ratio=0`)."
         )
-    _check_table("student", max(student), student_vocab_size)
-    _check_table("teacher", max(teacher), teacher_vocab_size)
+    check_table("student", max(student), student_vocab_size)
+    check_table("teacher", max(teacher), teacher_vocab_size)
     return size
 
 
@@ -84,12 +84,17 @@ def find_teacher_token_ids(
             f"Tokens were added to the student's trimmed tokenizer ({format_list(added, NUM_SHOWN)}), but "
             "the teacher does not have them. Add them to the teacher's tokenizer and trim that."
         )
-    _check_table("student", max(vocabulary.values()), student_vocab_size)
-    _check_table("teacher", teacher_token_ids[-1], teacher_vocab_size)
+    check_table("student", max(vocabulary.values()), student_vocab_size)
+    check_table("teacher", teacher_token_ids[-1], teacher_vocab_size)
     return teacher_token_ids
 
 
-def _check_table(role, last_id, num_rows):
+def check_table(role: str, last_id: int, num_rows: int) -> None:
+    """Check that an embedding table has a row for each token id.
+
+    Raises:
+        ValueError: It has fewer.
+    """
     if num_rows <= last_id:
         raise ValueError(
             f"The embedding table of the {role} has {num_rows:,} rows, but its tokenizer has ids up to {last_id:,}. "
@@ -107,4 +112,4 @@ def _describe(ids, student, teacher):
     return "; ".join(shown) + ("; and others" if len(ids) > NUM_SHOWN else "")
 
 
-__all__ = ["count_common_tokens", "find_teacher_token_ids"]
+__all__ = ["check_table", "count_common_tokens", "find_teacher_token_ids"]
