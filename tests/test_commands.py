@@ -141,6 +141,7 @@ def test_without_a_command_the_help_is_shown(capsys):
         (["bench", "--devices", "tpu"], "--devices"),
         (["bench", "--repetitions", "0"], "--repetitions"),
         (["convert", "a", "b", "--model-config", "{"], "--model-config"),
+        (["label", "a", "b", "c", "--distributions", "all"], "`--distributions`"),
         (["adapt", "a", "b", "--seed", "1"], "--seed"),
         (["adapt", "a", "b", "--distill", "x", "--finetune", "y"], "--finetune"),
         (["finetune", "--learning_rat", "1"], "`learning_rate`"),
@@ -245,6 +246,7 @@ def test_messages_name_options_of_the_command_and_not_arguments_of_functions():
     )
     assert shown("convert", '`model_config={"n_head": ...}`') == "`--model-config '{\"n_head\": ...}'`"
     assert shown("evaluate", "`model_or_path` and `num_beams=4`") == "`MODEL` and `--num-beams 4`"
+    assert shown("finetune", "`output_dir` is a file") == "`output_dir` is a file"
     assert shown("distill", "`lmbda` is 1, set `seq_kd=True`.") == "`lmbda` is 1, set `--seq_kd true`."
     assert shown("distill", "Use `seq_kd=True, lmbda=0`.") == "Use `--seq_kd true --lmbda 0`."
     assert shown("generate", "Pass `do_sample=False`.") == "Pass `no --sample`."

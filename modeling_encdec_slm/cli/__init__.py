@@ -18,7 +18,15 @@ from typing import Annotated
 
 import typer
 
-from .console import UsageError, describe_error, handle_signals, prepare_streams, print_status, set_up_logging
+from .console import (
+    UsageError,
+    describe_error,
+    handle_signals,
+    name_options,
+    prepare_streams,
+    print_status,
+    set_up_logging,
+)
 from .generation import generate
 from .labeling import label
 from .measurement import bench, evaluate, presets
@@ -122,7 +130,9 @@ def _run(arguments, debug):
     except typer.Exit as error:
         return error.exit_code
     except UsageError as error:
-        _print_usage_error(error, error.ctx.command_path if error.ctx else f"{PROGRAM} {name}")
+        _print_usage_error(
+            error, error.ctx.command_path if error.ctx else f"{PROGRAM} {name}", group.commands.get(name)
+        )
         return 2
     except BrokenPipeError:
         raise
@@ -133,10 +143,10 @@ def _run(arguments, debug):
         return 1
 
 
-def _print_usage_error(error, command_path):
-    message = " ".join(error.format_message().split())
+def _print_usage_error(error, command_path, command):
+    message = name_options(" ".join(error.format_message().split()), command)
     message += "" if message.endswith((".", "?")) else "."
-    if getattr(error, "option_name", None):  # an unknown option, or a text that looks like one
+    if hasattr(error, "possibilities"):  # an unknown option, or a text that looks like one
         message += " Put `--` before a value that begins with a dash."
     print_status(f"{command_path}: {message} See `{command_path} --help`.")
 

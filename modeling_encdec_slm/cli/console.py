@@ -125,7 +125,7 @@ def name_options(message: str, command: Any) -> str:
 
     def rename(code):
         name, equals, value = code.partition("=")
-        if name in POSITIONAL_ARGUMENTS:
+        if name not in options and not takes_keys and name in POSITIONAL_ARGUMENTS:
             return POSITIONAL_ARGUMENTS[name]
         if name not in options and not (takes_keys and equals):
             return None
