@@ -302,6 +302,23 @@ def test_a_provider_precision_or_device_that_is_not_there_is_refused(onnx_folder
         OpenVINOEncDecSLM.from_pretrained(onnx_folder, device="NPU")
 
 
+@pytest.mark.parametrize("linked", ["folder", "*.onnx", "*.onnx_data"])
+@pytest.mark.parametrize("model_class", RUNTIMES.values(), ids=RUNTIMES)
+@pytest.mark.parametrize("kind", ["onnx", "static"])
+def test_an_export_may_consist_of_links(kind, model_class, linked, export_model, tmp_path, request):
+    original, folder = request.getfixturevalue(f"{kind}_folder"), tmp_path / "links"
+    if linked == "folder":
+        folder.symlink_to(original)
+    else:
+        shutil.copytree(original, folder)
+        for number, path in enumerate(folder.glob(linked)):
+            target = tmp_path / f"target{number}"
+            shutil.move(path, target)
+            path.symlink_to(target)
+    found = generate(model_class.from_pretrained(folder), build_source(5))
+    torch.testing.assert_close(found, generate(export_model, build_source(5)))
+
+
 @pytest.mark.parametrize("model_class", RUNTIMES.values(), ids=RUNTIMES)
 def test_an_export_can_be_moved(model_class, onnx_folder, export_model, tmp_path):
     shutil.copytree(onnx_folder, tmp_path / "first")

@@ -65,8 +65,8 @@ def open_onnxruntime_graph(path: Path, outputs: Sequence[str] | None = None, *, 
     options.log_severity_level = 3
     graph, weights = str(path), path.parent / WEIGHTS_FILE
     try:
-        if outputs is not None or weights.is_symlink():
-            # onnxruntime refuses weights behind a link, of which the Hub's cache consists.
+        if outputs is not None or has_links(path.parent):
+            # onnxruntime refuses weights outside of the folder of the graph.
             weights = weights.resolve()
             graph = _load_graph(path, outputs, weights.name)
             options.add_session_config_entry(WEIGHTS_FOLDER_OPTION, str(weights.parent))
@@ -76,6 +76,11 @@ def open_onnxruntime_graph(path: Path, outputs: Sequence[str] | None = None, *, 
             f"{path.name} cannot be loaded by onnxruntime ({summarize_error(error)}). The file is damaged, or made "
             "for a newer onnxruntime: export again, or update onnxruntime."
         ) from error
+
+
+def has_links(folder: Path) -> bool:
+    """Return whether files of an export are links, as in the Hub's cache."""
+    return any(path.is_symlink() for path in folder.glob("*.onnx*"))
 
 
 def _load_graph(path, outputs, weights_name):

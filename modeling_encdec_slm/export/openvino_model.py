@@ -15,6 +15,7 @@ from ..errors import summarize_error
 from ..export_manifest import find_export
 from .bundles import import_engine
 from .onnx_model import FORMATS, OrtEncDecSLM
+from .onnx_runtime import has_links
 from .onnx_tracing import WEIGHTS_FILE
 
 
@@ -108,12 +109,11 @@ class Compiler:
         return CompiledGraph(self._core.compile_model(model, self._device, self._properties))
 
     def _resolve_links(self, path):
-        """Return a path whose weights are not a link, which OpenVINO refuses; the Hub's cache consists of links."""
-        weights = path.parent / WEIGHTS_FILE
-        if not weights.is_symlink():
+        """Return a path in a folder without links: OpenVINO refuses weights outside of the folder of the graph."""
+        if not has_links(path.parent):
             return path
         if self._unlinked_folder is None:
-            self._unlinked_folder = _create_folder_beside(weights.resolve())
+            self._unlinked_folder = _create_folder_beside((path.parent / WEIGHTS_FILE).resolve())
             weakref.finalize(self, shutil.rmtree, self._unlinked_folder, ignore_errors=True)
             for source in path.parent.glob("*.onnx*"):
                 target = Path(self._unlinked_folder, source.name)
