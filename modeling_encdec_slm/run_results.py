@@ -118,7 +118,7 @@ class RunResults:
     """Results of a training or evaluation run.
 
     Args:
-        kind (`str`): `"evaluation"`, `"fine-tuning"` or `"distillation"`.
+        kind (`str`): Such as `"evaluation"`, `"fine-tuning"` or `"distillation"`.
         task (`str`): Name of the task, such as `"docstrings"`, or `"text"` for other rows of text.
         models (`list[ModelResults]`): Every measured model and baseline, in the order of tables.
         saved_model (`str`): Name of the entry in `models` that was saved, or evaluated.

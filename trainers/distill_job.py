@@ -392,7 +392,7 @@ def _build_results(args, student, entries, splits):
         models=entries,
         saved_model=student.entry.name,
         dataset=args.describe_source(args.test_file or args.train_file or "docstrings"),
-        base_model=args.model_name_or_path or ("teacher" if args.student_from_teacher else args.preset),
+        base_model=args.model_name_or_path or ("layers of the teacher" if args.student_from_teacher else args.preset),
         teacher=teacher.config._name_or_path,
         objective=describe_objective(training_args),
         targets=describe_targets(training_args),
