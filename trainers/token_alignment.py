@@ -289,4 +289,4 @@ def compare_inside(log_student, log_teacher, beta, entries):
     return divergence, agreement, torch.where(is_next, gradient[:, :-1], shares)
 
 
-__all__ = ["AlignedTarget", "AlignedTeacher", "TokenAlignment", "align_tokens"]
+__all__ = ["AlignedTarget", "AlignedTeacher", "TokenAlignment", "align_tokens", "compute_aligned_ratio"]

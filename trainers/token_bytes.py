@@ -41,7 +41,7 @@ class TokenBytes:
         self._is_byte_level = "ByteLevel" in spec["text"]
         self._has_byte_tokens = bool(spec["model"].get("byte_fallback"))
         self.texts, self.special_tokens = {}, {}
-        self._ids = defaultdict(list)
+        self._ids, self._splits = defaultdict(list), {}
         added_tokens = tokenizer.added_tokens_decoder
         special_ids = {token_id for token_id, token in added_tokens.items() if token.special}
         special_ids.update(tokenizer.all_special_ids)
@@ -88,6 +88,11 @@ class TokenBytes:
 
     def split(self, text: bytes) -> list[int]:
         """Split bytes, such as those of a token of another tokenizer, into tokens; the rest may be missing."""
+        if text not in self._splits:
+            self._splits[text] = self._split(text)
+        return self._splits[text]
+
+    def _split(self, text):
         token_ids = []
         with contextlib.suppress(Exception):  # not UTF-8, or not in the vocabulary, which is a bare Exception
             token_ids = [token.id for token in self._model.tokenize(self._to_string(text))]
