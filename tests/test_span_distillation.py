@@ -26,7 +26,7 @@ WORDS = ("Ġreads", "Ġreturns", "Ġlines")
 ROWS = [
     {"prompt": f"{kind} reads {things}", "completion": f"returns {things}{' lines' * number}"}
     for kind in ("reader", "a reader", "writer", "no writer")
-    for number, things in enumerate(("lines", "bytes", "naïve 🙂", "it"))
+    for number, things in enumerate(("lines", "bytes", "naïve 🙂", "abcd"))
 ]
 SPANS = {"token_alignment": "byte_spans", "max_completion_length": 40}
 
@@ -55,7 +55,9 @@ class Pair:
     """A student and a teacher with other words in its vocabulary."""
 
     def __init__(self):
-        self.tokenizer, self.teacher_tokenizer = build_tokenizer("Ġre", "Ġlines"), build_tokenizer(*WORDS)
+        # The student's "cd" begins inside the teacher's "abc", but is not one of its tokens "a" and "bc".
+        self.tokenizer = build_tokenizer("Ġre", "Ġlines", "cd", "bc")
+        self.teacher_tokenizer = build_tokenizer(*WORDS, "abc")
         self.teacher = make_teacher(vocab_size=len(self.teacher_tokenizer) + 3)
 
     def trainer(self, folder, student=None, rows=ROWS, **settings):
@@ -123,7 +125,8 @@ def test_two_steps_change_every_student_parameter(pair, settings, tmp_path):
     assert all(value > 0 for value in history_of(trainer, "kd_loss"))
     for _, batch in batches:
         num_compared = (batch["position_kinds"] >= 0).sum()
-        assert 0 < num_compared == batch["num_target_tokens"] <= batch["target_mask"].sum()
+        assert 0 < num_compared == batch["num_target_tokens"]
+        assert num_compared < batch["target_mask"].sum() or settings.get("seq_kd")
 
 
 def test_training_makes_the_student_agree_with_the_teacher(pair, tmp_path):

@@ -492,11 +492,11 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         objective = distillation_objective(hidden, head, *teacher, labels, settings)
         loss = objective.loss
         if kd_weight is not None:
-            parts = (objective.divergence, objective.entropy, objective.agreement, objective.kept_mass)
+            parts = (rows, objective.divergence, objective.entropy, objective.agreement, objective.kept_mass)
             if self.alignment is not None:
                 is_compared = inputs["position_kinds"][rows, indices] != NOT_COMPARED
-                rows, parts = rows[is_compared], [part[is_compared] for part in parts]
-            add_to_rows(row_sums[:, : len(COMPARISON_SUMS)], rows, *parts)
+                parts = (part[is_compared] for part in parts)
+            add_to_rows(row_sums[:, : len(COMPARISON_SUMS)], *parts)
         if "gold" in positions:
             hidden, labels, rows, _ = positions["gold"]
             objective = distillation_objective(
