@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, GenerationMixin
+from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..export_manifest import find_export
+from ..generation_encdec_slm import EncDecSLMGenerationMixin
 from .exported_model import ExportedModel, check_attention_mask, check_token_ids
 from .onnx_export import FORMAT, STATIC_FORMAT
 from .onnx_runtime import DynamicEngine, OpenGraph, check_providers, open_onnxruntime_graph
@@ -22,7 +23,7 @@ from .onnx_static_runtime import StaticCache, StaticEngine
 FORMATS = (FORMAT, STATIC_FORMAT)
 
 
-class OrtEncDecSLM(ExportedModel, GenerationMixin):
+class OrtEncDecSLM(ExportedModel, EncDecSLMGenerationMixin):
     """A model of this family that onnxruntime runs; load it with [`OrtEncDecSLM.from_pretrained`].
 
     It has the `config`, `generation_config` and `generate` of the exported model (greedy search, beams, sampling,
@@ -141,12 +142,6 @@ class OrtEncDecSLM(ExportedModel, GenerationMixin):
 
     def _optimize_model_for_decode(self):
         return contextlib.nullcontext()  # transformers would look for experts among modules
-
-    def _prepare_generated_length(self, generation_config, *args, **kwargs):
-        # The caller's `max_new_tokens` replaces the length of the export; that is no conflict to warn about.
-        if generation_config.max_new_tokens and generation_config.max_length == self.generation_config.max_length:
-            generation_config.max_length = None
-        return super()._prepare_generated_length(generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         if generation_config.cache_implementation not in (None, "dynamic"):
