@@ -9,7 +9,7 @@ import pytest
 import torch
 from export_fixtures import build_ascii_tokenizer
 from huggingface_hub import constants
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines import base as pipelines_base
 
 from conftest import build_model, build_source, build_tokenizer
@@ -108,6 +108,9 @@ def test_stop_strings_end_the_text_as_with_the_model(exported, model):
     expected = model.generate(**source, **settings)
     assert not torch.equal(expected, unstopped)
     assert torch.equal(exported.generate(**source, **settings), expected)
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    first = exported.generate(source["input_ids"][:1], streamer=streamer, **settings)
+    assert "".join(streamer) == tokenizer.decode(first[0], skip_special_tokens=True)
     text = "w5 w6 w7"
     string = Text2TextGenerationPipeline(model, tokenizer)(text, max_new_tokens=9)[0]["generated_text"][3:5]
     found, expected = (

@@ -4,11 +4,10 @@
 import contextlib
 import json
 import os
-import queue
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -263,35 +262,17 @@ class CT2EncDecSLM(ExportedModel):
     def _stream(self, row, streamer, settings, is_stopped):
         """Generate for one source; give each token to `streamer` in this thread as soon as it is there."""
         streamer.put(torch.tensor([[start_token_id(self.generation_config)]]))
-        target = []
-        with contextlib.closing(self._iterate_ids(row, settings, is_stopped)) as token_ids:
-            for token_id in token_ids:
-                target.append(token_id)
-                streamer.put(torch.tensor([token_id]))
+        options, target = _decoding_options(settings), []
+        del options["beam_size"], options["return_end_token"]
+        # A reader that stops early stops the engine too.
+        with contextlib.closing(self.translator.generate_tokens(row, **options)) as steps:
+            for step in steps:
+                target.append(step.token_id)
+                streamer.put(torch.tensor([step.token_id]))
+                if is_stopped is not None and is_stopped(step):
+                    break
         streamer.end()
         return target
-
-    def _iterate_ids(self, row, settings, is_stopped) -> Iterator[int]:
-        steps: queue.SimpleQueue = queue.SimpleQueue()
-        is_abandoned = False
-
-        def on_token(step):
-            is_last = is_abandoned or step.is_last or (is_stopped is not None and is_stopped(step))
-            steps.put((step.token_id, is_last))
-            return is_last
-
-        (result,) = self.translator.translate_batch(
-            [row], asynchronous=True, callback=on_token, **_decoding_options(settings)
-        )
-        try:
-            is_last = False
-            while not is_last:
-                token_id, is_last = _next_step(steps, result)
-                yield token_id
-        finally:
-            # A reader that stops early stops the engine too.
-            is_abandoned = True
-            result.result()
 
     def _pad(self, targets, settings):
         start_id = start_token_id(self.generation_config)
@@ -362,17 +343,6 @@ def _build_stop_check(settings, tokenizer) -> Callable[[Any], bool] | None:
         return bool(criteria(torch.tensor([rows[step.batch_id]]), None))
 
     return is_stopped
-
-
-def _next_step(steps, result):
-    """Return the next token and whether it is the last, or raise the error that ended the search."""
-    while True:
-        try:
-            return steps.get(timeout=1)
-        except queue.Empty:
-            if result.done() and steps.empty():
-                result.result()
-                raise RuntimeError("CTranslate2 ended without a last token.") from None
 
 
 def _check_mask(mask):
