@@ -53,8 +53,9 @@ UNSUPPORTED_FIELDS = {
 }
 VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Weights are copied in blocks of this size: pages of a mapped file count as memory as soon as they are read.
-BLOCK_BYTES = 16 * 2**20
+# Weights are copied in blocks of this size. Up to three of them are in memory at once: as pages of the mapped file, as
+# read, and as the rows of kept tokens.
+BLOCK_BYTES = 4 * 2**20
 
 
 def from_decoder_only(

@@ -108,8 +108,8 @@ def trim_tokenizer(
             be kept, or `keep` has an unknown token.
     """
     for name, value in (("min_count", min_count), ("max_size", max_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}, but must be at least 1.")
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"`{name}` is {value!r}, but must be an integer of at least 1.")
     model = _TokenModel(tokenizer)
     special_tokens = _special_tokens(tokenizer, model.spec) & model.vocab.keys()
     required = model.with_parts(model.required | special_tokens | _keep(keep, model.vocab))
@@ -172,8 +172,8 @@ def old_token_ids(tokenizer: PreTrainedTokenizerBase, original: PreTrainedTokeni
     size = vocabulary_map.original_size
     if original is not None and tokenizer_fingerprint(original, size) != vocabulary_map.fingerprint:
         raise ValueError(
-            f"The tokenizer was trimmed from another than the teacher's: {vocabulary_map.original_size:,} token ids "
-            f"instead of {_num_ids(original):,}, or other tokens. Trim the teacher's own with `trim_tokenizer`."
+            f"The tokenizer was trimmed from a tokenizer with {size:,} ids, which is not the teacher's with "
+            f"{_num_ids(original):,} ids: their tokens differ. Trim the teacher's tokenizer with `trim_tokenizer`."
         )
     return vocabulary_map.old_ids
 
@@ -238,8 +238,8 @@ def describe_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _check_texts(texts):
     """Yield texts; refuse a corpus that is empty or binary, where it shows."""
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"`texts` is a {type(texts).__name__}, but must be an iterable of texts. Put it into a list.")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"`texts` is a {type(texts).__name__}, but must be an iterable of texts, such as a list.")
     num_texts, is_empty = 0, True
     try:
         for text in texts:

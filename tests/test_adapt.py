@@ -145,7 +145,7 @@ def test_the_vocabulary_is_trimmed_to_rows(source, rows_file, tmp_path, capsys):
 
 def test_the_loss_before_training_is_printed(source, rows_file, tmp_path, capsys):
     run("adapt", source, tmp_path / "adapted", "--calibration", rows_file)
-    shown = float(re.search(r"([\d.]+) nats per target token on 30 rows", capsys.readouterr().out)[1])
+    shown = float(re.search(r"([\d.]+) nats per target token, on 30 rows", capsys.readouterr().out)[1])
     model, tokenizer = load_checkpoint(tmp_path / "adapted")
     total = num_tokens = 0
     for row in ROWS:
@@ -161,7 +161,7 @@ def test_rows_without_targets_are_refused_for_calibration(source, content, named
     (tmp_path / "rows.jsonl").write_text(content)
     arguments = ["adapt", str(source), str(tmp_path / "adapted"), "--calibration", str(tmp_path / "rows.jsonl")]
     assert main(arguments) == 1
-    assert named in capsys.readouterr().err
+    assert named in capsys.readouterr().err and not (tmp_path / "adapted").exists()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,7 @@ def test_rows_without_targets_are_refused_for_calibration(source, content, named
         ("\x89PNG\r\n\x1a\n\0\0", "line 1"),
         ('{"id": 1}\n', "`source`"),
         ('{"source": "\\u0000"}\n', "binary"),
+        ('{"source": ""}\n', "`--trim-vocabulary` ("),
     ],
 )
 def test_rows_without_text_are_refused(source, content, named, tmp_path, capsys):
@@ -178,3 +179,9 @@ def test_rows_without_text_are_refused(source, content, named, tmp_path, capsys)
     command = ["adapt", source, tmp_path / "adapted", "--trim-vocabulary", tmp_path / "rows.jsonl"]
     assert main([str(argument) for argument in command]) == 1
     assert named in capsys.readouterr().err and not (tmp_path / "adapted").exists()
+
+
+def test_a_vocabulary_smaller_than_all_bytes_is_refused(source, rows_file, tmp_path, capsys):
+    command = ["adapt", source, tmp_path / "adapted", "--trim-vocabulary", rows_file, "--vocabulary-size", "100"]
+    assert main([str(argument) for argument in command]) == 1
+    assert "`--vocabulary-size` is 100" in capsys.readouterr().err

@@ -397,6 +397,7 @@ def test_other_kinds_are_refused_by_name(build, name):
         (["text", "\udc89PNG"], ValueError),
         ([b"text"], TypeError),
         ("text", TypeError),
+        (None, TypeError),
         ([{"text": "a"}], TypeError),
     ],
 )
@@ -415,8 +416,8 @@ def test_a_binary_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"max_size": 200}, "200.*259"), ({"max_size": 0}, "max_size"), ({"min_count": 0}, "min_count"),
-     ({"keep": ["nowhere"]}, "nowhere")],
+    [({"max_size": 200}, "200.*259"), ({"max_size": 0}, "max_size"), ({"max_size": 300.5}, "300.5"),
+     ({"min_count": 0}, "min_count"), ({"keep": ["nowhere"]}, "nowhere")],
 )  # fmt: skip
 def test_impossible_sizes_and_unknown_tokens_are_refused(options, match):
     with pytest.raises(ValueError, match=match):

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adaptation import from_decoder_only, load_tokenizer
 from ..checkpoints import write_folder
-from ..vocabulary import describe_embeddings, trim_tokenizer
+from ..vocabulary import describe_embeddings
 from .data_files import read_data_file
-from .row_encoding import RowEncoder, iterate_texts
+from .row_encoding import RowEncoder
+from .vocabulary import trim_to_rows
 
 
 def adapt(
@@ -48,9 +49,11 @@ def adapt(
     with write_folder(output_dir, overwrite=overwrite, sources=[source]) as folder:
         tokenizer = load_tokenizer(source)
         if trim_vocabulary is not None:
-            texts = iterate_texts(read_data_file(trim_vocabulary, "trim_vocabulary"))
-            tokenizer = trim_tokenizer(tokenizer, texts, max_size=vocabulary_size)[0]
+            names = (f"`trim_vocabulary` ({str(trim_vocabulary)!r})", "`vocabulary_size`")
+            trimming_rows = read_data_file(trim_vocabulary, "trim_vocabulary")
+            tokenizer = trim_to_rows(tokenizer, trimming_rows, vocabulary_size, names)
         model = from_decoder_only(source, tokenizer=tokenizer, **shape)
+        loss = None if rows is None else measure_loss(model, tokenizer, rows)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     config = model.config
@@ -58,10 +61,10 @@ def adapt(
     lines = [f"Wrote {model.num_parameters():,} parameters in {model.dtype}, {layers}, to {output_dir}."]
     if trim_vocabulary is not None:
         lines.append(describe_embeddings(model, tokenizer))
-    if rows is not None:
+    if loss is not None:
         lines.append(
-            f"Loss before training: {measure_loss(model, tokenizer, rows):.2f} nats per target token on {len(rows):,} "
-            f"rows; a uniform guess has {math.log(config.vocab_size):.2f}."
+            f"Loss before training: {loss:.2f} nats per target token, on {len(rows):,} rows; a uniform guess has "
+            f"{math.log(config.vocab_size):.2f}."
         )
     return lines
 

@@ -16,7 +16,7 @@ from ..checkpoints import find_source_folders, load_checkpoint
 from ..generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import Metric, ModelResults, RunResults
-from ..vocabulary import describe_embeddings, report_trim, trim_tokenizer
+from ..vocabulary import describe_embeddings, report_trim
 from .decoder_only_job import KIND as TEACHER_KIND
 from .decoder_only_job import train_decoder_only
 from .distillation_config import Seq2SeqDistillationConfig
@@ -45,6 +45,7 @@ from .resuming import (
 )
 from .row_encoding import LABELS_PADDING, encode_rows, iterate_texts
 from .seq2seq_data import DataArguments, load_splits
+from .vocabulary import trim_to_rows
 
 
 logger = logging.getLogger(__name__)
@@ -348,7 +349,8 @@ def _build_student_tokenizer(args, training_args, teacher_tokenizer, splits):
     if isinstance(rows, IterableDataset):  # as many as the run reads
         batch_size = training_args.train_batch_size * training_args.gradient_accumulation_steps
         rows = rows.take(training_args.max_steps * batch_size * training_args.world_size)
-    trimmed, _ = trim_tokenizer(tokenizer, iterate_texts(rows), max_size=args.trimmed_vocabulary_size)
+    names = ("the training text", "`trimmed_vocabulary_size`")
+    trimmed = trim_to_rows(tokenizer, rows, args.trimmed_vocabulary_size, names)
     logger.info(f"Trimmed vocabulary: {report_trim(trimmed, tokenizer, iterate_texts(splits['test']))}")
     return trimmed
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the vocabularies of two tokenizers."""
+"""Compare the vocabularies of two tokenizers, and trim one to rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import format_list
-from ..vocabulary import old_token_ids, read_vocabulary_map
+from ..vocabulary import old_token_ids, read_vocabulary_map, trim_tokenizer
+from .row_encoding import iterate_texts
 
 
 NUM_SHOWN = 3
@@ -112,4 +114,30 @@ def _describe(ids, student, teacher):
     return "; ".join(shown) + ("; and others" if len(ids) > NUM_SHOWN else "")
 
 
-__all__ = ["check_table", "count_common_tokens", "find_teacher_token_ids"]
+def trim_to_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    max_size: int | None,
+    names: tuple[str, str],
+) -> PreTrainedTokenizerBase:
+    """Trim a tokenizer to the tokens of rows; see [`~encdec_slm.vocabulary.trim_tokenizer`].
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]): It is not changed.
+        rows (`Iterable[Mapping]`): With sources, and optionally targets.
+        max_size (`int`, *optional*): Keep only the most frequent tokens.
+        names (`tuple[str, str]`): What errors call `rows` and `max_size`.
+
+    Raises:
+        ValueError: As [`~encdec_slm.vocabulary.trim_tokenizer`].
+    """
+    try:
+        return trim_tokenizer(tokenizer, iterate_texts(rows), max_size=max_size)[0]
+    except ValueError as error:
+        message = str(error)
+        for name, shown in zip(("`texts`", "`max_size`"), names, strict=True):
+            message = message.replace(name, shown)
+        raise ValueError(message[0].upper() + message[1:]) from error
+
+
+__all__ = ["check_table", "count_common_tokens", "find_teacher_token_ids", "trim_to_rows"]
