@@ -17,7 +17,7 @@ OLDEST_READY := $(OLDEST_VENV)/.installed
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
-# gradio's metadata stops short of Pillow 13, which resizes as the predecessor's golden images need it; it runs on it.
+# gradio's metadata stops short of Pillow 13, which resizes images as the golden tests require; gradio runs with Pillow 13.
 PAGE := gradio gradio_client groovy hf-gradio safehttpx semantic-version pydub python-multipart orjson brotli tomlkit \
 	fastapi starlette uvicorn httpx httpcore certifi pytz opentelemetry-api
 $(READY): setup.cfg pyproject.toml constraints.txt Makefile

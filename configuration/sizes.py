@@ -48,7 +48,7 @@ def load_preset(name: str, split: str | None = None) -> EncDecSLMConfig | EncDec
         split (`str`, *optional*): Shares of encoder and decoder in the same number of layers: `"2/3-1/3"`,
             `"1/2-1/2"` or `"1/3-2/3"`. `intermediate_size` makes up for cross-attentions that are added or removed, so
             that the parameter count stays within 2 %. `None` keeps the layers of the file: 2/3 and 1/3, except in
-            `625m-vlm`, whose stacks are equally deep, as the predecessor's are.
+            `625m-vlm`, whose stacks are equally deep, as in microsoft/encoder-decoder-slm.
 
     Raises:
         ValueError: There is no such preset or split.

@@ -5,10 +5,10 @@
 
 On-policy: the student generates `--new-tokens` tokens for every row, then learns from them, from the teacher and from
 gold targets (forward KL with weight 0.9, cross-entropy 0.1; AdamW). Our trainer generates for the whole batch, with a
-cache. The predecessor's data path is written out below: one row at a time in training mode, the decoder run over the
-whole prefix for each token; then all teacher logits and two student passes on sources padded to the fixed length of
-its recipe, 1024. Its step is also timed without that padding. No text ends early. Off-policy: our loss and its
-gradients, beside the least that is needed: both forward passes and the student's backward pass.
+cache. "original" is the data path of microsoft/encoder-decoder-slm: one row at a time in training mode, the decoder
+run over the whole prefix for each token; then all teacher logits and two student passes on sources padded to the fixed
+length of its recipe, 1024. Its step is also timed without that padding. No text ends early. Off-policy: our loss and
+its gradients, beside the least that is needed: both forward passes and the student's backward pass.
 
 Memory: what the loss and its gradients add to the peak of a fresh process, given hidden states and heads, beside the
 dense loss where it is expected to fit 6 GB. Contenders take turns; medians and quartiles are reported. Writes
@@ -52,8 +52,8 @@ PAD_TOKEN_ID, START_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
 KD_RATIO, TEMPERATURE, TOP_K = 0.9, 0.9, 128
 # Ratio -> the speeds that it compares: ours and the other's. The last one is how much it must be at least.
 RATIOS = {
-    "on-policy step, predecessor": ("ours_on_policy", "predecessor_padded", 10),
-    "on-policy step, predecessor without padding": ("ours_on_policy", "predecessor_on_policy", None),
+    "on-policy step, original": ("ours_on_policy", "original_padded", 10),
+    "on-policy step, original without padding": ("ours_on_policy", "original_on_policy", None),
     "off-policy step, least that is needed": ("ours_off_policy", "needed_off_policy", 0.8),
 }
 # Qwen's vocabulary, whose logits exceed the memory of a batch, and widths that keep the heads small.
@@ -110,7 +110,7 @@ def build_trainer(student, teacher, rows, arguments, lmbda):
 
 
 @torch.no_grad()
-def generate_as_predecessor(student, source_ids, num_tokens):
+def generate_as_original(student, source_ids, num_tokens):
     """Sample ids for one source in training mode; only the encoder's output is cached."""
     encoder_outputs = student.get_encoder()(source_ids)
     decoder_ids = torch.full_like(source_ids[:, :1], START_TOKEN_ID)
@@ -123,7 +123,7 @@ def generate_as_predecessor(student, source_ids, num_tokens):
     return decoder_ids[:, 1:]
 
 
-def predecessor_loss(bench, padded_length, target_ids):
+def original_loss(bench, padded_length, target_ids):
     """Compute 0.9 KL + 0.1 cross-entropy of padded rows: two student passes, and all logits of the teacher."""
     sources, gold_ids, missing = bench.source_ids, bench.gold_ids, padded_length - bench.source_ids.shape[1]
     ones, shift = torch.ones_like(sources), bench.student.prepare_decoder_input_ids_from_labels
@@ -151,7 +151,7 @@ def list_contenders(bench, padded_length):
         return batch
 
     def generate_row_by_row(_):
-        rows = [generate_as_predecessor(bench.student, source[None], num_tokens) for source in bench.source_ids]
+        rows = [generate_as_original(bench.student, source[None], num_tokens) for source in bench.source_ids]
         return torch.cat(rows)
 
     def learn(loss):
@@ -168,12 +168,12 @@ def list_contenders(bench, padded_length):
         return bench.student(bench.source_ids, decoder_input_ids=decoder_ids, use_cache=False).logits.sum()
 
     loss = partial(bench.on_policy.compute_loss, bench.student)
-    unpadded_loss = partial(predecessor_loss, bench, bench.source_ids.shape[1])
-    padded_loss = partial(predecessor_loss, bench, padded_length)
+    unpadded_loss = partial(original_loss, bench, bench.source_ids.shape[1])
+    padded_loss = partial(original_loss, bench, padded_length)
     backward = torch.Tensor.backward
     return {
-        "predecessor_padded": {"loss": lambda _: padded_loss(bench.gold_ids), "backward": learn},
-        "predecessor_on_policy": {"generation": generate_row_by_row, "loss": unpadded_loss, "backward": learn},
+        "original_padded": {"loss": lambda _: padded_loss(bench.gold_ids), "backward": learn},
+        "original_on_policy": {"generation": generate_row_by_row, "loss": unpadded_loss, "backward": learn},
         "ours_on_policy": {"generation": generate, "loss": loss, "backward": learn},
         "needed_off_policy": {"teacher": run_teacher, "student": run_student, "backward": backward},
         "ours_off_policy": {"loss": lambda _: loss(off_policy_batch), "backward": backward},
@@ -196,8 +196,12 @@ def time_step(bench, parts):
 def measure_times(bench, arguments):
     """Return all times of every contender; they take turns."""
     contenders = list_contenders(bench, arguments.padded_source_length)
-    generate_as_predecessor(bench.student, bench.source_ids[:1], 2)
-    for name in ("ours_on_policy", "needed_off_policy", "ours_off_policy"):  # which warm up the predecessor's too
+    generate_as_original(bench.student, bench.source_ids[:1], 2)
+    for name in (
+        "ours_on_policy",
+        "needed_off_policy",
+        "ours_off_policy",
+    ):  # warms up the original, too
         time_step(bench, contenders[name])
     runs = {name: [] for name in contenders}
     for repetition in range(arguments.repetitions):
@@ -211,8 +215,8 @@ def measure_times(bench, arguments):
 def compare(runs, num_tokens):
     """Return speeds in tokens per second, and ratios of neighboring runs."""
     seconds = {name: np.array([sum(run.values()) for run in runs[name]]) for name in runs}
-    # The predecessor generates from sources without padding.
-    seconds["predecessor_padded"] += np.array([run["generation"] for run in runs["predecessor_on_policy"]])
+    # The original generates from sources without padding.
+    seconds["original_padded"] += np.array([run["generation"] for run in runs["original_on_policy"]])
     ratios = {title: spread(seconds[other] / seconds[ours]) for title, (ours, other, _) in RATIOS.items()}
     speeds = {name: spread(num_tokens / values) for name, values in seconds.items()}
     return {"tokens_per_second": speeds, "ratios": ratios}
@@ -345,7 +349,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--vocab-size", type=int, default=8192, help="of both models; replaces the presets'")
     parser.add_argument("--batch-size", type=int, default=16, help="rows")
     parser.add_argument("--source-length", type=int, default=64, help="tokens")
-    parser.add_argument("--padded-source-length", type=int, default=1024, help="tokens, of the predecessor")
+    parser.add_argument("--padded-source-length", type=int, default=1024, help="tokens, with padding, of the original")
     parser.add_argument("--new-tokens", type=int, default=64, help="per row, and in its gold target")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--positions", default="64,128,256,512,1024,2048", help="of the loss's memory")

@@ -30,7 +30,7 @@ from encdec_slm.generation_speed import decode_rate, token_seconds
 
 OURS, BASELINE = "encoder-decoder", "LLaVA-NeXT"
 HEIGHT, WIDTH = 480, 640
-NUM_TEXT_TOKENS = 29  # of the predecessor's prompt with a short question
+NUM_TEXT_TOKENS = 29  # of the default prompt with a short question
 NUM_BUFFER_VALUES = 2**27
 
 

@@ -99,9 +99,10 @@ class EncDecSLMConfig(EncDecPreTrainedConfig):
     r"""Configuration of a text encoder-decoder small language model.
 
     The encoder reads the source once; the decoder runs once per generated token. Fields without `encoder_` or
-    `decoder_` hold for both. The switches exist because existing checkpoints differ in them: the predecessor (MLP with
-    tanh-GELU and no gate, biases, attention narrower than the model), Llama and SmolLM (gated SiLU, no biases; SmolLM3
-    has layers without rotary embeddings), Qwen (biases on q, k and v only; query and key norms).
+    `decoder_` apply to both. The switches exist because existing checkpoints differ in them:
+    microsoft/encoder-decoder-slm (MLP with tanh-GELU and no gate, biases, attention narrower than the model), Llama
+    and SmolLM (gated SiLU, no biases; SmolLM3 has layers without rotary embeddings), Qwen (biases on q, k and v only;
+    query and key norms).
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32128): Number of tokens in the embedding table.

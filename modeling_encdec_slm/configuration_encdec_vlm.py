@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .configuration_encdec_slm import EncDecPreTrainedConfig, EncDecSLMConfig
 
 
-# CLIP ViT-L/14-336, the predecessor's tower.
+# CLIP ViT-L/14-336, the tower of microsoft/encoder-decoder-slm.
 DEFAULT_VISION_CONFIG = {
     **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     **{"image_size": 336, "patch_size": 14, "projection_dim": 768},
@@ -41,7 +41,7 @@ class EncDecVLMConfig(EncDecPreTrainedConfig):
             token, registers); `"full"` keeps everything, for towers that have patches only. `None` chooses by the
             tower.
         image_grid_pinpoints (`list[list[int]]`, *optional*): Resolutions `(height, width)` in pixels, multiples of
-            the tower's `image_size`. `None` means those of the predecessor: 1 x 1, 2 x 2, 2 x 3 and 3 x 2 tiles.
+            the tower's `image_size`. `None` means 1 x 1, 2 x 2, 2 x 3 and 3 x 2 tiles.
         max_num_tiles (`int`, *optional*, defaults to 3): The features of a grid are resized if they exceed those of
             this number of tiles by more than a fifth.
         image_newline (`bool`, *optional*, defaults to `True`): A learned vector ends each row of grid features.
@@ -203,7 +203,7 @@ def grid_shape(image_size: tuple[int, int], pinpoints: Sequence[Sequence[int]], 
 def unpadded_bounds(image_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return where the image is in the features of its padded grid: top, bottom, left and right, in features.
 
-    If the padding is odd, one row or column of it remains, as in the predecessor.
+    If the padding is odd, one row or column of it remains, as in microsoft/encoder-decoder-slm.
 
     Args:
         image_size (`tuple[int, int]`): Height and width of the image, in pixels.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert checkpoints of the predecessor (microsoft/encoder-decoder-slm) to folders of this family."""
+"""Convert checkpoints of microsoft/encoder-decoder-slm ("the original") to folders of this family."""
 
 import functools
 import json
@@ -32,14 +32,14 @@ QUESTION_ANSWERING_PROMPT = (
     "Answer the following question based only on the context.\n"
     "###Question\n{question}\n###Context\n{context}\n###Answer\n"
 )
-# The predecessor's `MuConfig` with its defaults, the sizes of its released text model.
+# The original `MuConfig` with its defaults, the sizes of the released text model.
 MODEL_CONFIG = {
     **{"n_encoder_layer": 20, "n_decoder_layer": 10, "n_embd": 1024, "qkv_embd": 384, "hidden_dim": 4096},
     **{"n_head": 6, "n_kv_head": 3, "is_interleaved": False, "vocab_size": 32128, "pad_token_id": 0},
     **{"block_size": 1024, "rope_theta": 10000.0, "rope_factor": 1.0, "dropout": 0.1},
 }
 MAY_BE_ZERO = ("is_interleaved", "pad_token_id", "rope_factor", "dropout")
-# Applied in order; the predecessor's blocks are `e` in the encoder and `h` in the decoder.
+# Applied in order; the original blocks are `e` in the encoder and `h` in the decoder.
 TOWER = "vision_tower.vision_tower.vision_model."
 RENAMINGS = (
     (r"^transformer\.wte\.", "model.encoder.embed_tokens."),
@@ -64,7 +64,7 @@ VISION_RENAMINGS = (
     (r"^image_newline$", "model.encoder.image_newline"),
 )
 VISION_WEIGHTS = ("vision_tower.", "mm_projector.", "image_newline")
-# Fields of the predecessor's vision config that its released model has one value of, and code for others.
+# Fields of the original vision config that have one value in the released model, and code for others.
 VISION_FIELDS = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_patch_merge_type": "spatial_unpad",
@@ -86,7 +86,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def question_answering_prompt(question: str, context: str) -> str:
-    """Return the source text that the predecessor's released text model was trained to answer.
+    """Return the source text that the released text model was trained to answer.
 
     Args:
         question (`str`): One question.
@@ -103,19 +103,19 @@ def convert_reference_checkpoint(
     model_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Convert a checkpoint of the predecessor to a folder that computes the same, up to rounding.
+    """Convert a checkpoint of microsoft/encoder-decoder-slm to a folder that computes the same, up to rounding.
 
     Two things differ:
 
     - Positions whose keys are all padding (all of them if a source is nothing but padding, the first ones if a target
-      begins with padding): the predecessor attends evenly to all keys, as eager attention does here; other backends
+      begins with padding): the original attends evenly to all keys, as eager attention does here; other backends
       differ.
     - `rope_factor` above 1, beyond `block_size` tokens: with a cache, keys keep the rotation that they were computed
-      with, while the predecessor rotates all of them again for every token; `use_cache=False` does the same. After a
+      with, while the original rotates all of them again for every token; `use_cache=False` does the same. After a
       longer call, its frequencies are used until a call is shorter than `block_size`.
 
     Args:
-        path (`str` or `Path`): The predecessor's `model.pt`, its vision-language `pytorch_model.bin` with a
+        path (`str` or `Path`): The original `model.pt`, its vision-language `pytorch_model.bin` with a
             `config.json` beside it, or a folder with exactly one of them. Nothing pickled in it is executed. Prefixes
             that DDP, FSDP and `torch.compile` add to names are removed, and weights are found in training states
             such as `{"model": ..., "optimizer": ...}`.
@@ -123,7 +123,7 @@ def convert_reference_checkpoint(
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): A folder or a repository on
             the Hub with a `tokenizer.json`, or a tokenizer in memory. `None` uses the one beside the checkpoint; if
             there is none, the model has no tokenizer.
-        model_config (`Mapping[str, Any]`, *optional*): Fields of the predecessor's `MuConfig`, for a checkpoint
+        model_config (`Mapping[str, Any]`, *optional*): Fields of the original `MuConfig`, for a checkpoint
             without one: `n_head`, `n_kv_head` and `is_interleaved` do not follow from the weights. Its `vision_config`
             holds fields of the vision tower.
         overwrite (`bool`, *optional*, defaults to `False`): Replace an earlier checkpoint in `output_dir`.
@@ -170,7 +170,7 @@ def _convert_vision_model(weights, stored, given, tokenizer, file, folder):
         vision_config=_build_tower_config(weights, vision_config),
         image_token_id=image_token_id,
         vision_feature_layer=fields.get("mm_vision_select_layer", -2),
-        # The predecessor's are (width, height).
+        # In the original they are (width, height).
         image_grid_pinpoints=None if pinpoints is None else [[height, width] for width, height in pinpoints],
         max_num_tiles=int(fields.get("image_aspect_ratio", "anyres_max_3").rpartition("_")[2]),
     )
@@ -188,7 +188,7 @@ def _save_model(weights, model_class, config, folder, file):
     except RuntimeError as error:
         raise ValueError(
             f"The weights of {str(file)!r} do not fit a model of its sizes; in the names of this family: "
-            f"{summarize_error(error)}. Give a checkpoint as the predecessor's trainer wrote it."
+            f"{summarize_error(error)}. Give a checkpoint as the trainer of microsoft/encoder-decoder-slm saved it."
         ) from error
     model.tie_weights()
     model.save_pretrained(folder)
@@ -202,7 +202,7 @@ def _find_file(path):
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"There is no file or folder {str(path)!r}. Give the path of the predecessor's `model.pt`.")
+        raise ValueError(f"There is no file or folder {str(path)!r}. Give the path of the original `model.pt`.")
     names = ("model.pt", "model_*.pt", "pytorch_model.bin")
     files = sorted({file for name in names for file in path.glob(name) if file.is_file()})
     if len(files) == 1:
@@ -215,7 +215,7 @@ def _find_file(path):
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read weights under the predecessor's names, in one dtype, and the config in the file, which may be `None`."""
+    """Read weights under the original names, in one dtype, and the config in the file, which may be `None`."""
     loaded, stored = _load(file), None
     while isinstance(loaded, Mapping) and (key := next((key for key in STATE_DICT_KEYS if key in loaded), None)):
         stored = loaded.get("model_config", stored)
@@ -224,7 +224,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
     if flaws := _find_flaws(weights, os.path.getsize(file)):
         raise ValueError(
             f"{str(file)!r} has no usable weights: {format_list(flaws)}. Dense floating-point tensors without NaN are "
-            "required. Give a checkpoint as the predecessor's trainer wrote it."
+            "required. Give a checkpoint as the trainer of microsoft/encoder-decoder-slm saved it."
         )
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
     return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, stored
@@ -329,7 +329,7 @@ def _check_model_config(model_config, origin):
     wrong = [f"{name!r}: {value!r}" for name, value in model_config.items() if not _is_valid(name, value)]
     if wrong:
         raise ValueError(
-            f"{origin} has {format_list(wrong)}, but must have fields of the predecessor's `MuConfig` "
+            f"{origin} has {format_list(wrong)}, but must have fields of the original `MuConfig` "
             f"({', '.join(MODEL_CONFIG)}) with values of their kind. Correct or remove these."
         )
 
@@ -350,8 +350,8 @@ def _read_sizes(weights, file):
         inner_width = weights[f"{block}.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{str(file)!r} is no model of the predecessor: {summarize_error(error)} is missing or has another shape. "
-            "Give the `model.pt` that its trainer wrote."
+            f"{str(file)!r} is not a model of microsoft/encoder-decoder-slm: {summarize_error(error)} is missing or "
+            "has another shape. Give the `model.pt` that its trainer saved."
         ) from error
     blocks = {match.groups() for match in map(re.compile(r"transformer\.([eh])\.(\d+)\.").match, weights) if match}
     depths = Counter(stack for stack, _ in blocks)
@@ -360,10 +360,10 @@ def _read_sizes(weights, file):
 
 
 def reference_config(model_config: Mapping[str, Any], **kwargs) -> EncDecSLMConfig:
-    """Return the config that computes what a text config of the predecessor computes.
+    """Return the config that computes what an original text config computes.
 
     Args:
-        model_config (`Mapping[str, Any]`): The predecessor's `MuConfig`. `is_interleaved` changes only the weights,
+        model_config (`Mapping[str, Any]`): The original `MuConfig`. `is_interleaved` changes only the weights,
             see [`convert_reference_state_dict`]. A `rope_factor` above 1 becomes transformers' `"dynamic"` rotary
             embedding, see [`convert_reference_checkpoint`].
         kwargs: Further fields of [`EncDecSLMConfig`], such as `eos_token_id`.
@@ -426,7 +426,7 @@ def _read_vision_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(file)!r} is a vision-language model, but there is no readable `config.json` beside it "
-            f"({summarize_error(error)}). Put the predecessor's there."
+            f"({summarize_error(error)}). Put the original file there."
         ) from error
     others = [name for name, value in VISION_FIELDS.items() if fields.get(name, value) != value]
     if not re.fullmatch(r"anyres_max_[1-9][0-9]*", str(fields.get("image_aspect_ratio", "anyres_max_3"))):
@@ -439,7 +439,7 @@ def _read_vision_config(file: Path) -> dict[str, Any]:
     if others:
         raise ValueError(
             f"{str(path)!r} has {', '.join(f'{name} {fields[name]!r}' for name in others)}, which is not supported. "
-            "Give the config of the predecessor's released model."
+            "Give the config of the released model."
         )
     return fields
 
@@ -480,10 +480,10 @@ def _build_tower_config(weights, given):
 def convert_reference_state_dict(
     state_dict: Mapping[str, torch.Tensor], config: EncDecSLMConfig, is_interleaved: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Convert weights of the predecessor's text model to those of `EncDecSLMForConditionalGeneration(config)`.
+    """Convert weights of the original text model to those of `EncDecSLMForConditionalGeneration(config)`.
 
     Args:
-        state_dict (`Mapping[str, torch.Tensor]`): Weights under the predecessor's names.
+        state_dict (`Mapping[str, torch.Tensor]`): Weights under the original names.
         config ([`EncDecSLMConfig`]): From [`reference_config`].
         is_interleaved (`bool`, *optional*, defaults to `False`): Whether query head h reads key/value head
             `h // (num_attention_heads // num_key_value_heads)`, as in this family. Otherwise it reads
@@ -501,10 +501,10 @@ def convert_reference_state_dict(
 def convert_vision_state_dict(
     state_dict: Mapping[str, torch.Tensor], config: EncDecVLMConfig
 ) -> dict[str, torch.Tensor]:
-    """Convert weights of the predecessor's vision model to those of `EncDecVLMForConditionalGeneration(config)`.
+    """Convert weights of the original vision model to those of `EncDecVLMForConditionalGeneration(config)`.
 
     Args:
-        state_dict (`Mapping[str, torch.Tensor]`): Weights under the predecessor's names.
+        state_dict (`Mapping[str, torch.Tensor]`): Weights under the original names.
         config ([`EncDecVLMConfig`]): Of the model.
     """
     text = {name: tensor for name, tensor in state_dict.items() if name.startswith(("transformer.", "lm_head."))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load tokenizers of the predecessor's checkpoints so that they give the ids that it was trained with."""
+"""Load tokenizers of microsoft/encoder-decoder-slm checkpoints so that they give the ids used in training."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def load_reference_tokenizer(
         tokenizer (`str`, `Path` or [`~transformers.PreTrainedTokenizerBase`], *optional*): A folder, a repository on
             the Hub, or a tokenizer in memory. `None` takes the one in `checkpoint_folder`.
         checkpoint_folder (`Path`): Folder of the checkpoint.
-        model_config (`Mapping[str, Any]`): The predecessor's `MuConfig`, with `vocab_size` and `pad_token_id`.
+        model_config (`Mapping[str, Any]`): The original `MuConfig`, with `vocab_size` and `pad_token_id`.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: Or `None` if there is no tokenizer.
@@ -90,7 +90,7 @@ def _read(tokenizer) -> tuple[Tokenizer, int | None]:
         if not (folder / FILE_NAME).is_file():
             raise ValueError(
                 f"{str(tokenizer)!r} has no {FILE_NAME}, but one is required: transformers 5 builds other tokenizers "
-                "than the predecessor's from other files. Give a tokenizer that has one."
+                "than the original tokenizer from other files. Give a tokenizer that has one."
             )
         backend, config = Tokenizer.from_file(str(folder / FILE_NAME)), folder / "tokenizer_config.json"
         if config.is_file():

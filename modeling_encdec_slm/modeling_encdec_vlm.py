@@ -238,8 +238,8 @@ def pack_image_features(
     sizes, side = image_sizes.tolist(), config.patches_per_side
     grids = _grids(config, sizes)
     packed = []
-    tiles_of_images = tile_features.split([1 + rows * columns for rows, columns in grids])
-    for tiles, size, (rows, columns) in zip(tiles_of_images, sizes, grids, strict=True):
+    tiles_per_image = tile_features.split([1 + rows * columns for rows, columns in grids])
+    for tiles, size, (rows, columns) in zip(tiles_per_image, sizes, grids, strict=True):
         grid = tiles[1:].view(rows, columns, side, side, -1)
         grid = grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # (D, rows * side, columns * side)
         top, bottom, left, right = unpadded_bounds(size, grid.shape[1:])

@@ -11,7 +11,7 @@ from .image_processing_encdec_vlm import EncDecVLMImageProcessor, flatten_images
 
 
 IMAGE_TOKEN = "<image>"
-# The predecessor's prompt: the question, then its context: OCR tokens, if the question has some, and images.
+# As in microsoft/encoder-decoder-slm: the question, then its context, which is OCR tokens (if any) and images.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- set ns = namespace(turns='', ocr='', images='') -%}
 {%- set ns.system = 'Answer the following question based only on the context.' -%}
@@ -76,13 +76,13 @@ class EncDecVLMProcessor(ProcessorMixin):
     - `processor(images, text)`: prompts as they are, without a template.
 
     Each `image_token` in a prompt stands for one image and becomes as many tokens as the image has features. The text
-    between images is tokenized piece by piece, as by the predecessor. An image token that a user types in a chat
-    stays text: until the prompt is tokenized, a word joiner (U+2060) marks it.
+    between images is tokenized piece by piece, as in microsoft/encoder-decoder-slm. An image token that a user types
+    in a chat stays text: until the prompt is tokenized, a word joiner (U+2060) marks it.
 
     Args:
         image_processor ([`EncDecVLMImageProcessor`]): Cuts images into tiles and counts their tokens.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Has `image_token` as an added token.
-        chat_template (`str`, *optional*): A Jinja template. `None` means the predecessor's prompt.
+        chat_template (`str`, *optional*): A Jinja template. `None` means the prompt of microsoft/encoder-decoder-slm.
         image_token (`str`, *optional*, defaults to `"<image>"`): Used if the tokenizer has no `image_token`.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and tokenizers in the predecessor's format, as a pytest plugin."""
+"""Checkpoints and tokenizers in the format of microsoft/encoder-decoder-slm, as a pytest plugin."""
 
 import json
 
@@ -29,7 +29,7 @@ TOKENIZER_CONFIG = {
 
 
 def make_weights(dtype=torch.float32, vocab_size=400, width=16, query=48, key_value=24, inner=24, depths=(2, 1)):
-    """Build a state dict of the predecessor."""
+    """Build an original state dict."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"transformer.wte": [(vocab_size, width)], "transformer.ln_e": [(width,)], "transformer.ln_f": [(width,)]}
     for stack, depth, attentions in (("e", depths[0], ["attn"]), ("h", depths[1], ["causal_attn", "cross_attn"])):
@@ -78,7 +78,7 @@ def refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def original():
-    """A BPE with byte fallback like the predecessor's, trained on few texts."""
+    """A BPE with byte fallback like the original tokenizer, trained on few texts."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

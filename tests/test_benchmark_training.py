@@ -29,13 +29,11 @@ def test_steps_and_the_memory_of_the_loss_are_measured(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark_training.json", "benchmark_training.png"]
     report = json.loads((tmp_path / "benchmark_training.json").read_text(encoding="utf-8"))
     assert all(value > 0 for runs in report["runs"].values() for run in runs for value in run.values())
-    ours, other = (
-        [sum(run.values()) for run in report["runs"][f"{name}_on_policy"]] for name in ("ours", "predecessor")
-    )
+    ours, other = ([sum(run.values()) for run in report["runs"][f"{name}_on_policy"]] for name in ("ours", "original"))
     rates = [8 / seconds for seconds in ours]  # 2 rows of 4 tokens
     assert report["tokens_per_second"]["ours_on_policy"]["median"] == pytest.approx(sum(rates) / 2)
     ratios = [seconds / our_seconds for our_seconds, seconds in zip(ours, other, strict=True)]
-    ratio = report["ratios"]["on-policy step, predecessor without padding"]["median"]
+    ratio = report["ratios"]["on-policy step, original without padding"]["median"]
     assert ratio == pytest.approx(sum(ratios) / 2)
     assert report["num_parameters"]["teacher"] == pytest.approx(report["num_parameters"]["student"], rel=0.02)
     rows = [line for line in process.stdout.splitlines() if line.startswith("| ")]

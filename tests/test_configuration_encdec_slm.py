@@ -147,6 +147,6 @@ def test_left_out_sizes_follow_from_the_others():
 
 
 @pytest.mark.parametrize(("attention_bias", "given", "expected"), [(True, None, True), (True, False, False)])
-def test_the_output_projection_follows_the_others_unless_told_otherwise(attention_bias, given, expected):
+def test_the_output_projection_follows_the_others_unless_set_otherwise(attention_bias, given, expected):
     config = EncDecSLMConfig(attention_bias=attention_bias, attention_out_bias=given)
     assert config.attention_out_bias is expected

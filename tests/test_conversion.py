@@ -74,7 +74,7 @@ def test_the_output_is_a_complete_folder(checkpoint, tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_texts_of_a_large_vocabulary_end_with_the_token_of_the_predecessor(convert):
+def test_texts_of_a_large_vocabulary_end_with_the_original_token(convert):
     folder = convert(make_weights(vocab_size=32128), model_config=HEADS)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 32000
 
@@ -154,7 +154,7 @@ def add_inside(part):
         lambda weights: {"model": weights, "optimizer": {"state": {}, "param_groups": []}, "model_config": MU_CONFIG},
         lambda weights: {"step": 3, "model_config": MU_CONFIG, "state_dict": {"module": weights}},
     ],
-    ids=["predecessor", "optimizer", "nested"],
+    ids=["original", "optimizer", "nested"],
 )
 def test_prefixes_of_wrappers_and_training_states_are_removed(convert, expected, rename, wrap):
     renamed = {rename(name): tensor for name, tensor in make_weights().items()}
@@ -168,7 +168,7 @@ def test_averaged_weights_are_converted_and_weights_given_twice_refused(convert,
     assert BEFORE in refused(save({**make_weights(), f"module.{BEFORE}": torch.ones(48, 16)}, model_config=MU_CONFIG))
 
 
-def test_the_prompt_is_that_of_the_predecessor():
+def test_the_prompt_is_that_of_the_original():
     assert question_answering_prompt("Who {is} it?", "It is I.") == (
         "Answer the following question based only on the context.\n###Question\nWho {is} it?\n###Context\nIt is I.\n"
         "###Answer\n"
@@ -462,7 +462,7 @@ POWERS = {"rtol": 1e-4, "atol": 1e-3}
 
 
 def compute_frequencies(length, theta, factor, block_size, head_dim):
-    """The predecessor's frequencies: the base grows with the length beyond the block (REFERENCE, `rope_factor`)."""
+    """The original frequencies: the base grows with the length beyond the block (REFERENCE, `rope_factor`)."""
     ratio = factor * max(length, block_size) / block_size - (factor - 1)
     base = theta * ratio ** (head_dim / (head_dim - 2))
     return torch.tensor([base ** (-2 * index / head_dim) for index in range(head_dim // 2)])
@@ -495,7 +495,7 @@ def random_ids(*shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("source_length", "target_length"), [(9, 5), (16, 16), (40, 7), (23, 31)])
-def test_scaled_frequencies_are_those_of_the_predecessor(scaled, compute_logits, source_length, target_length):
+def test_scaled_frequencies_are_those_of_the_original(scaled, compute_logits, source_length, target_length):
     source, target, model = random_ids(2, source_length), random_ids(2, target_length), scaled()
     for pair in ((source, target), (source[:, :9], target[:, :5])):  # a shorter call starts anew
         logits = model(pair[0], decoder_input_ids=pair[1]).logits
@@ -503,7 +503,7 @@ def test_scaled_frequencies_are_those_of_the_predecessor(scaled, compute_logits,
 
 
 @torch.no_grad()
-def test_scaled_generation_without_a_cache_is_that_of_the_predecessor(scaled, compute_logits):
+def test_scaled_generation_without_a_cache_is_that_of_the_original(scaled, compute_logits):
     source, target = random_ids(1, 20), torch.ones(1, 1, dtype=torch.long)
     options = {"do_sample": False, "max_length": 40}
     while target.shape[1] < 40:

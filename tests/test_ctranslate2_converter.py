@@ -20,13 +20,13 @@ LLAMA3 = {
     **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16},
     **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-PREDECESSOR = {
+ORIGINAL = {
     **{"hidden_act": "gelu_pytorch_tanh", "gated_mlp": False, "attention_bias": True, "mlp_bias": True},
     **{"lm_head_bias": True, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
 }
 CONFIGS = {
     "llama": {},
-    "predecessor": PREDECESSOR,
+    "original": ORIGINAL,
     "qwen2": {"attention_bias": True, "attention_out_bias": False},
     "untied": {"tie_word_embeddings": False, "lm_head_bias": True},
     "one head per key": {"num_key_value_heads": 4},

@@ -17,7 +17,7 @@ from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
 
 CONFIGS = {
     "llama": {"tie_word_embeddings": False},
-    "predecessor": {
+    "original": {
         **{"hidden_act": "gelu_pytorch_tanh", "gated_mlp": False, "attention_bias": True, "mlp_bias": True},
         "eos_bias": 3.5,
     },

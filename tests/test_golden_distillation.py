@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Against tensors computed by the predecessor's own distillation code (microsoft/encoder-decoder-slm), in fp32.
+"""Against tensors computed by the distillation code of microsoft/encoder-decoder-slm, in fp32.
 
-The predecessor averages the divergence over all positions, padding included, and cuts both models' logits to the
+The original averages the divergence over all positions, padding included, and cuts both models' logits to the
 smaller vocabulary. Given its positions and its cut we get its numbers; ours differ, and these tests show by how much.
 """
 
@@ -23,7 +23,7 @@ from encdec_slm.trainers.vocabulary import count_common_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 LOGITS = OutputHead(None)
-# The student's logits agree with the predecessor's to 1e-4: the two models round sums differently.
+# The student's logits agree with the original's to 1e-4: the two models round sums differently.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -39,7 +39,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def student():
-    """The predecessor's student, with what becomes of its logits in its KD step."""
+    """The original student, with what becomes of its logits in its KD step."""
     with safe_open(GOLDEN / "text_a.weights.safetensors", "pt") as file:
         config = reference_config(json.loads(file.metadata()["config"]), eos_token_id=79)
     model = EncDecSLMForConditionalGeneration(config).eval()
@@ -74,7 +74,7 @@ def objective_of(student_logits, teacher_logits, labels, kd_weight, num_common, 
     return distillation_objective(student_logits, LOGITS, teacher_logits, LOGITS, labels, settings)
 
 
-# `kd.*`: the predecessor's divergence alone, vocabularies of 11 and 9, T_e 6 and T_d 4
+# `kd.*`: the original divergence alone, vocabularies of 11 and 9, T_e 6 and T_d 4
 
 
 def test_divergence_and_gradient_of_the_reference(golden):
@@ -108,7 +108,7 @@ def test_cutting_equals_the_reference_only_because_what_is_cut_are_no_tokens(gol
         count_common_tokens(other, tokenizer, student_vocab_size=98, teacher_vocab_size=97)
 
 
-# `kdmodel.*`: one step of the predecessor's trainer with `text_a` as the student, vocabularies of 97 and 89
+# `kdmodel.*`: one step of the original trainer with `text_a` as the student, vocabularies of 97 and 89
 
 
 def kd_positions(student, text, golden):
@@ -152,7 +152,7 @@ def test_our_step_leaves_padding_out_and_differs_by_just_that(student, text, gol
     )
     num_gold = int((text["main.targets"] != 0).sum())
     ce = cross_entropy_of(student, text, 0.1 / num_gold)
-    # Ours. The predecessor's are 11.8639 and 11.2870; its cross-entropy leaves padding out and is ours.
+    # Ours. The original's are 11.8639 and 11.2870; its cross-entropy leaves padding out and is ours.
     assert (kd.loss + ce.loss).item() == pytest.approx(11.1814, abs=1e-4)
     assert kd.divergence.mean().item() == pytest.approx(10.5287, abs=1e-4)
     torch.testing.assert_close(ce.cross_entropy.mean(), golden["kdmodel.ce_loss"], **CLOSE)
@@ -161,7 +161,7 @@ def test_our_step_leaves_padding_out_and_differs_by_just_that(student, text, gol
     torch.testing.assert_close((kd.divergence.sum() + behind.sum()) / 24, golden["kdmodel.kd_loss"], **CLOSE)
 
 
-# `sce.*`: the soft cross-entropy of the predecessor's vision model
+# `sce.*`: the soft cross-entropy of the original vision model
 
 
 @pytest.mark.parametrize("is_masked", [False, True])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converted checkpoints beside what the predecessor's own code computed (microsoft/encoder-decoder-slm), in fp32."""
+"""Converted checkpoints compared with what microsoft/encoder-decoder-slm computes, in fp32."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from encdec_slm.conversion import convert_reference_checkpoint, convert_referenc
 
 
 GOLDEN = Path(__file__).parent / "golden"
-# The predecessor scales scores after the product and writes GELU out: sums round differently, by far less than any
+# The original scales scores after the product and writes GELU out: sums round differently, by far less than any
 # wrong convention (3.5e-4) moves them.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
@@ -117,7 +117,7 @@ def test_greedy_ids_equal_the_reference(model, cases):
     inputs = inputs_of(cases, "main")
     expected = cases["main.greedy_ids"]
     ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_length=17, do_sample=False)
-    ended = (expected[:, :-1] == 79).cumsum(1).bool()  # the predecessor repeats eos, transformers pads
+    ended = (expected[:, :-1] == 79).cumsum(1).bool()  # the original repeats eos, transformers pads
     assert torch.equal(ids[:, 0], expected[:, 0])
     assert torch.equal(
         ids[:, 1:][~ended[:, : ids.shape[1] - 1]], expected[:, 1 : ids.shape[1]][~ended[:, : ids.shape[1] - 1]]
@@ -135,7 +135,7 @@ def test_interleaved_heads_need_no_reordering(cases, tmp_path):
 
 @pytest.mark.parametrize(("stack", "length"), [("enc", 7), ("enc", 8), ("dec", 7), ("dec", 8)])
 def test_rotary_tables_equal_the_reference(model, cases, stack, length):
-    first = -((length - 1) // 2) if stack == "enc" else 0  # the predecessor centres encoder positions
+    first = -((length - 1) // 2) if stack == "enc" else 0  # the original centers encoder positions
     cos, sin = model.model.encoder.rotary_emb(torch.zeros(1), torch.arange(first, first + length)[None])
     torch.testing.assert_close(cos[0], cases[f"rope.{stack}{length}.cos"])
     torch.testing.assert_close(sin[0], cases[f"rope.{stack}{length}.sin"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predecessor's vision-language model, converted, beside what its own code computed, in fp32."""
+"""The vision-language model of microsoft/encoder-decoder-slm, converted, compared with the original code, in fp32."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder as the predecessor's code writes it."""
+    """A folder as the original code writes it."""
     folder = tmp_path_factory.mktemp("mu_vision")
     with safe_open(GOLDEN / "vision_tiny.weights.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -57,7 +57,7 @@ def model(checkpoint, request, tmp_path_factory):
 
 
 def inputs_of(cases, case, image_token_id):
-    """Inputs with as many image tokens as the predecessor spliced features in."""
+    """Inputs with as many image tokens as the original spliced features in."""
     names, sizes, counts = CASES[case]
     counts = iter(counts)
     rows = [
@@ -141,9 +141,9 @@ def test_a_converted_folder_sees_and_writes_by_itself(checkpoint, cases, tmp_pat
     pipe = pipeline("image-text-to-text", model=str(converted), trust_remote_code=True)
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w7"}]}
     model = AutoModelForImageTextToText.from_pretrained(converted)
-    of_objects = pipeline("image-text-to-text", model=model, processor=processor)
+    from_objects = pipeline("image-text-to-text", model=model, processor=processor)
     for given in ({"text": [message]}, {"images": image, "text": "w7"}, {"images": [image], "text": ["<image> w7"]}):
-        results = [one(**given, max_new_tokens=3, return_full_text=False) for one in (pipe, of_objects)]
+        results = [one(**given, max_new_tokens=3, return_full_text=False) for one in (pipe, from_objects)]
         assert results[0] == results[1]
         written = results[0][0][0] if isinstance(results[0][0], list) else results[0][0]
         assert isinstance(written["generated_text"], str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of every kind become the predecessor's tiles, or are refused by name."""
+"""Images of every kind become the original tiles, or are refused by name."""
 
 import base64
 import functools
@@ -97,7 +97,7 @@ def features_by_definition(width, height, pinpoints_wh, tile, side, max_num_tile
 
 
 @pytest.mark.parametrize("name", ["landscape", "portrait", "small"])
-def test_pixel_values_are_the_predecessors(processor, name):
+def test_pixel_values_are_the_original_ones(processor, name):
     tensors = load_file(GOLDEN / "vision_tiny.cases.safetensors")
     pixels = tensors[f"image.{name}.uint8_hwc"]
     output = processor(Image.fromarray(pixels.numpy()), return_tensors="pt")
@@ -107,14 +107,14 @@ def test_pixel_values_are_the_predecessors(processor, name):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_tokens_and_tiles_are_the_predecessors(name, case):
+def test_tokens_and_tiles_are_the_original_ones(name, case):
     width, height = case["size_wh"]
     assert PROCESSORS[name].num_image_tokens(height, width) == case["image_tokens"]
     assert PROCESSORS[name].get_number_of_image_patches(height, width) == case["n_tiles_with_base"]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_the_grid_holds_the_image_where_the_predecessor_put_it(name, case):
+def test_the_grid_holds_the_image_where_the_original_put_it(name, case):
     processor, (columns, rows) = PROCESSORS[name], case["grid_wh"]
     white = Image.new("RGB", tuple(case["size_wh"]), WHITE)
     tiles = processor(white, do_normalize=False, do_rescale=False).pixel_values
@@ -428,7 +428,7 @@ def test_saving_keeps_every_size_and_no_idle_switch(tmp_path):
     assert EncDecVLMImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
 
 
-def test_the_defaults_are_the_predecessors():
+def test_the_defaults_are_the_original_ones():
     processor = EncDecVLMImageProcessor()
     assert processor.image_grid_pinpoints == [[336, 336], [672, 672], [672, 1008], [1008, 672]]
     assert (dict(processor.size), processor.patch_size) == ({"height": 336, "width": 336}, 14)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contracts of the vision-text model; that it computes what the predecessor computes is in test_golden_vision."""
+"""Contracts of the vision-text model; that it computes what the original computes is in test_golden_vision."""
 
 import copy
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of the predecessor: its objective, its sampling, its optimizer and its learning rates."""
+"""The recipe of microsoft/encoder-decoder-slm: its objective, its sampling, its optimizer and its learning rates."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def trainer(tmp_path):
     return Seq2SeqDistillationTrainer(student, make_teacher(), args, ROWS, processing_class=make_tokenizer())
 
 
-def test_objective_and_sampling_are_the_predecessors(trainer):
+def test_objective_and_sampling_are_the_original_ones(trainer):
     args = trainer.args
     assert (args.lmbda, args.beta, args.kd_ratio, args.kd_temperature) == (1.0, 0.0, 0.9, 1.0)
     assert (args.temperature, args.top_k, args.max_grad_norm) == (0.9, 128, 1.0)
@@ -47,7 +47,7 @@ def test_objective_and_sampling_are_the_predecessors(trainer):
     assert (config.do_sample, config.temperature, config.top_k) == (True, 0.9, 128)
 
 
-def test_learning_rates_and_weight_decay_are_the_predecessors(trainer):
+def test_learning_rates_and_weight_decay_are_the_original_ones(trainer):
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     expected = [1e-4 * factor for factor in GOLDEN_SCHEDULE["factor"]]
@@ -59,7 +59,7 @@ def test_learning_rates_and_weight_decay_are_the_predecessors(trainer):
             assert group["weight_decay"] == (0.01 if parameter.dim() >= 2 else 0.0)
 
 
-def test_its_steps_take_as_many_rows_as_the_predecessors():
+def test_its_steps_take_as_many_rows_as_the_original_ones():
     _, args = parse_recipe(
         (DistillArguments, Seq2SeqDistillationConfig), ["--config", "distill_predecessor", "--use_cpu", "true"]
     )

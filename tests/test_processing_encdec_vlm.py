@@ -74,7 +74,7 @@ def ask(text, *images):
 
 
 @pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case["prompt"][-30:])
-def test_chat_messages_become_the_predecessors_prompt(processor, wide, case):
+def test_chat_messages_become_the_original_prompt(processor, wide, case):
     messages = ask(case["question"], *([wide] if case["with_image"] else []))
     assert processor.apply_chat_template(messages) == case["prompt"]
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == case["prompt"]
@@ -210,7 +210,7 @@ def test_an_image_token_that_a_user_types_stays_text(wide, special):
     output = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     ids, runs = collapse(processor, output["input_ids"][0])
     assert runs == [64]
-    # As the predecessor would have written it, had the user typed another word.
+    # As the original would have written it, had the user typed another word.
     typed = processor.apply_chat_template(ask("What does TAG mean in TAGTAG?", wide)).replace("TAG", "<image>")
     assert tokenizer.decode([i for i in ids if i != IMAGE], skip_special_tokens=True) == typed.removesuffix("<image>")
     # Rendering first and tokenizing then is the same.

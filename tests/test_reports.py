@@ -61,7 +61,7 @@ def test_each_claim_holds_or_not_by_what_was_measured(report):
     assert [held for *_, held in check_claims(report)] == [False, False, True, False, False, True, False]
 
 
-def test_the_best_engine_counts_for_the_claims_of_the_predecessor(report):
+def test_the_best_engine_counts_for_the_claims_of_the_paper(report):
     other = build_row(OURS, "onnxruntime")
     report["pairs"].append(build_pair(other, report["rows"][0], 0.6, 9.0))
     measured = [measured for _, measured, _ in check_claims(report)]

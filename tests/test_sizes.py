@@ -25,7 +25,7 @@ count = functools.cache(lambda name, split=None: num_parameters(load_preset(name
 def test_the_presets_hold_the_family():
     assert {"tiny", "26m", "110m", "330m", "500m", "1b"} <= set(TEXT)
     assert {"tiny-vlm", "625m-vlm", "800m-vlm"} <= set(VISION)
-    assert (count("330m"), count("625m-vlm")) == (332_042_240, 624_874_624)  # the predecessor's models
+    assert (count("330m"), count("625m-vlm")) == (332_042_240, 624_874_624)  # the original models
     assert max(count("tiny"), count("tiny-vlm")) < 1e6 and count("1b") <= 1e9
 
 
@@ -45,7 +45,7 @@ def test_a_preset_has_as_many_parameters_as_its_name_says(name):
     assert count(name) == pytest.approx(float(size[:-1]) * UNITS[size[-1]], rel=0.03)
 
 
-def test_the_625m_preset_is_the_vision_model_of_the_predecessor():
+def test_the_625m_preset_is_the_vision_model_of_the_original():
     config = load_preset("625m-vlm")
     assert (config.text_config.encoder_num_hidden_layers, config.text_config.decoder_num_hidden_layers) == (20, 20)
     assert (config.vision_config.image_size, config.patches_per_side) == (336, 24)

@@ -11,7 +11,7 @@ COLUMNS = (
     *("model", "engine", "precision", "first token", "decode", "end to end", "peak memory", "of it the model"),
     *("files", "read per token", "of bandwidth"),
 )
-# Bars as ratios to the decoder-only baseline. Against the baseline in transformers: the predecessor's claims (first
+# Bars as ratios to the decoder-only baseline. Against the baseline in transformers: the paper's claims (first
 # token -47 %, throughput 4.7 x, memory -11 %). In the same engine: what the shape alone promises.
 BEST_ENGINE_BARS = {"first_token_seconds": 0.53, "decode_tokens_per_second": 4.7}
 SAME_ENGINE_BARS = {"first_token_seconds": 0.75, "decode_tokens_per_second": 2.4, "added_memory": 0.89}

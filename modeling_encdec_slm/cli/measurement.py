@@ -104,7 +104,7 @@ def bench(
     other new tokens per second. End to end: everything. Medians and quartiles are reported, beside what the memory
     bandwidth and matrix products of this machine, measured in between, would allow.
 
-    Prints a table per setting and which of the predecessor's claims held, and writes benchmark.json (with every raw
+    Prints a table per setting and which of the paper's claims held, and writes benchmark.json (with every raw
     time) and benchmark.png. Models for the engines are written to --models once (about 12 GB for 330m). Batches,
     beams and quality are not measured.
 

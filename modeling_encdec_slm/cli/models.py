@@ -81,17 +81,20 @@ def adapt(
 
 
 def convert(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="The predecessor's model.pt (`git lfs pull` gets it).")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="The original model.pt (`git lfs pull` gets it)."),
+    ],
     output: options.Output,
     tokenizer: Annotated[str | None, options.folder(help=TOKENIZER_HELP)] = None,
     model_config: Annotated[
         str | None,
-        typer.Option(metavar="JSON", help="Fields of the predecessor's config that the checkpoint does not state."),
+        typer.Option(metavar="JSON", help="Fields of the original config that the checkpoint does not state."),
     ] = None,
     overwrite: options.Overwrite = False,
     config: options.Config = None,
 ):
-    """Convert a checkpoint of the predecessor, microsoft/encoder-decoder-slm, into a folder of this family.
+    """Convert a checkpoint of microsoft/encoder-decoder-slm into a folder of this family.
 
     \b
     Examples:

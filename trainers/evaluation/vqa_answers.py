@@ -28,7 +28,7 @@ APOSTROPHES = {
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
 NUMBER_WITH_COMMA = re.compile(r"\d,\d")
-PERIOD_OUTSIDE_OF_NUMBER = re.compile(r"\.(?!\d)")
+PERIOD_OUTSIDE_NUMBER = re.compile(r"\.(?!\d)")
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -67,4 +67,4 @@ def _remove_punctuation(text):
     for mark in PUNCTUATION:
         is_at_edge = f"{mark} " in text or f" {mark}" in text
         stripped = stripped.replace(mark, "" if is_at_edge or has_number_with_comma else " ")
-    return PERIOD_OUTSIDE_OF_NUMBER.sub("", stripped)
+    return PERIOD_OUTSIDE_NUMBER.sub("", stripped)
