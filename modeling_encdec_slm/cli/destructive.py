@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognize commands that destroy data, lock a machine, or run code from the network. Nothing is run.
+
+docs/shell.md lists what is recognized.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .critical_paths import DEVICE, find_critical_file, find_critical_path, normalize_path
+from .shell_syntax import UNKNOWN, Command, expand_word, parse_commands, unquote
+
+
+MAX_DEPTH = 6
+SHELLS = frozenset({"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "su", "tcsh", "zsh"})
+INTERPRETERS = re.compile(r"(python|pypy|perl|ruby|node|nodejs|php|lua|pwsh|powershell|osascript|deno|bun)[\d.]*")
+NETWORK = frozenset(
+    {"GET", "aria2c", "curl", "fetch", "http", "https", "lynx", "nc", "ncat", "netcat", "scp", "wget", "xh"}
+)
+DECODERS = re.compile(r"base(64|32) .*(-d|-D|--decode)|xxd .*-r|openssl .*-d\b|rev$")
+DATABASES = re.compile(
+    r"(mysql|mariadb|psql|sqlite3?|sqlcmd|sqlplus|clickhouse(-client)?|duckdb|mongo(sh)?|redis-cli|cqlsh|mysqladmin)$"
+)
+# Programs that run the command in their arguments: options that take a value, and the number of arguments before it.
+WRAPPERS = {
+    **dict.fromkeys(("builtin", "busybox", "command", "fakeroot", "nohup", "pkexec", "setsid", "toybox"), ("", 0)),
+    **{"sudo": ("CDRTUghprtu", 0), "doas": ("Cu", 0), "run0": ("gu", 0), "env": ("CSu", 0), "nice": ("n", 0)},
+    **{"ionice": ("cnp", 0), "stdbuf": ("eio", 0), "time": ("fo", 0), "exec": ("a", 0), "timeout": ("ks", 1)},
+    **{"chroot": ("", 1), "taskset": ("", 1), "chrt": ("", 1), "flock": ("Ew", 1), "watch": ("n", 0)},
+    **{"strace": ("eopsu", 0), "unshare": ("", 0), "torsocks": ("", 0), "proxychains": ("f", 0)},
+    **{"caffeinate": ("tw", 0), "systemd-run": ("pu", 0), "function": ("", 1)},
+}
+LONG_OPTIONS_WITH_VALUE = frozenset({"adjustment", "chdir", "group", "interval", "kill-after", "signal", "user"})
+SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
+XARGS_OPTIONS = "EILPadns"
+# Lines of one command that are recognized by their text alone: what matches first, and what does not matter then.
+LINES = [
+    (
+        r"(shutdown|reboot|poweroff|halt)\b|(init|telinit) [06]\b|systemctl .*\b(poweroff|reboot|halt|kexec)$",
+        r"--help|--version|--show|--wtmp-only| -[a-z]*[ckw]\b",
+        "shuts down or restarts the machine",
+    ),
+    (r"crontab .*-[a-z]*r", r"--help", "deletes all scheduled jobs of a user (crontab -r)"),
+    (
+        r"ip6?tables .*(-F\b|--flush\b|-P \w+ DROP\b)|nft flush ruleset|ufw (--force )?(reset|disable)\b",
+        r"--help",
+        "removes firewall rules or blocks all connections",
+    ),
+    (r"(userdel|deluser) .*(-[a-z]*r[a-z]*\b|--remove)", r"--help", "deletes a user with the home folder"),
+    (
+        r"kill .*(?<=\s)-1$|kill (-9|-KILL|-SIGKILL|-s \w+) (.* )?1$|killall5",
+        r"kill -1$|kill -[ls] -1$",
+        "ends every process that it may end",
+    ),
+    (
+        r"(docker|podman) (system|volume|builder|container|image|network) prune|docker(-| )compose .*down .*(-v\b|"
+        r"--volumes)|(docker|podman) ((container )?rm|rmi|volume rm) .*\ue007",
+        r"--help",
+        "deletes containers, images or volumes with their data",
+    ),
+    (
+        r"kubectl delete .*(--all\b|\b(ns|namespaces?)\b)|terraform destroy|aws s3 r[mb] .*(--recursive|--force)"
+        r"|gsutil .*rm .*-[a-z]*r",
+        r"--help|--dry-run",
+        "deletes resources of a cluster or in the cloud",
+    ),
+    (r"(mkfs|mke2fs|newfs|mkswap)\S* \S", r"--help|--version| -V$", "formats a device, which erases its data"),
+    (r"shred ", r"--help|--version", "overwrites files so that they cannot be recovered (shred)"),
+    (r"wipefs .*(-[a-z]*[ao]|--all|--offset)", r"--help|--no-act|wipefs .*-[a-z]*n", "erases signatures of a device"),
+    (
+        r"blkdiscard /|badblocks .*-[a-z]*w|hdparm .*--security-erase|nvme (format|sanitize)|cryptsetup .*(luksFormat|"
+        r"erase|luksErase)|(pv|vg|lv)remove |(zpool|zfs) destroy|mdadm .*--zero-superblock|diskutil (erase|zero|"
+        r"partition)\w+",
+        r"--help|--test",
+        "erases a device or volume",
+    ),
+    (r"dropdb \S|mysqladmin .*\bdrop\b", r"--help", "deletes a database"),
+    (
+        r"rsync .*--delete\S* (.* )?(/|~/?|~/\*)$",
+        r"--dry-run|rsync -[a-zA-Z]*n",
+        "deletes files that the source lacks",
+    ),
+]
+STATEMENTS = re.compile(
+    r"\b(drop\s+(database|schema|table|user)\b|truncate\s+(table\s+)?\w|delete\s+from\s+[\w.`\"]+\s*(;|$)"
+    r"|flushall|flushdb|dropDatabase\(|\.drop\(\))",
+    re.IGNORECASE,
+)
+
+
+def find_dangers(command: str) -> list[str]:
+    """Return why a command line is dangerous; nothing if no danger is recognized.
+
+    Args:
+        command (`str`): One or several lines for a POSIX shell. Wrappers such as `sudo`, strings for other shells,
+            substitutions and quotation marks are looked through.
+
+    Returns:
+        `list[str]`: Ends of sentences, such as `"deletes the whole file system (/)"`.
+    """
+    return list(dict.fromkeys(_find(command)))
+
+
+@dataclass
+class _Line:
+    """What is known while the commands of a line are read from left to right."""
+
+    depth: int
+    upstream: list[list[str]]  # commands of the pipeline before
+    earlier: list[list[str]] = field(default_factory=list)  # all commands before
+    variables: dict[str, list[str]] = field(default_factory=dict)
+    folder: str = "."
+    downloads: set[str] = field(default_factory=set)
+
+
+def _find(text: str, depth: int = 0, upstream: list[list[str]] | None = None) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        return
+    yield from _find_endless_processes(text)
+    line = _Line(depth, upstream or [], variables={"HOME": ["~"], "PWD": ["."], "IFS": [" "]})
+    commands = parse_commands(text)
+    for number, command in enumerate(commands):
+        if number and command.operator != "|":
+            line.upstream = []
+        if command.operator in (";", "||", "&") and line.folder != ".":
+            line.folder = "." if line.folder != "/" else "/"  # the change of folder may have failed
+        words = [one for word in command.words for one in expand_word(word.text, line.variables)]
+        yield from _check_substitutions(command, words, line)
+        yield from _check_redirections(command, line)
+        words = _assign_variables(words, line)
+        if words:
+            yield from _check_command(words, line)
+            _note_download(words, command, line)
+        line.earlier.append(words)
+        line.upstream = [*line.upstream, words]
+
+
+def _assign_variables(words, line):
+    """Note values of variables; return the words after them."""
+    if words[:1] == ["for"] and words[2:3] == ["in"]:
+        line.variables[words[1]] = words[3:]
+        return []
+    start = 1 if words[:1] and words[0] in ("export", "local", "declare", "readonly") else 0
+    while len(words) > start and (match := re.match(r"(\w+)=(.*)", words[start], re.DOTALL)):
+        if match[2]:
+            line.variables[match[1]] = [match[2]]
+        words = [*words[:start], *words[start + 1 :]]
+    return words
+
+
+# Find what is run
+
+
+def _check_command(words: list[str], line: _Line) -> Iterator[str]:
+    words = _unwrap(words)
+    if not words:
+        return
+    program, arguments = _program(words[0]), words[1:]
+    plain = [unquote(word) for word in arguments]
+    if program in CHECKS:
+        yield from CHECKS[program](arguments, line)
+    yield from _check_lines(program, arguments)
+    yield from _check_strings(program, arguments, line)
+    yield from _check_input(program, plain, line)
+    if DATABASES.match(program) and STATEMENTS.search(" ".join(plain)):
+        yield "deletes data of a database"
+    if re.match(r"(drop|truncate|delete)$", program, re.IGNORECASE) and STATEMENTS.search(" ".join([program, *plain])):
+        yield "deletes data of a database"
+    if _runs_download(program, words, line):
+        yield "runs a program that it downloads from the network"
+
+
+def _program(word):
+    return unquote(word).rpartition("/")[2]
+
+
+def _unwrap(words):
+    """Remove programs that run their arguments, with their options."""
+    while words:
+        name = _program(words[0])
+        if name not in WRAPPERS:
+            return words
+        with_value, num_positional = WRAPPERS[name]
+        words = _skip_options(words[1:], with_value)
+        while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
+            words = words[1:]
+        words = words[num_positional:]
+        while words and words[0] in ("{", "!"):
+            words = words[1:]
+        if name == "watch" and len(words) == 1:
+            return unquote(words[0]).split()
+    return words
+
+
+def _skip_options(words, with_value):
+    while words and words[0].startswith("-") and words[0] != "-":
+        option, words = words[0], words[1:]
+        if option == "--":
+            break
+        is_long_with_value = option.startswith("--") and option[2:] in LONG_OPTIONS_WITH_VALUE
+        if is_long_with_value or (not option.startswith("--") and option[-1] in with_value):
+            words = words[1:]
+    return words
+
+
+def _check_lines(program, arguments):
+    line = " ".join([program, *arguments])
+    for pattern, harmless, reason in LINES:
+        if re.match(pattern, line) and not re.search(harmless, line):
+            yield reason
+
+
+def _check_strings(program, arguments, line):
+    """Look into strings that are commands for another shell or code of another language."""
+    plain = [unquote(word) for word in arguments]
+    if program in SHELLS:
+        codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if re.match(r"-[a-z]*c$", word)]
+    elif program == "eval":
+        codes = [" ".join(plain)]
+    elif program == "trap":
+        codes = plain[:1]
+    elif program == "script":
+        codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if word == "-c"]
+    elif program == "alias":
+        codes = [word.partition("=")[2] for word in plain]
+    elif program == "ssh":
+        codes = [" ".join(_skip_options(plain, SSH_OPTIONS)[1:])]
+    elif program == "parallel":
+        codes = [" ".join(_skip_options(plain, "jN")).partition(":::")[0]]
+    elif INTERPRETERS.fullmatch(program) or program == "awk":
+        yield from _check_code(" ".join(plain), line)
+        return
+    else:
+        return
+    for code in codes:
+        yield from _find(code, line.depth + 1, line.upstream)
+
+
+def _check_code(code, line):
+    if match := re.search(r"(?:rmtree|remove_tree|rm_rf|rmSync|remove_dir_all)\(?\s*['\"]([^'\"]+)['\"]", code):
+        yield from _find(f"rm -rf '{match[1]}'" if not match[1].startswith("~") else f"rm -rf {match[1]}")
+    if re.search(r"\bfork\b.*\b(while|for)\b|\bwhile\b.*\bfork\b", code, re.DOTALL):
+        yield "starts processes without end (a fork bomb)"
+    if re.search(r"\b(system|popen|exec\w*|run|call|Popen|check_\w+|getoutput)\b", code):
+        for string in re.findall(r"'([^']+)'|\"([^\"]+)\"", code):
+            yield from _find(string[0] or string[1], line.depth + 1)
+
+
+def _check_substitutions(command: Command, words, line):
+    """Look into `$(...)`, and find downloads whose text is run."""
+    unwrapped = _unwrap(words)
+    program = _program(unwrapped[0]) if unwrapped else ""
+    runs_text = program in SHELLS or program in ("eval", "source", ".") or INTERPRETERS.fullmatch(program)
+    runs_text = runs_text or program.startswith("\ue007")
+    targets = [target for operator, target in command.redirections if operator in ("<", "<<<")]
+    for word in [*command.words, *(target for _, target in command.redirections)]:
+        for substitution in word.substitutions:
+            yield from _find(substitution, line.depth + 1)
+            if runs_text and (word in command.words or word in targets) and _is_download(substitution):
+                yield "runs code from the network without showing it first"
+
+
+def _is_download(text, depth=0):
+    if depth > MAX_DEPTH:
+        return False
+    for command in parse_commands(text):
+        words = _unwrap([one for word in command.words for one in expand_word(word.text, {})])
+        if (words and _program(words[0]) in NETWORK) or any(
+            _is_download(substitution, depth + 1) for word in command.words for substitution in word.substitutions
+        ):
+            return True
+    return False
+
+
+def _check_input(program, arguments, line):
+    """Find text from a pipe that a shell or a database runs."""
+    if not line.upstream:
+        return
+    upstream = [_unwrap(words) for words in line.upstream]
+    upstream = [words for words in upstream if words]
+    if DATABASES.match(program) and any(STATEMENTS.search(text) for text in _printed_texts(upstream)):
+        yield "deletes data of a database"
+    if (
+        program == "crontab"
+        and arguments[-1:] == ["-"]
+        and not any(words[:2] == ["crontab", "-l"] for words in line.earlier)
+    ):
+        yield "replaces all scheduled jobs of a user"
+    if not _reads_code(program, arguments):
+        return
+    if any(_program(words[0]) in NETWORK for words in upstream):
+        yield "runs code from the network without showing it first"
+    if any(DECODERS.match(" ".join(map(unquote, [_program(words[0]), *words[1:]]))) for words in upstream):
+        yield "runs code that was decoded from unreadable text"
+    for text in _printed_texts(upstream):
+        yield from _find(text, line.depth + 1)
+
+
+def _printed_texts(upstream):
+    for words in upstream:
+        if _program(words[0]) in ("echo", "printf"):
+            yield unquote(" ".join(word for word in words[1:] if not re.fullmatch("-[neE]+", word)))
+
+
+def _reads_code(program, arguments):
+    """Return whether a program runs what it reads from standard input."""
+    if program == "xargs":
+        inner = _skip_options(arguments, XARGS_OPTIONS)
+        is_shell = inner and _program(inner[0]) in SHELLS and "-c" in inner
+        return bool(is_shell) and (inner[-1] == "-c" or inner[inner.index("-c") + 1] in ("{}", "%"))
+    if program in ("at", "batch"):
+        return "-f" not in arguments
+    if program == "parallel":
+        return not _skip_options(arguments, "jN")
+    if program in ("source", "."):
+        return arguments[:1] in (["/dev/stdin"], ["-"])
+    if program == "ssh":
+        return len(_skip_options(arguments, SSH_OPTIONS)) == 1
+    if program in SHELLS:
+        if any(re.match(r"-[a-z]*c$", word) for word in arguments):
+            return False
+        operands = _skip_options(arguments, "oO")
+        is_from_input = any(re.fullmatch("-[a-z]*s[a-z]*", word) for word in arguments)
+        return is_from_input or program == "su" or operands[:1] in ([], ["-"], ["/dev/stdin"])
+    if INTERPRETERS.fullmatch(program):
+        if any(re.match(r"-\w*[cemEnprR]|--(eval|print|run)", word) for word in arguments):
+            return False
+        return _skip_options(arguments, "WX")[:1] in ([], ["-"], ["/dev/stdin"])
+    return False
+
+
+def _note_download(words, command, line):
+    """Note the name of the file that a command downloads to."""
+    words = list(map(unquote, _unwrap(words)))
+    if not words:
+        return
+    names = [target.text for operator, target in command.redirections if operator in (">", ">>")]
+    if _program(words[0]) == "tee" and any(
+        _program(_unwrap(one)[0]) in NETWORK for one in line.upstream if _unwrap(one)
+    ):
+        names += words[1:]
+    elif _program(words[0]) not in NETWORK:
+        return
+    for number, word in enumerate(words[1:], 1):
+        before = words[number - 1]
+        if re.fullmatch(r"-\w*[oO]|--output(-document)?", before) and not (
+            before.endswith("O") and "curl" in words[0]
+        ):
+            names.append(word)
+        elif match := re.match(r"--output(?:-document)?=(.+)", word):
+            names.append(match[1])
+        elif "://" in word or not word.startswith("-"):
+            names.append(word.partition("?")[0].rpartition("/")[2])
+    line.downloads |= {name.removeprefix("./") for name in names if name not in ("", "-", "/dev/null")}
+
+
+def _runs_download(program, words, line):
+    names = [unquote(word).removeprefix("./") for word in words]
+    if names[0] in line.downloads and ("/" in words[0]):
+        return True
+    runs_file = program in SHELLS or program in ("source", ".") or INTERPRETERS.fullmatch(program)
+    operands = [word for word in names[1:] if not word.startswith("-")]
+    return bool(runs_file) and any(name in line.downloads for name in operands[:1])
+
+
+def _find_endless_processes(text):
+    """Find functions and scripts that call themselves in the background, and loops that never wait."""
+    text = re.sub(r"'[^']*'|\"(?:\\.|[^\"\\])*\"", "''", text)
+    text = re.sub(r"(?m)(?<!\S)#.*", "", text)
+    bomb = "starts processes without end (a fork bomb)"
+    for match in re.finditer(r"(?:function\s+)?([^\s(){};|&'\"$]+)\s*(?:\(\s*\))?\s*\{([^}]*)\}", text):
+        name = rf"(?<![\w./:-]){re.escape(match[1])}(?![\w./:-])"
+        calls = re.findall(name, match[2])
+        is_function = "(" in match[0] or match[0].startswith("function")
+        if is_function and calls and re.search(rf"{name}[^;]*[|&]|[|&]\s*{name}", match[2].replace("&&", ";")):
+            yield bomb
+    if re.search(r"\$0\"?\s*[|&]\s*(\.?/?\"?\$0)", text):
+        yield bomb
+    loops = re.finditer(
+        r"(?:while\s+(?:true|:|1|\[\s*1\s*\])|for\s*\(\(\s*;\s*;\s*\)\))\s*;?\s*do\b(.{0,500}?)\bdone", text
+    )
+    if any(re.search(r"(?<![&>])&(?![&>\d])", one[1]) and not re.search(r"\b(sleep|wait)\b", one[1]) for one in loops):
+        yield bomb
+
+
+# Check what is deleted or overwritten
+
+
+def _check_redirections(command, line):
+    for operator, target in command.redirections:
+        if operator == "<<" or operator == "<<<":
+            words = [one for word in command.words for one in expand_word(word.text, line.variables)]
+            words = _unwrap(words)
+            if words and _reads_code(_program(words[0]), list(map(unquote, words[1:]))):
+                yield from _find(unquote(target.text), line.depth + 1)
+            elif words and DATABASES.match(_program(words[0])) and STATEMENTS.search(target.text):
+                yield "deletes data of a database"
+        elif operator in (">", ">>"):
+            for path in expand_word(target.text, line.variables):
+                yield from _check_written(path, line, appends=operator == ">>")
+
+
+def _check_written(path, line, appends=False):
+    if DEVICE.match(path):
+        yield f"writes directly to a device ({_show(path)})"
+    elif not appends:
+        if file := find_critical_file(path, line.folder):
+            yield f"overwrites {_show(file)}"
+        elif re.match(r"/(private/)?var/log/.", normalize_path(path, line.folder) if path else ""):
+            yield f"empties a log of the system ({_show(path)})"
+
+
+def _show(path):
+    return unquote(UNKNOWN.sub(r"$\1", path))
+
+
+def _split_arguments(arguments, with_value=""):
+    """Return the options, as single letters and long names, and the other arguments."""
+    options, operands = set(), []
+    remaining = list(arguments)
+    while remaining:
+        word = remaining.pop(0)
+        if word == "--":
+            operands += remaining
+            break
+        if word.startswith("--"):
+            options.add(word[2:].partition("=")[0])
+        elif word.startswith("-") and len(word) > 1:
+            options |= set(word[1:])
+            if word[-1] in with_value:
+                remaining = remaining[1:]
+        else:
+            operands.append(word)
+    return options, operands
+
+
+def _has(options, letters, *names):
+    """Return whether an option is given; long names may be abbreviated."""
+    is_named = any(len(option) > 1 and name.startswith(option) for option in options for name in names)
+    return is_named or any(letter in options for letter in letters)
+
+
+def _check_rm(arguments, line):
+    options, paths = _split_arguments(arguments)
+    if "no-preserve-root" in options:
+        yield "switches off the protection of the root folder (--no-preserve-root)"
+    is_recursive = _has(options, "rR", "recursive")
+    for path in paths:
+        found = find_critical_path(path, line.folder)
+        if found and (is_recursive or (found.is_contents and found.kind in ("system", "home"))):
+            yield f"deletes {found.label}"
+        elif file := find_critical_file(path, line.folder):
+            yield f"deletes {_show(file)}"
+        elif DEVICE.match(path):
+            yield f"deletes {_show(path)}"
+
+
+def _check_permissions(arguments, line):
+    options, operands = _split_arguments(arguments)
+    mode, paths = operands[0] if operands else "", operands[1:]
+    is_open = re.fullmatch(r"0*|[0-7]*[2367]|.*\b[oa]*\+\w*w\w*|[oa]=\w*w\w*|a?-[rwx]+", mode) is not None
+    for path in paths:
+        found = find_critical_path(path, line.folder)
+        if found and found.kind in ("system", "home") and (_has(options, "R", "recursive") or is_open):
+            yield f"changes permissions of {found.label}"
+        elif is_open and (file := find_critical_file(path, line.folder)):
+            yield f"changes permissions of {_show(file)}"
+
+
+def _check_owner(arguments, line):
+    options, operands = _split_arguments(arguments)
+    for path in operands[1:] if "reference" not in options else operands:
+        found = find_critical_path(path, line.folder)
+        if found and found.kind == "system" and _has(options, "R", "recursive"):
+            yield f"changes the owner of {found.label}"
+
+
+def _check_find(arguments, line):
+    arguments = [word for word in arguments if word not in ("-H", "-L", "-P")]
+    end = next((number for number, word in enumerate(arguments) if word[:1] in ("-", "(", "!")), len(arguments))
+    end = next((number for number, word in enumerate(arguments[:end]) if unquote(word) in ("(", "!")), end)
+    roots, tests = arguments[:end] or ["."], arguments[end:]
+    is_filtered = False
+    for number, word in enumerate(tests):
+        if word == "-delete":
+            yield from _check_found(roots, is_filtered, line)
+        elif word in ("-exec", "-execdir"):
+            stop = next((i for i, one in enumerate(tests) if i > number and unquote(one) in (";", "+")), len(tests))
+            command = _unwrap(tests[number + 1 : stop])
+            if command and _program(command[0]) in ("rm", "unlink", "shred"):
+                yield from _check_found(roots, is_filtered, line)
+            elif command:
+                words = [one for word in command for one in _replace_braces(word, roots)]
+                yield from _check_command(
+                    words, _Line(line.depth + 1, [], variables=line.variables, folder=line.folder)
+                )
+        is_filtered |= (
+            re.match(
+                r"-(i?name|i?path|i?regex|i?wholename|size|[acm]time|[acm]min|newer|empty|perm|user|"
+                r"group|uid|gid|inum|links|samefile|i?lname|nouser|nogroup|used)",
+                word,
+            )
+            is not None
+        )
+
+
+def _replace_braces(word, roots):
+    return [word.replace("{}", root) for root in roots] if "{}" in word else [word]
+
+
+def _check_found(roots, is_filtered, line):
+    for root in roots:
+        found = find_critical_path(root, line.folder)
+        if found and (not is_filtered or found.label.startswith(("the whole", "the home folder"))):
+            yield f"deletes files in {found.label}"
+
+
+def _check_xargs(arguments, line):
+    command = _unwrap(_skip_options(arguments, XARGS_OPTIONS))
+    if not command:
+        return
+    inner = _Line(line.depth + 1, [], variables=line.variables, folder=line.folder)
+    yield from _check_command(command, inner)
+    producer = _unwrap(line.upstream[0]) if line.upstream else []
+    name = _program(producer[0]) if producer else ""
+    if name in ("echo", "printf", "ls") and len(line.upstream) == 1:
+        operands = [word for word in producer[1:] if not word.startswith("-")]
+        words = [word.strip() for word in operands]
+        if name == "ls":
+            words = [f"{word.rstrip('/')}/*" for word in words if not re.search(r"[*?]", word)] or words or ["*"]
+        yield from _check_command([*(word for word in command if word not in ("{}", "%")), *words], inner)
+    elif name == "find" and _program(command[0]) in ("rm", "unlink", "shred"):
+        tests = [*producer[1:], *(["-name"] if len(line.upstream) > 1 else []), "-delete"]
+        yield from _check_find(tests, inner)
+
+
+def _check_mv(arguments, line):
+    operands = _split_arguments(arguments, "tS")[1]
+    if operands[-1:] == ["/dev/null"]:
+        yield "replaces /dev/null or loses a file there (mv to /dev/null)"
+    for path in operands[:-1]:
+        found = find_critical_path(path, line.folder)
+        if found and (found.kind == "system" or (found.kind == "home" and not found.is_contents)):
+            yield f"moves {found.label}"
+        elif file := find_critical_file(path, line.folder):
+            yield f"moves {_show(file)}"
+    yield from _check_copy(arguments, line)
+
+
+def _check_copy(arguments, line):
+    operands = _split_arguments(arguments, "tS")[1]
+    if len(operands) > 1:
+        yield from _check_written(operands[-1], line)
+
+
+def _check_tee(arguments, line):
+    options, paths = _split_arguments(arguments)
+    for path in paths:
+        yield from _check_written(path, line, appends=_has(options, "a", "append"))
+
+
+def _check_truncate(arguments, line):
+    for path in _split_arguments(arguments, "sro")[1]:
+        yield from _check_written(path, line)
+
+
+def _check_dd(arguments, line):
+    for word in arguments:
+        if word.startswith("of="):
+            yield from _check_written(word[3:], line)
+
+
+def _check_partitioning(arguments, line):
+    options, operands = _split_arguments(arguments)
+    is_reading = _has(options, "lLdhVJpiv", "list", "dump", "json", "help", "version", "print", "info", "verify")
+    if operands and not is_reading and "print" not in operands:
+        yield f"changes the partitions of a device ({_show(operands[0])})"
+
+
+def _check_git(arguments, line):
+    arguments = list(arguments)
+    while arguments and arguments[0].startswith("-"):
+        arguments = arguments[2 if arguments[0] in ("-C", "-c", "--git-dir", "--work-tree") else 1 :]
+    name, arguments = (arguments[0] if arguments else ""), arguments[1:]
+    options, operands = _split_arguments(arguments, "o" if name == "push" else "")
+    if name == "clean" and _has(options, "f", "force") and not _has(options, "n", "dry-run"):
+        yield "deletes files that Git does not track (git clean)"
+    elif name == "reset" and "hard" in options:
+        yield "discards all changes that are not committed (git reset --hard)"
+    elif name == "push" and ("f" in options or {"force", "mirror"} & options or any(o[:1] == "+" for o in operands)):
+        yield "overwrites the history of a remote branch (git push --force)"
+    elif name in ("checkout", "restore") and any(path in (".", ":/", "*") for path in operands):
+        if not _has(options, "", "staged"):
+            yield f"discards changes that are not committed (git {name} .)"
+    elif (name == "stash" and operands[:1] == ["clear"]) or (name == "reflog" and operands[:1] == ["expire"]):
+        yield f"deletes saved changes (git {name} {operands[0]})"
+    elif name in ("filter-branch", "filter-repo"):
+        yield f"rewrites the history of the repository (git {name})"
+
+
+def _check_cd(arguments, line):
+    path = next((word for word in arguments if not word.startswith("-")), "~")
+    line.folder = normalize_path(UNKNOWN.sub("", path), line.folder) if UNKNOWN.sub("", path) else "."
+    return ()
+
+
+CHECKS = {
+    **{"rm": _check_rm, "unlink": _check_rm, "find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
+    **dict.fromkeys(("chown", "chgrp", "chattr", "setfacl"), _check_owner),
+    **{"mv": _check_mv, "cp": _check_copy, "install": _check_copy, "tee": _check_tee, "truncate": _check_truncate},
+    **dict.fromkeys(("cfdisk", "cgdisk", "fdisk", "gdisk", "parted", "sfdisk", "sgdisk"), _check_partitioning),
+    **{"dd": _check_dd, "git": _check_git, "cd": _check_cd, "pushd": _check_cd},
+}
+
+__all__ = ["find_dangers"]

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split shell command lines into simple commands, words and redirections, and expand what is known beforehand.
+
+No line is refused: an open quotation mark or bracket ends with the line.
+"""
+
+import itertools
+import re
+from dataclasses import dataclass, field
+
+
+# Quoted characters that would mean something without quotation marks, as characters of Unicode's private use area.
+QUOTED = {"$": "\ue000", "*": "\ue001", "?": "\ue002", "[": "\ue003", "~": "\ue004", "{": "\ue005"}
+# A `$` in double quotes: its value is not split into words.
+QUOTED_DOLLAR = "\ue006"
+PLAIN = str.maketrans({code: character for character, code in QUOTED.items()} | {QUOTED_DOLLAR: "$"})
+PRIVATE = re.compile("[\ue000-\ue006]")
+# Around the name of a variable without a known value, after expansion.
+UNKNOWN = re.compile("\ue007(.*?)\ue008")
+VARIABLE = re.compile(rf"([${QUOTED_DOLLAR}])(?:\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}|(\w+|[@*#?!$-]))")
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b", "E": "\x1b"}
+# Words before a command, which begin or continue a compound command.
+RESERVED = frozenset(
+    {"!", "{", "}", "if", "then", "else", "elif", "fi", "while", "until", "do", "done", "coproc", "esac"}
+)
+BRACES = re.compile(rf"(?<![${QUOTED_DOLLAR}])\{{([^{{}}]*,[^{{}}]*)\}}")
+MAX_BRACES = 8
+MAX_EXPANSIONS = 50
+
+
+@dataclass
+class Word:
+    """A word without its quotation marks; the characters of `QUOTED` stand for quoted ones.
+
+    Args:
+        text (`str`): `${}` stands for the output of a command.
+        substitutions (`list[str]`): The commands in `$(...)`, backticks, `<(...)` and `>(...)`.
+    """
+
+    text: str = ""
+    substitutions: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Command:
+    """A simple command.
+
+    Args:
+        operator (`str`): What stands before it: `|`, `&&`, `||`, `;`, `&` or nothing.
+        words (`list[Word]`): Program and arguments.
+        redirections (`list[tuple[str, Word]]`): Operators, such as `>` or `<<<`, and their targets. The target of
+            `<<` is the text of the here-document.
+    """
+
+    operator: str = ""
+    words: list[Word] = field(default_factory=list)
+    redirections: list[tuple[str, Word]] = field(default_factory=list)
+
+
+def parse_commands(line: str) -> list[Command]:
+    """Split a command line into its simple commands; lists, pipelines and compound commands become one flat list."""
+    return _Parser(PRIVATE.sub("\ufffd", line)).parse()
+
+
+def unquote(text: str) -> str:
+    """Return the plain text of a word."""
+    return text.translate(PLAIN)
+
+
+class _Parser:
+    def __init__(self, line):
+        self.line, self.position = line, 0
+        self.commands = [Command()]
+        self.here_documents = []
+
+    def parse(self):
+        while self.position < len(self.line):
+            self._read_token()
+        self._read_here_documents()
+        return [command for command in self.commands if command.words or command.redirections]
+
+    def _read_token(self):
+        if self._skip(r"\\\n|[ \t\r]+|#[^\n]*"):
+            return
+        if self._skip(r"\n"):
+            self._begin_command(";")
+            self._read_here_documents()
+        elif match := self._skip(r"\d*(<<<|<<-?|&>>?|[<>]&(?=[\d-])\d*-?|>>|>[|&]?|<>?)(?!\()|&>>?"):
+            self._read_redirection(match[0].lstrip("0123456789"))
+        elif match := self._skip(r"\|\||\|&?|&&|;;?&?|&|[()]"):
+            self._begin_command(match[0][:1] if match[0] in ("|&", ";;", ";&", ";;&") else match[0])
+        else:
+            self._add_word(self._read_word())
+
+    def _skip(self, pattern):
+        match = re.compile(pattern).match(self.line, self.position)
+        if match:
+            self.position = match.end()
+        return match
+
+    def _begin_command(self, operator):
+        current = self.commands[-1]
+        is_bracket = operator in ("(", ")")
+        if current.words or current.redirections:
+            self.commands.append(Command("" if is_bracket else operator))
+        elif not is_bracket:
+            current.operator = operator
+
+    def _add_word(self, word):
+        words = self.commands[-1].words
+        if words or word.text not in RESERVED:
+            words.append(word)
+
+    def _read_redirection(self, operator):
+        if operator[1:2] == "&" and operator != ">&":
+            return  # of one stream to another
+        self._skip(r"[ \t]+")
+        target = self._read_word()
+        if operator in (">&", "&>", ">|"):
+            operator = ">"
+        operator = operator.replace("&", "")
+        if operator.startswith("<<") and operator != "<<<":
+            self.here_documents.append((unquote(target.text), target))
+            operator = "<<"
+        self.commands[-1].redirections.append((operator, target))
+
+    def _read_here_documents(self):
+        for end, target in self.here_documents:
+            lines = []
+            while self.position < len(self.line):
+                text = self._skip(r"([^\n]*)\n?")[1]
+                if text.strip() == end:
+                    break
+                lines.append(text)
+            target.text = "\n".join(lines)
+        self.here_documents = []
+
+    def _read_word(self):
+        word = Word()
+        start = self.position
+        while self.position < len(self.line):
+            if self._skip(r"[<>]\("):
+                self._substitute(word, self._read_balanced("(", ")"), "$")
+            elif re.match(r"[\s;|&<>()]", self.line[self.position]):
+                break
+            else:
+                self._read_part(word)
+        if self.position == start and self.position < len(self.line):  # such as the target of `> >`
+            self.position += 1
+        return word
+
+    def _read_part(self, word):
+        if match := self._skip(r"[^\\'\"$`\s;|&<>()]+"):
+            word.text += match[0]
+        elif match := self._skip(r"\\(.|\n|$)"):
+            word.text += "" if match[1] == "\n" else _quote(match[1])
+        elif match := self._skip(r"'([^']*)'?"):
+            word.text += _quote(match[1])
+        elif match := self._skip(r"\$'((?:[^'\\]|\\.)*)'?"):
+            word.text += _quote(_decode_escapes(match[1]))
+        elif self._skip(r"\$?\""):
+            self._read_double_quoted(word)
+        else:
+            self._read_expansion(word, "$")
+
+    def _read_double_quoted(self, word):
+        while self.position < len(self.line) and not self._skip('"'):
+            if match := self._skip(r"[^\\\"$`]+"):
+                word.text += _quote(match[0])
+            elif match := self._skip(r"\\([$`\"\\\n])"):
+                word.text += "" if match[1] == "\n" else _quote(match[1])
+            elif self._skip(r"\\"):
+                word.text += "\\"
+            else:
+                self._read_expansion(word, QUOTED_DOLLAR)
+
+    def _read_expansion(self, word, dollar):
+        if self._skip(r"\$\(\("):
+            self._read_balanced("(", ")")
+            self._skip(r"\)")
+            word.text += "0"
+        elif self._skip(r"\$\("):
+            self._substitute(word, self._read_balanced("(", ")"), dollar)
+        elif match := self._skip(r"`((?:[^`\\]|\\.)*)`?"):
+            self._substitute(word, re.sub(r"\\([`$\\])", r"\1", match[1]), dollar)
+        elif self._skip(r"\$\{"):
+            word.text += f"{dollar}{{{self._read_balanced('{', '}')}}}"
+        else:
+            match = self._skip(r"\$(\w*|[@*#?!$-])")
+            word.text += dollar + match[1] if match[1] else _quote("$")
+
+    def _substitute(self, word, command, dollar):
+        word.substitutions.append(command)
+        output = re.fullmatch(r"\s*(?:which|type -p|command -v|echo|printf)\s+([\w./ ~*-]+?)\s*", command)
+        word.text += output[1] if output else f"{dollar}{{}}"
+
+    def _read_balanced(self, opening, closing):
+        """Return the text up to the bracket that closes the last one, and skip that bracket."""
+        start, depth = self.position, 1
+        while self.position < len(self.line):
+            if self._skip(r"\\.|'[^']*'|\"(?:[^\"\\]|\\.)*\""):
+                continue
+            character = self.line[self.position]
+            self.position += 1
+            depth += (character == opening) - (character == closing)
+            if depth == 0:
+                return self.line[start : self.position - 1]
+        return self.line[start:]
+
+
+def _quote(text):
+    return "".join(QUOTED.get(character, character) for character in text)
+
+
+def _decode_escapes(text):
+    def decode(match):
+        if match[1]:
+            return chr(int(match[1], 16) % 0x110000)
+        return chr(int(match[2], 8)) if match[2] else ESCAPES.get(match[3], match[3])
+
+    return re.sub(r"\\(?:[xuU]([0-9a-fA-F]{1,8})|([0-7]{1,3})|(.))", decode, text)
+
+
+# Expand
+
+
+def expand_word(text: str, variables: dict[str, list[str]]) -> list[str]:
+    """Expand braces and variables of a word.
+
+    Args:
+        text (`str`): Of a [`Word`].
+        variables (`dict[str, list[str]]`): The possible values of each known variable.
+
+    Returns:
+        `list[str]`: The words, of all possible values. Variables that are not known become `UNKNOWN`.
+    """
+    words = []
+    for piece in _expand_braces(text):
+        words += _expand_variables(piece, variables)
+    return words[:MAX_EXPANSIONS]
+
+
+def _expand_braces(text):
+    texts = [text]
+    for _ in range(MAX_BRACES):
+        texts = [choice for one in texts for choice in _expand_first_brace(one)][:MAX_EXPANSIONS]
+    return texts
+
+
+def _expand_first_brace(text):
+    match = BRACES.search(text)
+    if not match:
+        return [text]
+    return [text[: match.start()] + choice + text[match.end() :] for choice in match[1].split(",")]
+
+
+def _expand_variables(text, variables):
+    pieces, position = [[""]], 0
+    is_split = False
+    for match in VARIABLE.finditer(text):
+        values = _values(match[2] if match[2] is not None else match[3], variables)
+        is_split |= match[1] == "$" and any(re.search(r"\s", value) for value in values)
+        pieces += [[text[position : match.start()]], values]
+        position = match.end()
+    combined = ["".join(parts) for parts in itertools.islice(itertools.product(*pieces), MAX_EXPANSIONS)]
+    combined = [one + text[position:] for one in combined]
+    return [part for one in combined for part in one.split()] if is_split else combined
+
+
+def _values(expression, variables):
+    name = re.match(r"\w*", expression)[0]
+    modifier = expression[len(name) :]
+    if name in variables and (not modifier or re.match(r":?[-?=]", modifier)):
+        return variables[name]
+    if re.match(r":?\?", modifier):
+        return ["x"]  # the shell stops if the variable is empty
+    default = re.match(r":?[-=](.+)", modifier)
+    return [unquote(default[1])] if default else [f"\ue007{name or expression}\ue008"]
+
+
+__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "parse_commands", "unquote"]
