@@ -24,6 +24,7 @@ from encdec_slm.run_results import DataSource, RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint, list_tasks
 from encdec_slm.trainers.evaluation import tasks as tasks_module
 from encdec_slm.trainers.evaluation.generation import AnswerGenerator
+from encdec_slm.trainers.evaluation.shell_metrics import parse_command
 from encdec_slm.trainers.evaluation.task_rows import load_examples
 from encdec_slm.trainers.evaluation.tasks import Example, find_task
 
@@ -491,7 +492,7 @@ def test_wrong_arguments_are_named(text_folder, rows_file, options):
         evaluate_checkpoint(text_folder, "text", **QUIET)
 
 
-def test_other_encoder_decoders_are_evaluated_and_decoder_only_models_are_refused(text_folder, rows_file, tmp_path):
+def test_other_encoder_decoders_and_decoder_only_models_are_evaluated(text_folder, rows_file, tmp_path):
     _, tokenizer = load_checkpoint(text_folder)
     sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
     config = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, **sizes)
@@ -502,6 +503,65 @@ def test_other_encoder_decoders_are_evaluated_and_decoder_only_models_are_refuse
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
     model.save_pretrained(tmp_path / "llama")
+    options = {**QUIET, "max_samples": 3, "max_new_tokens": 4, "processing_class": tokenizer}
     for checkpoint in (model, tmp_path / "llama"):
-        with pytest.raises(ValueError, match="encoder-decoder"):
-            evaluate_checkpoint(checkpoint, "text", dataset_name=rows_file, processing_class=tokenizer, **QUIET)
+        results = evaluate_checkpoint(checkpoint, "text", dataset_name=rows_file, **options)
+        assert results.models[0].num_parameters == model.num_parameters()
+        assert results.settings["max_new_tokens"] == 4
+
+
+# Shell commands
+
+
+COMMANDS = [{"source": f"list files {number}", "target": f"ls -l d{number}"} for number in range(3)]
+
+
+def test_a_function_is_scored_on_shell_commands(tmp_path):
+    def answer(sources):
+        return [[f"du {source}", f"ls -l {source[-1]}"] for source in sources]
+
+    rows = write_rows(tmp_path / "rows.jsonl", COMMANDS)
+    options = {"show_progress": False, "num_bootstrap": 20}
+    results = evaluate_checkpoint(answer, "shell", dataset_name=rows, output_dir=tmp_path / "out", **options)
+    metrics = {name: metric.value for name, metric in results.saved.metrics.items()}
+    expected = {"nlc2cmd": -100, "nlc2cmd_top5": 100, "template": 0, "exact": 0, "first_utility": 0, "valid_bash": 100}
+    assert metrics == expected
+    assert texts_in(tmp_path / "out")[1] == "du list files 1\nls -l 1"
+    assert (
+        evaluate_checkpoint(lambda sources: ["ls -l"] * 3, "shell", dataset_name=rows, **options)
+        .saved.metrics["template"]
+        .value
+        == 100
+    )
+    with pytest.raises(ValueError, match="1 answers to 3"):
+        evaluate_checkpoint(lambda sources: ["ls"], "shell", dataset_name=rows, **options)
+
+
+def test_models_give_five_answers_to_a_shell_request(text_folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", COMMANDS)
+    results = evaluate_checkpoint(text_folder, "shell", dataset_name=rows, output_dir=tmp_path / "out", **QUIET)
+    assert results.settings["num_beams"] == 5
+    model, tokenizer = load_checkpoint(text_folder)
+    inputs = tokenizer([row["source"] for row in COMMANDS], return_tensors="pt", padding=True)
+    ids = model.generate(**inputs, num_beams=5, num_return_sequences=5, max_new_tokens=QUIET["max_new_tokens"])
+    answers = [parse_command(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    expected = ["\n".join(dict.fromkeys(answers[5 * row : 5 * row + 5])) for row in range(3)]
+    assert texts_in(tmp_path / "out") == expected
+
+
+def test_a_decoder_only_model_reads_the_prompt_template_and_its_chat_template(text_folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", COMMANDS)
+    _, tokenizer = load_checkpoint(text_folder)
+    tokenizer.chat_template = "Q: {{ messages[0]['content'] }}\nA:"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, initializer_range=0.5, **sizes))
+    options = {"dataset_name": rows, "processing_class": tokenizer, "prompt_template": "Write: {{ source }}."}
+    results = evaluate_checkpoint(model, "shell", output_dir=tmp_path / "out", **options, **QUIET)
+    prompt = tokenizer("Q: Write: list files 0.\nA:", add_special_tokens=False, return_tensors="pt")
+    settings = {"num_beams": 5, "num_return_sequences": 5, "max_new_tokens": QUIET["max_new_tokens"]}
+    ids = model.generate(**prompt, **settings, pad_token_id=0)[:, prompt["input_ids"].shape[1] :]
+    answers = [parse_command(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert texts_in(tmp_path / "out")[0] == "\n".join(dict.fromkeys(answers))
+    assert results.settings["prompt_template"] == "Write: {{ source }}."
+    with pytest.raises(ValueError, match="prompt_template"):
+        evaluate_checkpoint(text_folder, "shell", dataset_name=rows, prompt_template="{{ source }}", **QUIET)

@@ -8,6 +8,7 @@ from encdec_slm.trainers.evaluation.shell_metrics import (
     is_valid_bash,
     nlc2cmd_list_score,
     nlc2cmd_score,
+    parse_command,
     parse_utilities,
     shell_metrics,
 )
@@ -102,3 +103,19 @@ def test_all_metrics_of_a_row():
         **{"nlc2cmd": 1.0, "nlc2cmd_top5": 1.0, "template": 1.0, "exact": 0.0},
         **{"first_utility": 1.0, "valid_bash": 1.0},
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("ls -l", "ls -l"),
+        ("  ls -l\nThis lists files.", "ls -l"),
+        ("```bash\nls -l | wc\n```", "ls -l | wc"),
+        ("Use this command:\n```\n$ ls -l\n```\nIt lists files.", "ls -l"),
+        ("`ls -l`", "ls -l"),
+        ("", ""),
+        ("```", ""),
+    ],
+)
+def test_the_command_is_the_first_line_of_code_in_an_answer(answer, expected):
+    assert parse_command(answer) == expected

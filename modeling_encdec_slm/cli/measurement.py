@@ -13,8 +13,8 @@ from .console import UsageError, print_status
 
 
 TASK_HELP = (
-    "text (your own rows), docstrings, squad_v2, xsum, code_x_glue_ct_code_to_text, vqav2, textvqa, chartqa, digits, "
-    "charts or lines."
+    "text (your own rows), docstrings, shell, squad_v2, xsum, code_x_glue_ct_code_to_text, vqav2, textvqa, chartqa, "
+    "digits, charts or lines."
 )
 
 
@@ -47,6 +47,9 @@ def evaluate(
     num_beams: Annotated[
         int | None, options.count(help="Beam search; 1 is greedy search.  [default: the model's]")
     ] = None,
+    prompt_template: Annotated[
+        str | None, options.name(help="Jinja text or file with {{ source }}, for a decoder-only MODEL.")
+    ] = None,
     batch_size: Annotated[int, options.count(help="Rows per batch.")] = 8,
     device: Annotated[
         str | None, options.name(help="cpu, cuda, ...  [default: an accelerator if there is one]")
@@ -58,9 +61,9 @@ def evaluate(
 ):
     """Score a checkpoint on a task, with 95 % confidence intervals by bootstrap.
 
-    Text tasks: text, docstrings (Python's standard library, no download), squad_v2, xsum and
-    code_x_glue_ct_code_to_text (CodeXGLUE). Image tasks: vqav2, textvqa, chartqa, and digits, charts and lines, whose
-    images are drawn by this package.
+    Text tasks: text, docstrings (Python's standard library, no download), shell (with --dataset-name), squad_v2, xsum
+    and code_x_glue_ct_code_to_text (CodeXGLUE). Image tasks: vqav2, textvqa, chartqa, and digits, charts and lines,
+    whose images are drawn by this package.
 
     \b
     Examples:

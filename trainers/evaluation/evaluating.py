@@ -5,13 +5,14 @@ import contextlib
 import time
 from pathlib import Path
 
-import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...checkpoints import lock_folder
 from ...run_results import DataSource, ModelResults, RunResults, package_versions
-from .generation import AnswerGenerator, check_model_fits_task, compute_digest, load_model
+from ..prompt_templates import read_prompt_template
+from .generation import AnswerGenerator, FunctionGenerator, check_model_fits_task, load_model
 from .predictions import RESULT_NAME, Predictions
 from .results import build_command, mean_with_interval, public_path
 from .task_rows import compute_data_digest, load_examples
@@ -39,6 +40,7 @@ def evaluate_checkpoint(
     max_source_length: int | None = None,
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
+    prompt_template: str | Path | None = None,
     batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
@@ -55,8 +57,10 @@ def evaluate_checkpoint(
     run; the results are saved as `evaluation.json`.
 
     Args:
-        model_or_path (`str`, `Path` or [`~transformers.PreTrainedModel`]): A folder, a model on the Hub, or a loaded
-            model, with a LoRA adapter or without: any encoder-decoder for text, or a vision-text model of this family.
+        model_or_path (`str`, `Path`, [`~transformers.PreTrainedModel`] or `Callable`): A folder, a model on the Hub,
+            or a loaded model, with a LoRA adapter or without: any encoder-decoder or decoder-only model for text, or a
+            vision-text model of this family. Or a function that returns the answers to a list of sources: a text for
+            each, or a list of texts, the best first.
         task (`str`): One of [`list_tasks`]. `"text"` is for other rows of text.
         output_dir (`str` or `Path`, *optional*): Folder of this model and task. `None` saves nothing.
         dataset_name (`str` or `Path`, *optional*): A data file, a folder of data files, or a data set on the Hub, with
@@ -75,7 +79,10 @@ def evaluate_checkpoint(
         max_new_tokens (`int`, *optional*): Longest answer, in tokens. `None` takes the limit of the generation config,
             or that of the task if it has none.
         num_beams (`int`, *optional*): Beams of the search; 1 is greedy. `None` takes the number of the generation
-            config.
+            config. A task with several answers, such as `"shell"`, has at least as many beams.
+        prompt_template (`str` or `Path`, *optional*): Jinja template of the prompt of a decoder-only model, with the
+            field `source`: the text itself, or its file. Without it, the prompt is the source. The tokenizer's chat
+            template is applied to the prompt.
         batch_size (`int`, *optional*, defaults to 8): Rows per batch.
         device (`str`, *optional*): Such as `"cpu"`. `None` takes an accelerator if there is one.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. `None` takes that of the weights.
@@ -106,17 +113,16 @@ def evaluate_checkpoint(
         max_samples=max_samples,
         seed=seed,
     )
-    model, processing_class = load_model(model_or_path, processing_class, model_revision, dtype, device)
-    check_model_fits_task(model, task, found)
-    limits = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "max_source_length": max_source_length}
-    generator = AnswerGenerator(model, processing_class, found.max_new_tokens, **limits)
-    settings = {
-        "max_new_tokens": generator.generation_config.max_new_tokens,
-        "num_beams": generator.generation_config.num_beams,
-        "max_source_length": generator.max_source_length,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    run = {"task": task, "model": compute_digest(generator), "data": compute_data_digest(examples), **settings}
+    if not isinstance(model_or_path, PreTrainedModel | PeftModel) and callable(model_or_path):
+        generator = FunctionGenerator(model_or_path)
+    else:
+        model, processing_class = load_model(model_or_path, processing_class, model_revision, dtype, device)
+        check_model_fits_task(model, task, found)
+        limits = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "max_source_length": max_source_length}
+        limits |= {"num_answers": found.num_answers, "prompt_template": read_prompt_template(prompt_template)}
+        generator = AnswerGenerator(model, processing_class, found.max_new_tokens, **limits)
+    settings = generator.settings()
+    run = {"task": task, "model": generator.compute_digest(), "data": compute_data_digest(examples), **settings}
     if output_dir is not None:
         _check_replaceable(Path(output_dir, RESULT_NAME))
     with contextlib.ExitStack() as stack:
@@ -135,7 +141,7 @@ def evaluate_checkpoint(
         kind="evaluation",
         task=task,
         models=[
-            ModelResults(name, mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed), model.num_parameters())
+            ModelResults(name, mean_with_interval(scores, num_bootstrap, CONFIDENCE, seed), generator.num_parameters)
         ],
         saved_model=name,
         dataset=_data_source(arguments, found),
@@ -144,7 +150,7 @@ def evaluate_checkpoint(
         confidence=CONFIDENCE,
         settings=settings,
         command=_build_command(arguments),
-        device=_device_name(model),
+        device=generator.device_name,
         seconds=round(predictions.seconds, 1),
         versions=package_versions("datasets", "rouge-score"),
     )
@@ -224,7 +230,8 @@ def _find_origin(model_or_path):
     """Return the path or name of a model, or the name of its class."""
     if isinstance(model_or_path, (str, Path)):
         return str(model_or_path)
-    return getattr(model_or_path, "name_or_path", None) or type(model_or_path).__name__
+    name = getattr(model_or_path, "name_or_path", None) or getattr(model_or_path, "__name__", None)
+    return name or type(model_or_path).__name__
 
 
 def _build_command(arguments):
@@ -235,8 +242,3 @@ def _build_command(arguments):
     for name in ("output_dir", "dataset_name"):
         options[name] = None if options[name] is None else public_path(options[name])
     return build_command(options, evaluate_checkpoint.__kwdefaults__)
-
-
-def _device_name(model):
-    device = model.device
-    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

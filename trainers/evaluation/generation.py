@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ...checkpoints import MODEL_TYPES, has_vision, load_checkpoint, move_to_device
 from ..row_encoding import build_row_encoder
+from .decoder_only import PromptEncoder, is_decoder_only, load_decoder_only
+from .shell_metrics import parse_command
 from .tasks import EvaluationTask, Example
 
 
@@ -26,7 +28,7 @@ NO_LIMIT = 1e20
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 # Sampling, several answers per source, other types of output, and prompt lookup, which needs batches of one.
 REPLACED_SETTINGS = {
-    **{"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False},
+    **{"do_sample": False, "return_dict_in_generate": False},
     **{"prompt_lookup_num_tokens": None, **dict.fromkeys(SAMPLING_SETTINGS)},
 }
 # Fields of configs that do not change what is generated, or that are recorded by themselves.
@@ -40,12 +42,12 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load an encoder-decoder and its tokenizer or processor; a loaded model is only moved to its dtype and device.
+    """Load a model and its tokenizer or processor; a loaded model is only moved to its dtype and device.
 
     Args: as in [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`].
 
     Raises:
-        ValueError: It cannot be loaded, is not an encoder-decoder, or has no tokenizer or processor.
+        ValueError: It cannot be loaded, or has no tokenizer or processor.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
@@ -56,10 +58,12 @@ def load_model(
     if not isinstance(model_or_path, (str, Path)):
         model = move_to_device(model_or_path.eval(), device)
         model = model if dtype is None else model.to(getattr(torch, dtype))
-        if not model.config.is_encoder_decoder:
-            raise ValueError(f"`model_or_path` is a {type(model).__name__}, but an encoder-decoder is required.")
     else:
-        model, found = load_checkpoint(model_or_path, revision=revision, dtype=dtype or "auto", device=device)
+        if is_decoder_only(model_or_path, revision):
+            model, found = load_decoder_only(model_or_path, revision, dtype)
+            model = move_to_device(model, device)
+        else:
+            model, found = load_checkpoint(model_or_path, revision=revision, dtype=dtype or "auto", device=device)
         processing_class = found if processing_class is None else processing_class
     if processing_class is None:
         raise ValueError(
@@ -98,9 +102,13 @@ class AnswerGenerator:
         num_beams (`int`, *optional*): 1 is greedy. `None` takes the number of the generation config.
         max_source_length (`int`, *optional*): Longest source, in tokens. `None` takes the limit of tokenizer and
             config.
+        num_answers (`int`, *optional*, defaults to 1): Answers per source, at most as many as beams; they are joined
+            by line ends.
+        prompt_template (`str` or `Path`, *optional*): Jinja template of the prompt of a decoder-only model.
 
     Raises:
-        ValueError: `max_new_tokens` exceeds the positions of the decoder.
+        ValueError: `max_new_tokens` exceeds the positions of the decoder, or an encoder-decoder is given
+            `prompt_template`.
     """
 
     def __init__(
@@ -111,12 +119,20 @@ class AnswerGenerator:
         max_new_tokens=None,
         num_beams=None,
         max_source_length=None,
+        num_answers=1,
+        prompt_template=None,
     ):
         self.model, self.processing_class = model, processing_class
+        self.num_answers, self.prompt_template = num_answers, prompt_template
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.max_source_length = max_source_length or self._declared_source_length()
-        self.encoder = build_row_encoder(processing_class, max_source_length=self.max_source_length)
+        if model.config.is_encoder_decoder:
+            if prompt_template is not None:
+                raise ValueError("`prompt_template` is for decoder-only models, but the model is an encoder-decoder.")
+            self.encoder = build_row_encoder(processing_class, max_source_length=self.max_source_length)
+        else:
+            self.encoder = PromptEncoder(processing_class, self.max_source_length, prompt_template=prompt_template)
         given = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         self.generation_config = self._build_generation_config(given, default_max_new_tokens)
         self.overridden = self._find_overridden_settings()
@@ -131,8 +147,48 @@ class AnswerGenerator:
         inputs = {name: value.to(self.model.device, dtypes[name]) for name, value in inputs.items()}
         with torch.inference_mode(), self._replace_generation_config():
             ids = self.model.generate(**inputs, **self._generate_arguments)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts], [source.is_cut for source in sources]
+        if not self.model.config.is_encoder_decoder:
+            ids = ids[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        if self.num_answers > 1:
+            texts = [parse_command(text) for text in texts]
+            starts = range(0, len(texts), self.num_answers)
+            texts = ["\n".join(dict.fromkeys(texts[start : start + self.num_answers])) for start in starts]
+        return texts, [source.is_cut for source in sources]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the answers besides the weights."""
+        return {
+            "max_new_tokens": self.generation_config.max_new_tokens,
+            "num_beams": self.generation_config.num_beams,
+            "max_source_length": self.max_source_length,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **({} if self.prompt_template is None else {"prompt_template": self.prompt_template}),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the model."""
+        return self.model.num_parameters()
+
+    @property
+    def device_name(self) -> str:
+        """Type of the model's device, and its name if it is a GPU."""
+        device = self.model.device
+        return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+    def compute_digest(self) -> str:
+        """Return a digest of weights, config, vocabulary, chat template and generation settings."""
+        digest = hashlib.blake2b(digest_size=16)
+        template = getattr(self.processing_class, "chat_template", None)
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        configs = (self.model.config.to_dict(), self.generation_config.to_dict())
+        configs = [{key: value for key, value in config.items() if key not in IGNORED_FIELDS} for config in configs]
+        digest.update(json.dumps([configs, vocabulary, template], sort_keys=True, default=str).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def _replace_generation_config(self):
@@ -170,7 +226,8 @@ class AnswerGenerator:
                 f"token. Set it to at most {positions - 1}."
             )
         settings = {"max_length": None, "max_new_tokens": max(1, limit), **REPLACED_SETTINGS}
-        settings["num_beams"] = given["num_beams"] or config.num_beams or 1
+        settings["num_beams"] = max(given["num_beams"] or config.num_beams or 1, self.num_answers)
+        settings["num_return_sequences"] = self.num_answers
         known = vars(GenerationConfig())
         config.update(**{name: value for name, value in settings.items() if name in known})
         if config.pad_token_id is None:
@@ -181,6 +238,8 @@ class AnswerGenerator:
     def _own_limit(self):
         """Return the most new tokens that the checkpoint generates, if its generation config has a limit."""
         config = self.model.generation_config
+        if not self.model.config.is_encoder_decoder:  # the prompt counts in `max_length`
+            return config.max_new_tokens
         # The start token counts in `max_length`.
         return config.max_new_tokens or (config.max_length and config.max_length - 1)
 
@@ -208,15 +267,34 @@ def max_length(config: Any, stack: str) -> int | None:
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def compute_digest(generator: AnswerGenerator) -> str:
-    """Return a digest of weights, config, vocabulary, chat template and generation settings."""
-    digest = hashlib.blake2b(digest_size=16)
-    template = getattr(generator.processing_class, "chat_template", None)
-    vocabulary = sorted(generator.tokenizer.get_vocab().items())
-    configs = (generator.model.config.to_dict(), generator.generation_config.to_dict())
-    configs = [{key: value for key, value in config.items() if key not in IGNORED_FIELDS} for config in configs]
-    digest.update(json.dumps([configs, vocabulary, template], sort_keys=True, default=str).encode())
-    for name, tensor in generator.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+class FunctionGenerator:
+    """Answers of a function, for [`~encdec_slm.trainers.evaluation.evaluate_checkpoint`].
+
+    Args:
+        function (`Callable`): Returns the answers to a list of sources: a text for each, or a list of texts, the best
+            first.
+    """
+
+    num_parameters, overridden, device_name = None, {}, "unknown"
+
+    def __init__(self, function: Callable[[list[str]], Sequence[str | Sequence[str]]]):
+        self.function = function
+
+    def generate(self, examples: Sequence[Example]) -> tuple[list[str], list[bool]]:
+        """Return the answers to a batch of examples, several joined by line ends; none of the sources is truncated."""
+        answers = self.function([example.source for example in examples])
+        if len(answers) != len(examples):
+            raise ValueError(
+                f"The function returned {len(answers)} answers to {len(examples)} sources. Return a text, or a list "
+                "of texts, for each source."
+            )
+        texts = [answer if isinstance(answer, str) else "\n".join(answer) for answer in answers]
+        return texts, [False] * len(texts)
+
+    def settings(self) -> dict[str, Any]:
+        """Return nothing, because the settings of a function are unknown."""
+        return {}
+
+    def compute_digest(self) -> str:
+        """Return the name of the function, which cannot be told from another one of this name."""
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)

@@ -135,14 +135,22 @@ def is_valid_bash(command: str) -> bool:
     return finished.returncode == 0
 
 
+def parse_command(answer: str) -> str:
+    """Return the command in a model's answer: the first line of code, without a prompt sign or code fences."""
+    lines = [line.strip() for line in answer.strip().splitlines()]
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    lines = [line for line in lines[fences[0] + 1 if fences else 0 :] if line and not line.startswith("```")]
+    return re.sub(r"^[$#] +", "", lines[0]).strip("`") if lines else ""
+
+
 def shell_metrics(predictions: Sequence[str], reference: str) -> dict[str, float]:
     """Compute all metrics of one row, each from 0 to 1 but the two scores, which go from -1 to 1.
 
     Args:
-        predictions (`Sequence[str]`): Answers, the best first; at least one.
+        predictions (`Sequence[str]`): Answers, the best first.
         reference (`str`): The expected command.
     """
-    best = predictions[0]
+    best = predictions[0] if predictions else ""
     return {
         "nlc2cmd": nlc2cmd_score(best, reference),
         "nlc2cmd_top5": nlc2cmd_list_score(predictions, reference),

@@ -22,6 +22,7 @@ from .metrics import (
     text_scores,
     vqa_scores,
 )
+from .shell_metrics import shell_metrics
 
 
 DEFAULT_VISUAL_ROWS = 200
@@ -63,6 +64,8 @@ class EvaluationTask:
         score (`Callable`): Computes metrics from 0 to 1 from an answer and its references.
         max_new_tokens (`int`): Longest answer if neither the caller nor the checkpoint has a limit.
         needs_images (`bool`, *optional*, defaults to `False`): Whether the task is for vision-text models.
+        num_answers (`int`, *optional*, defaults to 1): Answers of a model to each row, the best first. Several are
+            one-line texts that are joined by line ends.
         build (`Callable`, *optional*): Builds rows from the name of a split, a number of rows and a seed.
         dataset_name (`str`, *optional*): Data set on the Hub.
         dataset_config (`str`, *optional*): Configuration of the data set.
@@ -78,6 +81,7 @@ class EvaluationTask:
     score: Callable[[str, Sequence[str]], Mapping[str, float | None]]
     max_new_tokens: int
     needs_images: bool = False
+    num_answers: int = 1
     build: Callable[[str, int | None, int], Sequence[Mapping[str, Any]]] | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
@@ -125,6 +129,10 @@ def _read_text(values, where):
     check_text(source, "source", where)
     check_text(target, "target", where)
     return Example(source, (target,))
+
+
+def _shell_scores(prediction, references):
+    return shell_metrics(prediction.splitlines(), references[0])
 
 
 def _read_code(values, where):
@@ -205,6 +213,15 @@ TASKS = {
         score=docstring_scores,
         max_new_tokens=48,
         build=_build_docstrings,
+        columns_can_be_named=True,
+    ),
+    "shell": EvaluationTask(
+        about="shell commands for requests: NLC2CMD score, template and exact match, first utility, valid Bash",
+        columns=(("source",), ("target",)),
+        read=_read_text,
+        score=_shell_scores,
+        max_new_tokens=96,
+        num_answers=5,
         columns_can_be_named=True,
     ),
     "squad_v2": EvaluationTask(

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only models as contenders of an evaluation: loading, and prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ...checkpoints import check_hub_name
+from ..prompt_templates import load_prompt_template
+from ..row_encoding import EncodedSource, Messages, RowEncoder, pad_ids
+
+
+def is_decoder_only(name_or_path: str | Path, revision: str | None = None) -> bool:
+    """Return whether a folder or a name on the Hub is a decoder-only model."""
+    if not Path(name_or_path).is_dir() and not check_hub_name(name_or_path, revision):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main")
+    except (OSError, ValueError):
+        return False
+    return not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def load_decoder_only(
+    name_or_path: str | Path, revision: str | None, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a decoder-only model in evaluation mode, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype or "auto")
+    return model.eval(), AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+
+
+@dataclass
+class PromptEncoder(RowEncoder):
+    """Encode sources as prompts of a decoder-only model.
+
+    Args:
+        prompt_template (`str` or `Path`, *optional*): Jinja template with the field `source`, see
+            [`~encdec_slm.trainers.prompt_templates.load_prompt_template`]. The tokenizer's chat template, if it has
+            one, renders the result as a message of the user.
+    """
+
+    prompt_template: str | Path | None = None
+
+    def encode_source(
+        self, source: str | Messages, *, before: str = "", after: str = "", where: str = "source"
+    ) -> EncodedSource:
+        """Encode one prompt; a prompt that is longer than `max_source_length` loses its first tokens."""
+        text = before + source + after
+        if self.prompt_template is not None:
+            text = load_prompt_template(self.prompt_template)({"source": text})
+        is_chat = self.tokenizer.chat_template is not None
+        encoded = self.encode_prompt([{"role": "user", "content": text}] if is_chat else text, where=where)
+        if self._is_too_long(encoded.input_ids):
+            encoded = encoded._replace(input_ids=encoded.input_ids[-self.max_source_length :])
+        return encoded
+
+    def collate_sources(self, sources: Sequence[EncodedSource]) -> Mapping[str, torch.Tensor]:
+        """Pad prompts on the left; return `input_ids` and `attention_mask` of shape `(batch_size, length)`."""
+        input_ids, attention_mask = pad_ids(
+            [source.input_ids for source in sources], self._pad_token_id, padding_side="left"
+        )
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
