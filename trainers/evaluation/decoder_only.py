@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ...checkpoints import check_hub_name
@@ -25,12 +25,10 @@ def is_decoder_only(name_or_path: str | Path, revision: str | None = None) -> bo
     return not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def load_decoder_only(
-    name_or_path: str | Path, revision: str | None, dtype: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a decoder-only model in evaluation mode, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype or "auto")
-    return model.eval(), AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
+def load_decoder_only(name_or_path: str | Path, revision: str | None, dtype: str | None) -> PreTrainedModel:
+    """Load a decoder-only model in evaluation mode."""
+    name, revision = str(name_or_path), revision or "main"
+    return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto").eval()
 
 
 @dataclass

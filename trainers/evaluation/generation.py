@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ...checkpoints import MODEL_TYPES, has_vision, load_checkpoint, move_to_device
+from ...checkpoints import MODEL_TYPES, has_vision, load_checkpoint, load_processing_class, move_to_device
 from ..row_encoding import build_row_encoder
 from .decoder_only import PromptEncoder, is_decoder_only, load_decoder_only
 from .shell_metrics import parse_command
@@ -60,8 +60,9 @@ def load_model(
         model = model if dtype is None else model.to(getattr(torch, dtype))
     else:
         if is_decoder_only(model_or_path, revision):
-            model, found = load_decoder_only(model_or_path, revision, dtype)
-            model = move_to_device(model, device)
+            model, found = move_to_device(load_decoder_only(model_or_path, revision, dtype), device), None
+            if processing_class is None:
+                found = load_processing_class(str(model_or_path), model, revision=revision)
         else:
             model, found = load_checkpoint(model_or_path, revision=revision, dtype=dtype or "auto", device=device)
         processing_class = found if processing_class is None else processing_class
