@@ -5,9 +5,9 @@
 
 SOURCE is a folder, or a preset such as `tiny`, whose decoder-only baseline is trained first. Students with 2/3 of its
 layers in the encoder and 1/3 in the decoder learn from it to write docstrings for Python's standard library: forward
-KL and cross-entropy, half each, a trimmed vocabulary, AdamW. Seeds order the rows. The teacher reads each row once,
-and a study that was stopped continues with the next start. Writes one JSON file per run and study.md: losses in nats
-per held-out target token.
+KL and cross-entropy, half each, a trimmed vocabulary, AdamW. Seeds order the rows. `--steps 0` measures the losses
+before training alone. The teacher reads each row once, and a study that was stopped continues with the next start.
+Writes one JSON file per run and study.md: losses in nats per held-out target token.
 
 A source that follows instructions needs some: for Qwen2.5-Coder-0.5B-Instruct, `--prompt "Write the first sentence of
 the docstring of this Python function.\n\n{source}"`. A step with it takes 4 seconds on a CPU with bfloat16 units.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments, get_linear_schedule_with_warmup
 
 from encdec_slm.adaptation import from_decoder_only, load_tokenizer, select_layers
 from encdec_slm.benchmarks.machine import has_bfloat16_units
@@ -40,7 +40,8 @@ class Start:
 
     Args:
         encoder (`str`): Layers of the encoder: `"first"`, `"last"`, `"even"`, `"contiguous"` (a block in the middle is
-            left out), or `"outer"` (the first, and every second one up to the last).
+            left out), `"outer"` (the first, and every second one up to the last), or `"influence"` (those that change
+            their input most, ShortGPT, arXiv 2403.03853).
         decoder (`str`): Layers of the decoder, likewise.
         cross_scale (`float`): Factor of the copied output projection of the cross-attention.
         fold_norm (`bool`): Move the gain of each decoder layer's input norm into keys and values of its
@@ -53,6 +54,8 @@ class Start:
     fold_norm: bool = False
 
 
+# Targets on which the influence of layers is measured.
+NUM_INFLUENCE_ROWS = 32
 SOURCE_TRAINING = {
     **{"per_device_train_batch_size": 16, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05},
     **{"weight_decay": 0.01, "adam_beta2": 0.98, "save_strategy": "no", "dataloader_pin_memory": False},
@@ -65,6 +68,7 @@ STARTS = {
     "contiguous decoder": Start(decoder="contiguous"),
     "even decoder": Start(decoder="even"),
     "last decoder": Start(decoder="last"),
+    "influence decoder": Start(decoder="influence"),
     "even encoder": Start(encoder="even"),
     "outer encoder": Start(encoder="outer"),
     "even": Start("even", "even", cross_scale=1.0),
@@ -139,7 +143,8 @@ def load_study(arguments):
         trim_tokenizer(original, texts)[0].save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     encoder = RowEncoder(tokenizer)
-    train_rows = select_rows(task["train"], encoder, arguments)[: arguments.steps * arguments.batch_size]
+    num_rows = max(arguments.steps * arguments.batch_size, NUM_INFLUENCE_ROWS)
+    train_rows = select_rows(task["train"], encoder, arguments)[:num_rows]
     eval_rows = [row for name in ("validation", "test") for row in select_rows(task[name], encoder, arguments)]
     random.Random(0).shuffle(eval_rows)
     eval_rows = eval_rows[: arguments.eval_rows]
@@ -199,8 +204,12 @@ def build_student(study, start):
     teacher = AutoModelForCausalLM.from_pretrained(study.source, dtype=torch.float32)
     depth = teacher.config.num_hidden_layers
     num_encoder_layers, num_decoder_layers = round(2 / 3 * depth), depth - round(2 / 3 * depth)
-    layers = [choose_layers(start.encoder, depth, num_encoder_layers)]
-    layers.append(choose_layers(start.decoder, depth, num_decoder_layers))
+    layers = []
+    for name, count in ((start.encoder, num_encoder_layers), (start.decoder, num_decoder_layers)):
+        is_influence = name == "influence"
+        layers.append(
+            most_influential_layers(study, teacher, count) if is_influence else choose_layers(name, depth, count)
+        )
     student = from_decoder_only(teacher, strategy=tuple(layers), tokenizer=study.tokenizer)
     with torch.no_grad():
         for index, layer in zip(layers[1], student.model.decoder.layers, strict=True):
@@ -223,6 +232,26 @@ def choose_layers(name, depth, count):
     if name == "last":
         return list(range(depth - count, depth))
     return select_layers("even" if name == "even" else "outer", depth, count, 1)[0]
+
+
+@torch.no_grad()
+def most_influential_layers(study, teacher, count):
+    """Return the layers whose output is least similar to their input where the teacher reads targets alone."""
+    influence = torch.zeros(len(teacher.model.layers))
+
+    def add_influence(index, layer_input, layer_output):
+        influence[index] += (1 - torch.cosine_similarity(layer_input, layer_output, dim=-1)).sum()
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, output, index=index: add_influence(index, args[0], output))
+        for index, layer in enumerate(teacher.model.layers)
+    ]
+    old_ids = torch.tensor(old_token_ids(study.tokenizer))
+    for row in study.train_rows[:NUM_INFLUENCE_ROWS]:
+        teacher.model(old_ids[row["labels"]][None])
+    for hook in hooks:
+        hook.remove()
+    return sorted(influence.topk(count).indices.tolist())
 
 
 def compute_losses(student, study, rows):
@@ -260,12 +289,11 @@ def train(study, start, seed, arguments, name):
     options = {"lr": arguments.learning_rate, "betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), **options)
     warmup, size = max(1, arguments.steps // 10), arguments.batch_size
-    factor = [
-        min((step + 1) / warmup, (arguments.steps - step) / (arguments.steps - warmup))
-        for step in range(arguments.steps)
-    ]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor[min(step, arguments.steps - 1)])
-    order = torch.randperm(len(study.train_rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, arguments.steps)
+    generator = torch.Generator().manual_seed(seed)
+    order = []
+    while len(order) < arguments.steps * size:
+        order += torch.randperm(len(study.train_rows), generator=generator).tolist()
     norms = []
     for step in range(arguments.steps):
         rows = [study.train_rows[index] for index in order[step * size : (step + 1) * size]]
@@ -274,10 +302,10 @@ def train(study, start, seed, arguments, name):
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step + 1 in (arguments.steps // 4, arguments.steps // 2, arguments.steps):
+        if step + 1 in (arguments.steps // 2, arguments.steps):
             curve[step + 1] = evaluate(student, study)
             print(f"{name}, step {step + 1}: {curve[step + 1]}, {time.perf_counter() - started:.0f} s", flush=True)
-    return {"losses": curve, "first_gradient_norm": norms[0], "seconds": time.perf_counter() - started}
+    return {"losses": curve, "first_gradient_norm": next(iter(norms), None), "seconds": time.perf_counter() - started}
 
 
 def format_table(runs):

@@ -36,8 +36,8 @@ def study(tmp_path_factory):
     randomize(AutoModelForCausalLM.from_config(config)).save_pretrained(source)
     output_dir = tmp_path_factory.mktemp("study")
 
-    def run(*starts):
-        options = ["--steps", "4", "--batch-size", "2", "--eval-rows", "3", "--output_dir", str(output_dir)]
+    def run(*starts, steps=12, output_dir=output_dir):
+        options = ["--steps", str(steps), "--batch-size", "2", "--eval-rows", "3", "--output_dir", str(output_dir)]
         sys.argv = ["adaptation_study.py", str(source), *options, "--starts", *starts]
         module.main()
         return output_dir
@@ -51,8 +51,8 @@ def test_a_study_trains_every_start_once(study, monkeypatch, capsys):
     runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert set(runs) == {"default-0", "even-0", "folded_norm-0"}
     for run in runs.values():
-        assert list(run["losses"]) == ["0", "1", "2", "4"]
-        assert run["losses"]["4"]["loss"] < run["losses"]["0"]["loss"]
+        assert list(run["losses"]) == ["0", "6", "12"]  # 12 steps read 20 rows more than once
+        assert run["losses"]["12"]["loss"] < run["losses"]["0"]["loss"]
     # The cross-attention starts at zero, so that the encoder's norm makes no difference.
     assert runs["folded_norm-0"]["losses"]["0"] == runs["default-0"]["losses"]["0"]
     monkeypatch.setattr(study, "train", lambda *args: pytest.fail("it was trained before"))
@@ -61,6 +61,12 @@ def test_a_study_trains_every_start_once(study, monkeypatch, capsys):
     header, _, *rows = (folder / "study.md").read_text().splitlines()
     assert header.startswith("| start | seeds | loss at step 0 |") and len(rows) == 3
     assert rows[0] in capsys.readouterr().out
+
+
+def test_the_loss_before_training_is_measured_alone(study, tmp_path):
+    study.run("copied cross-attention", "influence decoder", steps=0, output_dir=tmp_path)
+    runs = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(runs) == 2 and all(list(run["losses"]) == ["0"] for run in runs)
 
 
 def test_starts_select_layers(study):
