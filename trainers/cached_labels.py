@@ -60,8 +60,9 @@ class CachedTeacher:
         return new_ids
 
     def attach(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Add the labels to the training data; see [`TeacherCache.attach`]."""
-        return self.cache.attach(dataset, *find_columns(next(iter(dataset))))
+        """Add the labels to the training data, unless it has them; see [`TeacherCache.attach`]."""
+        row = next(iter(dataset))
+        return dataset if "label_target_ids" in row else self.cache.attach(dataset, *find_columns(row))
 
     def encode_targets(
         self, batch: Mapping[str, list], indices: Sequence[int], encoder: RowEncoder

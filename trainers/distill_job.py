@@ -2,6 +2,7 @@
 """Train a teacher, a distilled student and a cross-entropy baseline, and compare them on held-out rows."""
 
 import copy
+import itertools
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import NamedTuple
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..adaptation import from_decoder_only
 from ..checkpoints import find_source_folders, load_checkpoint
@@ -17,11 +26,12 @@ from ..generation_speed import compare_speed
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import Metric, ModelResults, RunResults
 from ..vocabulary import describe_embeddings, report_trim
+from .cached_labels import CachedTeacher
 from .decoder_only_job import KIND as TEACHER_KIND
 from .decoder_only_job import train_decoder_only
 from .distillation_config import Seq2SeqDistillationConfig
 from .distillation_data import as_prompts, collate
-from .distillation_models import load_teacher, load_teacher_processing_class
+from .distillation_models import load_teacher, load_teacher_cache, load_teacher_processing_class
 from .distillation_trainer import Seq2SeqDistillationTrainer
 from .jobs import (
     decode,
@@ -33,7 +43,7 @@ from .jobs import (
     text_metrics,
     train,
 )
-from .new_models import preset_config
+from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
 from .resuming import (
     check_output_dir,
     contains_checkpoint,
@@ -67,6 +77,8 @@ STAGES = {
 }
 # Batch-1 generations per model for the two speeds, and new tokens of each.
 NUM_TIMED_SOURCES, NUM_TIMED_TOKENS = 20, 32
+# Of a new tokenizer, if `max_source_length` is not set.
+MAX_SOURCE_LENGTH = 512
 TEACHER_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "adam_beta2", "max_grad_norm", "label_smoothing_factor", "logging_steps", "seed", "bf16"),
@@ -89,9 +101,10 @@ class DistillArguments(DataArguments):
         trim_vocabulary (`bool`, *optional*, defaults to `False`): Give a new student only the teacher's tokens that
             the training rows use, by [`~encdec_slm.vocabulary.trim_tokenizer`].
         trimmed_vocabulary_size (`int`, *optional*): Keep only the most frequent of them.
-        vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new teacher.
+        vocab_size (`int`, *optional*, defaults to 4096): Upper bound for a new tokenizer: that of a new teacher, or of
+            a new student if a teacher cache has none.
         teacher_preset (`str`, *optional*): Train a new teacher first, the decoder-only baseline of this preset. Not
-            used with `teacher_model_name_or_path`, whose tokenizer a new student gets too.
+            used with `teacher_model_name_or_path` or `teacher_cache`, whose tokenizer a new student gets too.
         teacher_num_train_epochs (`float`, *optional*, defaults to 3.0): Of a new teacher.
         teacher_learning_rate (`float`, *optional*, defaults to 1e-3): Of a new teacher.
         use_chat_template (`bool`, *optional*, defaults to `True`): Give the teacher each source as a message of the
@@ -145,7 +158,8 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
 
     Returns:
         [`~encdec_slm.run_results.RunResults`]: `"teacher"`, `"distilled student"` and `"student without teacher"`,
-        each with loss, ROUGE-L, exact matches, agreement with the teacher, speeds and training time.
+        each with loss, ROUGE-L, exact matches, agreement with the teacher, speeds and training time. With a
+        `teacher_cache`, no teacher is loaded or measured.
 
     Raises:
         ValueError: Data, models or output folders do not fit, or there is no checkpoint to continue from.
@@ -153,31 +167,37 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
     checkpoints = _prepare_stages(args, training_args)
     training_args = copy.copy(training_args)
     training_args.predict_with_generate = True
-    splits = load_splits(args, training_args.seed, args.teacher_prompt_template)
-    teacher, teacher_tokenizer, teacher_seconds = _load_or_train_teacher(args, training_args, splits, checkpoints)
-    is_chat = args.use_chat_template and teacher_tokenizer.chat_template is not None
+    cache = load_teacher_cache(None, None, training_args)
+    if cache is not None:
+        _check_cache_settings(args)
+    splits = load_splits(args, training_args.seed, args.teacher_prompt_template, cache)
+    teacher = _load_or_train_teacher(args, training_args, splits, checkpoints, cache)
+    is_chat = teacher.model is not None and args.use_chat_template and teacher.tokenizer.chat_template is not None
     splits = {split: as_prompts(rows, is_chat) for split, rows in splits.items()}
     tokenizer = None
     if args.model_name_or_path is None:
-        tokenizer = _build_student_tokenizer(args, training_args, teacher_tokenizer, splits)
+        tokenizer = _build_student_tokenizer(args, training_args, teacher.tokenizer, splits)
 
-    runs = {STUDENT: training_args}
+    runs = {STUDENT: (training_args, splits["train"])}
     if args.compare_with_cross_entropy:
-        folder = _stage_folder(training_args, BASELINE)
-        runs[BASELINE] = replace(training_args, output_dir=folder, kd_ratio=0.0, seq_kd=False)
+        settings = {"kd_ratio": 0.0, "seq_kd": False, "teacher_cache": None}
+        run_args = replace(training_args, output_dir=_stage_folder(training_args, BASELINE), **settings)
+        runs[BASELINE] = run_args, splits["train"] if cache is None else _load_gold_rows(args, training_args)
     students = []
-    for name, run_args in runs.items():
-        trainer, generation_config = _build_trainer(args, run_args, teacher, tokenizer, teacher_tokenizer, splits)
+    for name, (run_args, rows) in runs.items():
+        trainer, generation_config = _build_trainer(args, run_args, teacher, tokenizer, {**splits, "train": rows})
         seconds = train(trainer, checkpoints[name])
         metrics, predictions = _measure_student(trainer, splits["test"])
         entry = ModelResults(name, metrics, trainer.model.num_parameters(), seconds)
         students.append(_Student(trainer, generation_config, entry, predictions))
     trainer = students[0].trainer
-    entry = ModelResults(TEACHER, _measure_teacher(trainer, splits["test"]), teacher.num_parameters(), teacher_seconds)
-    entries = [entry, *(student.entry for student in students)]
-    models = [trainer.teacher_model, *(student.trainer.model for student in students)]
+    entries, models = [student.entry for student in students], [student.trainer.model for student in students]
+    if teacher.model is not None:
+        metrics = _measure_teacher(trainer, splits["test"])
+        entries.insert(0, ModelResults(TEACHER, metrics, teacher.model.num_parameters(), teacher.train_seconds))
+        models.insert(0, trainer.teacher_model)
     _measure_speeds(entries, models, trainer, splits["test"])
-    all_results = [_build_results(args, student, entries, splits) for student in students]
+    all_results = [_build_results(args, student, entries, splits, teacher.name) for student in students]
     for student, results in zip(students, all_results, strict=True):
         save_run(student.trainer, student.generation_config, results, student.predictions)
     return all_results[0]
@@ -188,8 +208,9 @@ def distill(args: DistillArguments, training_args: Seq2SeqDistillationConfig) ->
 
 def _prepare_stages(args, training_args):
     """Check the output folders of all stages; return the checkpoint that each of them continues from, or `None`."""
-    names = [STUDENT]
-    if args.teacher_preset is not None and training_args.teacher_model_name_or_path is None:
+    names, teacher_cache = [STUDENT], training_args.teacher_cache
+    has_teacher = training_args.teacher_model_name_or_path is not None or teacher_cache is not None
+    if args.teacher_preset is not None and not has_teacher:
         names.append(TEACHER)
     if args.compare_with_cross_entropy:
         names.append(BASELINE)
@@ -198,7 +219,8 @@ def _prepare_stages(args, training_args):
     sources = find_source_folders(args.model_name_or_path)
     sources += find_source_folders(training_args.teacher_model_name_or_path)
     for name, folder in folders.items():
-        check_output_dir(folder, STAGES[name].kind, checkpoints[name], [*sources, args.dataset_name], args.data_files)
+        read = [*sources, args.dataset_name, teacher_cache]
+        check_output_dir(folder, STAGES[name].kind, checkpoints[name], read, args.data_files)
     return checkpoints
 
 
@@ -236,11 +258,39 @@ def _find_teacher(folder):
 # Teacher
 
 
-def _load_or_train_teacher(args, training_args, splits, checkpoints):
-    """Return the teacher, its tokenizer, and the seconds of its training; `None` if it was not trained by us."""
+class _Teacher(NamedTuple):
+    """A teacher and its tokenizer; without a model if there is a cache of its labels."""
+
+    name: str
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    train_seconds: float | None = None
+
+
+def _check_cache_settings(args):
+    for name in ("student_from_teacher", "teacher_prompt_template"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` needs the teacher itself, but `teacher_cache` has only its labels. Remove one of them."
+            )
+
+
+def _load_gold_rows(args, training_args):
+    """Load the training rows without labels, for the baseline."""
+    return as_prompts(load_splits(args, training_args.seed)["train"], is_chat=False)
+
+
+def _load_or_train_teacher(args, training_args, splits, checkpoints, cache):
+    if cache is not None:
+        return _Teacher(cache.header.teacher, None, cache.load_tokenizer())
     if TEACHER not in checkpoints:
         teacher, location = load_teacher(None, training_args)
-        return teacher, load_teacher_processing_class(teacher, location, training_args), None
+        if teacher is None:
+            raise ValueError(
+                "A teacher is required. Set `teacher_model_name_or_path`, `teacher_preset` or `teacher_cache`."
+            )
+        tokenizer = load_teacher_processing_class(teacher, location, training_args)
+        return _Teacher(teacher.config._name_or_path, teacher, tokenizer)
     folder = _stage_folder(training_args, TEACHER)
     results = _find_teacher(folder) if is_resumed(training_args.resume_from_checkpoint) else None
     if results is None:
@@ -256,7 +306,7 @@ def _load_or_train_teacher(args, training_args, splits, checkpoints):
             args.teacher_preset, args.vocab_size, splits["train"], teacher_args, *lengths, checkpoints[TEACHER]
         )
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return teacher, tokenizer, results.saved.train_seconds
+    return _Teacher(teacher.config._name_or_path, teacher, tokenizer, results.saved.train_seconds)
 
 
 @torch.no_grad()
@@ -300,13 +350,13 @@ class _Student(NamedTuple):
     predictions: list[dict[str, str]]
 
 
-def _build_trainer(args, training_args, teacher, tokenizer, teacher_tokenizer, splits):
+def _build_trainer(args, training_args, teacher, tokenizer, splits):
     """Return the trainer of a student, and the generation config that is saved with it."""
     set_seed(training_args.seed)
     name = args.model_name_or_path
     if name is None:
         if args.student_from_teacher:
-            student = from_decoder_only(teacher, tokenizer=tokenizer)
+            student = from_decoder_only(teacher.model, tokenizer=tokenizer)
         else:
             student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
     else:
@@ -319,12 +369,12 @@ def _build_trainer(args, training_args, teacher, tokenizer, teacher_tokenizer, s
     loaded = dict.fromkeys(field for field in vars(training_args) if field.startswith("teacher_model_"))
     trainer = Seq2SeqDistillationTrainer(
         model=student,
-        teacher_model=teacher,
+        teacher_model=teacher.model,
         args=replace(training_args, **loaded),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
+        teacher_processing_class=teacher.tokenizer,
     )
     measured = trainer.greedy_generation_config
     ends = measured.eos_token_id
@@ -338,14 +388,16 @@ def _build_trainer(args, training_args, teacher, tokenizer, teacher_tokenizer, s
 
 
 def _build_student_tokenizer(args, training_args, teacher_tokenizer, splits):
-    """Copy the teacher's tokenizer for a new student; trim it to the training rows."""
+    """Copy the teacher's tokenizer for a new student; trim it to the training rows. Train one if there is none."""
+    rows = splits["train"]
+    if teacher_tokenizer is None:
+        return _train_tokenizer(args, training_args, rows)
     tokenizer = copy.deepcopy(teacher_tokenizer)
     tokenizer.chat_template = None  # the student reads plain text
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not args.trim_vocabulary:
         return tokenizer
-    rows = splits["train"]
     if isinstance(rows, IterableDataset):  # as many as the run reads
         batch_size = training_args.train_batch_size * training_args.gradient_accumulation_steps
         rows = rows.take(training_args.max_steps * batch_size * training_args.world_size)
@@ -353,6 +405,17 @@ def _build_student_tokenizer(args, training_args, teacher_tokenizer, splits):
     trimmed = trim_to_rows(tokenizer, rows, args.trimmed_vocabulary_size, names)
     logger.info(f"Trimmed vocabulary: {report_trim(trimmed, tokenizer, iterate_texts(splits['test']))}")
     return trimmed
+
+
+def _train_tokenizer(args, training_args, rows):
+    if args.trim_vocabulary or training_args.kd_ratio > 0:
+        name = "trim_vocabulary" if args.trim_vocabulary else "kd_ratio"
+        raise ValueError(
+            f"The teacher cache {training_args.teacher_cache!r} has no tokenizer, which `{name}` requires. Label with "
+            "`--tokenizer`, or give a student with the teacher's tokenizer as `model_name_or_path`."
+        )
+    texts = iterate_texts(itertools.islice(rows, TOKENIZER_ROWS))
+    return train_tokenizer(texts, args.vocab_size, training_args.max_source_length or MAX_SOURCE_LENGTH)
 
 
 def _measure_student(trainer, test):
@@ -373,7 +436,8 @@ def _measure_student(trainer, test):
 def _measure_speeds(entries, models, trainer, test):
     rows = test.select(range(min(NUM_TIMED_SOURCES, len(test))))
     encoded = encode_rows(rows, trainer.row_encoder, "timed rows")
-    sources = [encoded["teacher_source_ids"][:], *[encoded["source_ids"][:]] * (len(models) - 1)]
+    columns = ["teacher_source_ids" if entry.name == TEACHER else "source_ids" for entry in entries]
+    sources = [encoded[column][:] for column in columns]
     models = [trainer.accelerator.unwrap_model(model).eval() for model in models]
     models = [model.get_base_model() if hasattr(model, "get_base_model") else model for model in models]
     speeds = compare_speed(list(zip(models, sources, strict=True)), NUM_TIMED_TOKENS)
@@ -384,10 +448,9 @@ def _measure_speeds(entries, models, trainer, test):
 # Results
 
 
-def _build_results(args, student, entries, splits):
+def _build_results(args, student, entries, splits, teacher_name):
     trainer = student.trainer
     training_args = trainer.args
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher_model)
     return RunResults(
         kind=STAGES[student.entry.name].kind,
         task="docstrings" if args.is_docstring_task else "text",
@@ -395,9 +458,9 @@ def _build_results(args, student, entries, splits):
         saved_model=student.entry.name,
         dataset=args.describe_source(args.test_file or args.train_file or "docstrings"),
         base_model=args.model_name_or_path or ("layers of the teacher" if args.student_from_teacher else args.preset),
-        teacher=teacher.config._name_or_path,
+        teacher=teacher_name,
         objective=describe_objective(training_args),
-        targets=describe_targets(training_args),
+        targets=describe_targets(training_args, trainer.cached_teacher),
         samples=student.predictions[:3],
         **describe_training(
             trainer,
@@ -408,8 +471,11 @@ def _build_results(args, student, entries, splits):
     )
 
 
-def describe_targets(args: Seq2SeqDistillationConfig) -> str:
+def describe_targets(args: Seq2SeqDistillationConfig, cached_teacher: CachedTeacher | None = None) -> str:
     """Describe where the training targets come from, in a few words."""
+    if cached_teacher is not None:
+        is_given = cached_teacher.cache.header.completions is None
+        return "from the data" if is_given else "generated by the teacher once, before the training"
     others = "generated by the teacher" if args.seq_kd else "from the data"
     if args.lmbda == 0 or args.kd_ratio == 0:
         return others

@@ -107,6 +107,8 @@ def complete_card(trainer: "Seq2SeqDistillationTrainer") -> None:
 def _describe_run(trainer):
     if trainer.cached_teacher is not None:
         rows = {"teacher": f"{trainer.cached_teacher.cache.header.teacher} (cached labels)"}
+    elif trainer.teacher_model is None:
+        rows = {}
     else:
         teacher = trainer.accelerator.unwrap_model(trainer.teacher_model).config
         rows = {"teacher": teacher._name_or_path or teacher.model_type}

@@ -105,17 +105,21 @@ def load_student(
 
 def load_teacher(
     teacher: str | PreTrainedModel | None, args: Seq2SeqDistillationConfig
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel | None, dict[str, Any]]:
     """Load the teacher if it is a string, which may be the name of a LoRA adapter.
 
     Returns:
-        `tuple`: The teacher, and where it comes from, as arguments of `from_pretrained`.
+        `tuple`: The teacher, and where it comes from, as arguments of `from_pretrained`. Training by cross-entropy
+        alone (`kd_ratio=0` without `seq_kd`) needs no teacher, so it may be `None`.
 
     Raises:
-        ValueError: There is no teacher or it is not a causal language model, or an argument would have no effect.
+        ValueError: A teacher is needed and not given, it is not a causal language model, or an argument would have no
+            effect.
     """
     name = args.teacher_model_name_or_path
     if teacher is None and name is None:
+        if args.kd_ratio == 0 and not args.seq_kd:
+            return None, {}
         raise ValueError(
             "A teacher is required. Pass `teacher_model`, a causal language model or the name of one, or set "
             "`teacher_model_name_or_path`."

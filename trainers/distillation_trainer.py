@@ -96,7 +96,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): A causal language
             model, or a decoder-only one that reads images such as LLaVA; it is neither trained nor saved. A string is
             a model or a LoRA adapter and is loaded with `args.teacher_model_init_kwargs`. `None` uses
-            `args.teacher_model_name_or_path`.
+            `args.teacher_model_name_or_path`; `kd_ratio=0` without `seq_kd` needs no teacher.
         args ([`Seq2SeqDistillationConfig`], *optional*): Settings of the run.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*): Rows of `prompt` and
             `completion`, or of `source` and `target`, as text or as lists of messages. Messages are rendered by the
@@ -160,7 +160,7 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         if cache is not None:
             vocab_size = student.config.get_text_config().vocab_size
             self.cached_teacher = CachedTeacher(cache, get_tokenizer(processing_class), vocab_size)
-        else:
+        elif teacher is not None:
             self.num_common_tokens, self.teacher_token_ids, self.alignment = compare_vocabularies(
                 student, teacher, processing_class, self.teacher_processing_class, args
             )

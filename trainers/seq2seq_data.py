@@ -12,6 +12,7 @@ from ..run_results import DataSource
 from .data_files import check_columns, check_data_folder, check_text, load_data_file, load_hub_dataset
 from .prompt_templates import load_prompt_template
 from .tasks.docstrings import SPLITS, build_docstring_task
+from .teacher_cache import TeacherCache
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,10 @@ class DataArguments(DatasetArguments):
 
 
 def load_splits(
-    args: DataArguments, seed: int = 0, teacher_prompt_template: str | None = None
+    args: DataArguments,
+    seed: int = 0,
+    teacher_prompt_template: str | None = None,
+    teacher_cache: TeacherCache | None = None,
 ) -> dict[str, Dataset | IterableDataset]:
     """Load the splits `train`, `validation` and `test` with text columns `source` and `target`.
 
@@ -106,10 +110,12 @@ def load_splits(
         seed (`int`, *optional*, defaults to 0): Draws the held-out rows, and shuffles streamed rows.
         teacher_prompt_template (`str`, *optional*): Template of an additional column, `teacher_prompt`; its fields are
             all columns of the data.
+        teacher_cache ([`~encdec_slm.trainers.teacher_cache.TeacherCache`], *optional*): Labels of the training data,
+            which become columns. Rows that are held out keep the targets of the data.
 
     Raises:
-        ValueError: The data cannot be found or read, lacks a column or has no rows, or the template has a field that
-            is not a column.
+        ValueError: The data cannot be found or read, lacks a column or has no rows, the template has a field that
+            is not a column, or the cache is of other data.
         TypeError: A `source` or `target` is not text.
     """
     columns = {"source": args.source_column, "target": args.target_column}
@@ -137,12 +143,26 @@ def load_splits(
     for split, dataset in splits.items():
         if next(iter(dataset), None) is None:
             raise ValueError(f"The {split} split has no rows, but at least one is required. Check the data.")
+    if teacher_cache is not None:
+        splits = _attach_labels(splits, seed, teacher_cache)
     splits = hold_out_missing(splits, seed)
     for split in ("validation", "test"):
         splits[split] = limit_rows(splits[split], args.max_eval_samples, seed)
     if isinstance(splits["train"], IterableDataset):
         splits["train"] = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_ROWS)
     return splits
+
+
+def _attach_labels(splits, seed, teacher_cache):
+    """Hold rows out, and add the labels to the other training rows."""
+    columns = {"prompt_column": "source", "completion_column": "target"}
+    if isinstance(splits["train"], Dataset):
+        splits = {**splits, "train": splits["train"].add_column("row", list(range(len(splits["train"]))))}
+        columns["row_column"] = "row"
+    splits = hold_out_missing(splits, seed)
+    train = teacher_cache.attach(splits["train"], **columns)
+    held_out = {split: splits[split].select_columns(["source", "target"]) for split in ("validation", "test")}
+    return {"train": train, **held_out}
 
 
 def load_named_splits(args: DatasetArguments, streaming: bool = False) -> dict[str, Dataset | IterableDataset]:

@@ -11,8 +11,12 @@ N tokens of a target, K stored entries per token, V vocabulary.
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import (
+    Dataset,
+    IterableDataset,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints import write_file
 from ..errors import format_list, summarize_error
@@ -32,6 +44,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = b"encdec_slm.teacher_cache"
 SHARD_NAME = "labels-{start:010d}-{stop:010d}.parquet"
 SHARD_PATTERN = re.compile(r"labels-(\d{10})-(\d{10})\.parquet")
+TOKENIZER_NAME = "tokenizer"
 # Names of the labels among the columns of a data set.
 LABEL_COLUMNS = ("label_target_ids", "label_ids", "label_num_ids", "label_log_probs", "label_counts", "label_tail")
 # Sorted by probability, ids and log-probabilities are smallest when their bytes are stored in separate streams.
@@ -233,6 +246,23 @@ def write_shard(folder: Path, header: CacheHeader, start: int, stop: int, exampl
     return path
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the teacher's tokenizer in a cache, from which new students get theirs; one that is there is kept."""
+    target = folder / TOKENIZER_NAME
+    if target.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f".{TOKENIZER_NAME}-", dir=folder)
+    try:
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, target)
+    except OSError:
+        if not target.exists():  # else another worker was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 # Read
 
 
@@ -268,15 +298,28 @@ class TeacherCache:
         """How distributions are stored; `None` if there are none."""
         return None if self.header.distributions is None else DistributionSpec.parse(self.header.distributions)
 
-    def attach(self, dataset: Dataset | IterableDataset, prompt_column: str, completion_column: str):
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Load the teacher's tokenizer; `None` if the teacher was an endpoint with an unknown one."""
+        folder = self.folder / TOKENIZER_NAME
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else None
+
+    def attach(
+        self,
+        dataset: Dataset | IterableDataset,
+        prompt_column: str,
+        completion_column: str,
+        row_column: str | None = None,
+    ) -> Dataset | IterableDataset:
         """Add the labels to the rows that they belong to, as the columns [`LABEL_COLUMNS`].
 
         A row with several completions is repeated. With generated targets the column `completion_column` is replaced.
 
         Args:
-            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The rows that were labeled, in order.
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows that were labeled.
             prompt_column (`str`): Column with the prompt.
             completion_column (`str`): Column with the target.
+            row_column (`str`, *optional*): Column with the index of each row in the data that was labeled; it is
+                removed. `None` means all rows in their order, as does a stream.
 
         Raises:
             ValueError: A row is not the one that was labeled, or has no labels.
@@ -284,17 +327,19 @@ class TeacherCache:
         if isinstance(dataset, IterableDataset):
             rows = _AttachStream(self, prompt_column, completion_column)
             return dataset.map(rows, with_indices=True, batched=True, batch_size=self.header.rows_per_shard)
-        if len(dataset) > self.num_rows:
+        indices = np.arange(len(dataset)) if row_column is None else np.array(dataset[row_column][:])
+        if indices.max(initial=0) >= self.num_rows:
             raise ValueError(
                 f"The teacher cache {str(self.folder)!r} has labels for {self.num_rows:,} rows, but the data set has "
-                f"{len(dataset):,}. Run `encdec-slm label` on all of it."
+                f"at least {indices.max() + 1:,}. Run `encdec-slm label` on all of it."
             )
-        labels = Dataset.from_parquet([str(path) for _, _, path in self.shards])
-        rows = labels["row"][:]
-        num_labels = int(np.searchsorted(rows, len(dataset)))
-        labels, rows = labels.select(range(num_labels)), rows[:num_labels]
-        repeated = dataset if rows == list(range(len(dataset))) else dataset.select(rows)
-        self._check_rows(repeated, labels, rows, prompt_column, completion_column)
+        labels = self._load_labels()
+        rows = np.array(labels["row"][:])
+        starts, stops = (np.searchsorted(rows, indices, side) for side in ("left", "right"))
+        labels = labels.select(np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)]))
+        repeated = dataset.select(np.repeat(np.arange(len(dataset)), stops - starts))
+        repeated = repeated if row_column is None else repeated.remove_columns(row_column)
+        self._check_rows(repeated, labels, prompt_column, completion_column)
         if self.header.completions is None:
             labels = labels.remove_columns("completion")
         else:
@@ -304,11 +349,17 @@ class TeacherCache:
                 labels = labels.rename_column("completion", completion_column)
         return concatenate_datasets([repeated, labels.remove_columns(["row", "sample", "row_fingerprint"])], axis=1)
 
-    def _check_rows(self, dataset, labels, rows, prompt_column, completion_column):
+    def _load_labels(self):
+        for _, _, path in self.shards:
+            read_shard(path, ["label_log_probs"])  # which checks them
+        with _hide_progress_bars():
+            return Dataset.from_parquet([str(path) for _, _, path in self.shards])
+
+    def _check_rows(self, dataset, labels, prompt_column, completion_column):
         has_targets = self.header.completions is None and completion_column in dataset.features
-        completions = dataset[completion_column] if has_targets else [None] * len(rows)
-        columns = (dataset[prompt_column], completions, labels["row_fingerprint"])
-        for row, prompt, completion, expected in zip(rows, *columns, strict=True):
+        completions = dataset[completion_column] if has_targets else [None] * len(dataset)
+        columns = (labels["row"], dataset[prompt_column], completions, labels["row_fingerprint"])
+        for row, prompt, completion, expected in zip(*columns, strict=True):
             self.check_row(row, prompt, completion, expected)
 
     def check_row(self, row: int, prompt: Any, completion: str | None, expected: str) -> None:
@@ -358,6 +409,18 @@ class _AttachStream:
         return out
 
 
+@contextmanager
+def _hide_progress_bars():
+    """Hide the progress bars of datasets, in which each file is a split that is generated."""
+    are_hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not are_hidden:
+            enable_progress_bars()
+
+
 def find_shards(folder: Path) -> list[tuple[int, int, Path]]:
     """Return the first row, the row after the last one, and the file of each shard in a folder, in their order."""
     names = ((SHARD_PATTERN.fullmatch(path.name), path) for path in folder.glob("*.parquet"))
@@ -377,14 +440,14 @@ def read_header(path: Path) -> CacheHeader:
     return CacheHeader.from_metadata(schema.metadata, path)
 
 
-def read_shard(path: Path) -> pa.Table:
-    """Read a shard.
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a shard, or some of its columns with `label_log_probs`.
 
     Raises:
         ValueError: The file is damaged, or holds log-probabilities that are not numbers.
     """
     try:
-        table = pq.read_table(path, schema=SCHEMA)
+        table = pq.read_table(path, schema=SCHEMA, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(_damaged(path, error)) from error
     values = table["label_log_probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -32,6 +32,7 @@ from .teacher_cache import (
     read_header,
     read_shard,
     row_fingerprint,
+    save_tokenizer,
     write_shard,
 )
 from .teacher_endpoint import OpenAIEngine
@@ -108,6 +109,8 @@ def label_dataset(
     done = {(start, stop): path for start, stop, path in find_shards(folder)}
     for path in done.values():
         check_header(read_header(path), header, path)
+    if engine.tokenizer is not None:
+        save_tokenizer(engine.tokenizer, folder)
     labeler = _Labeler(engine, settings, header, chat_template_kwargs)
     first, last = rows or (0, None)
     if first % settings.rows_per_shard:
