@@ -72,14 +72,15 @@ def make_args(output_dir, **settings):
 
 
 def make_trainer(output_dir, model=None, teacher=None, rows=None, arguments=None, **settings):
-    """A trainer of the tiny pair; `arguments` go to it and `settings` to its config."""
+    """A trainer of the tiny pair, or of the student with labels; `arguments` go to it, `settings` to its config."""
     defaults = {
         "train_dataset": Dataset.from_list(make_texts() if rows is None else rows),
         "processing_class": make_tokenizer(),
     }
+    needs_teacher = teacher is None and "teacher_cache" not in settings
     return Seq2SeqDistillationTrainer(
         build() if model is None else model,
-        make_teacher() if teacher is None else teacher,
+        make_teacher() if needs_teacher else teacher,
         make_args(output_dir, **settings),
         **{**defaults, **(arguments or {})},
     )

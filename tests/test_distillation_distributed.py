@@ -9,9 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from ddp_worker import build, make_tokenizer, result_of
-from distillation_worker import EVALUATED, OTHER_ORDER, make_trainer, metrics_of, save_folder
+from distillation_worker import (
+    EVALUATED,
+    OTHER_ORDER,
+    make_teacher,
+    make_texts,
+    make_trainer,
+    metrics_of,
+    save_folder,
+)
 from safetensors.torch import load_file
+
+from encdec_slm.trainers.teacher_cache import DistributionSpec
+from encdec_slm.trainers.teacher_engines import TransformersEngine
+from encdec_slm.trainers.teacher_labels import LabelSettings, label_dataset
 
 
 TESTS = Path(__file__).parent
@@ -22,7 +35,11 @@ RUNS = {
     "on_policy": {"lmbda": 1.0, "kd_ratio": 0.5, "temperature": 1e-4, "beta": 0.5},
     # Each process has its own random numbers, but all choose the same origin for a batch.
     "mixed": {"lmbda": 0.5, "kd_ratio": 0.5, "temperature": 1e-4, "max_steps": 6},
+    # With labels of the teacher in its place.
+    "topk": {"beta": 0.5, "kd_ratio": 0.5, "max_steps": 3},
+    "sampled": {"beta": 0.0, "kd_ratio": 0.5, "gradient_accumulation_steps": 2},
 }
+LABELS = {"topk": DistributionSpec("topk", 8), "sampled": DistributionSpec("sampled", 4)}
 STUDENT_FROM_ITS_FOLDER = """
 import sys
 import torch
@@ -91,17 +108,28 @@ def run(*command, **variables):
 
 
 @pytest.fixture(scope="module")
-def shared_out(tmp_path_factory):
+def runs(tmp_path_factory):
+    """Settings of each run, with the folder of its labels."""
+    engine, runs = TransformersEngine(make_teacher(), make_tokenizer()), dict(RUNS)
+    for name, spec in LABELS.items():
+        folder = str(tmp_path_factory.mktemp(name))
+        label_dataset(Dataset.from_list(make_texts()), engine, folder, LabelSettings(spec), teacher="tiny")
+        runs[name] = {**RUNS[name], "teacher_cache": folder}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def shared_out(runs, tmp_path_factory):
     """Results of two processes that share each batch."""
     folder = tmp_path_factory.mktemp("shared_out")
-    runs = {name: {**settings, "per_device_train_batch_size": 2} for name, settings in RUNS.items()}
+    runs = {name: {**settings, "per_device_train_batch_size": 2} for name, settings in runs.items()}
     run(TESTS / "distillation_worker.py", folder, json.dumps(runs))
     return torch.load(folder / "result.pt")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one_on_the_same_global_batch(name, shared_out, tmp_path):
-    trainer = make_trainer(tmp_path, **RUNS[name], per_device_train_batch_size=4)
+def test_two_processes_equal_one_on_the_same_global_batch(name, runs, shared_out, tmp_path):
+    trainer = make_trainer(tmp_path, **runs[name], per_device_train_batch_size=4)
     trainer.train()
     expected = {**result_of(trainer), "metrics": metrics_of(trainer, EVALUATED)}
     assert (expected.pop("num_processes"), shared_out[name].pop("num_processes")) == (1, 2)
