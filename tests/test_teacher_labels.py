@@ -134,6 +134,19 @@ def test_ctranslate2_predicts_and_generates_as_transformers(engine, ctranslate2_
     assert ctranslate2_engine.generate(prompts, settings) == engine.generate(prompts, settings)
 
 
+def test_a_beginning_that_all_prompts_share_changes_nothing(engine):
+    shared = [5, 6, 7, 8]
+    prompts = [[*shared, *engine.tokenizer(row["prompt"])["input_ids"]] for row in ROWS]
+    targets = [[*engine.tokenizer(row["completion"])["input_ids"], 2] for row in ROWS]
+    spec, drawn = DistributionSpec("topk", 97), CompletionSettings(max_new_tokens=6)
+    found = engine.predict(prompts, targets, spec, [0] * len(ROWS)), engine.generate(prompts, drawn)
+    for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        expected = log_probs_of(engine, prompt, target)
+        values = expected.gather(1, torch.tensor(np.array(found[0][index].ids)))
+        np.testing.assert_allclose(np.array(found[0][index].log_probs), values, atol=1e-4)
+        assert engine.generate([prompt], drawn)[0] == found[1][index]
+
+
 def test_several_completions_are_drawn_for_each_prompt(engine, tmp_path):
     settings = CompletionSettings(max_new_tokens=6, num_completions=3, temperature=1.0)
     examples = list(label(engine, tmp_path, completions=settings, distributions=None).read(0, len(ROWS)))

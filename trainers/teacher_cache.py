@@ -467,7 +467,9 @@ def check_header(found: CacheHeader, expected: CacheHeader, path: Path) -> None:
         ValueError: It has another teacher, tokenizer, template or other settings. The message names the differences.
     """
     pairs = zip(dataclasses.asdict(found).items(), dataclasses.asdict(expected).values(), strict=True)
-    differences = [f"`{name}` {value!r}, not {other!r}" for (name, value), other in pairs if value != other]
+    # The name of the teacher may be another path to the same weights.
+    pairs = ((name, value, other) for (name, value), other in pairs if name != "teacher")
+    differences = [f"`{name}` {value!r}, not {other!r}" for name, value, other in pairs if value != other]
     if differences:
         raise ValueError(
             f"{path} belongs to another teacher cache: it has {format_list(differences)}. Use another output folder."

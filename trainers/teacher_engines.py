@@ -4,6 +4,7 @@
 B batch, N target tokens, D width, V vocabulary.
 """
 
+import copy
 import functools
 import hashlib
 import tempfile
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import require_package, summarize_error
 from .output_heads import HeadReader
@@ -94,6 +95,8 @@ class Prediction(NamedTuple):
 class TransformersEngine:
     """Run a teacher in transformers: batched by length, with a key-value cache, on the model's device and dtype.
 
+    What all prompts begin with, such as instructions and examples, is computed once.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): A causal language model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the model.
@@ -135,10 +138,12 @@ class TransformersEngine:
             options |= {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         if settings.stop is not None:
             options |= {"stop_strings": [settings.stop], "tokenizer": self.tokenizer}
+        prefix, cache = self._run_prefix(prompts)
         for indices in batch_by_length([len(ids) + settings.max_new_tokens for ids in prompts], self.batch_tokens):
             pad_token_id = _first_id(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-            ids, mask = pad_ids([prompts[index] for index in indices], pad_token_id, padding_side="left")
-            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+            ids, mask = pad_ids([prompts[i][len(prefix) :] for i in indices], pad_token_id, padding_side="left")
+            ids = torch.cat((torch.tensor([prefix] * len(ids), dtype=ids.dtype), ids), 1)
+            inputs = self._add_prefix(ids, mask, prefix, cache, settings.num_completions)
             with torch.random.fork_rng(enabled=settings.temperature > 0):
                 torch.manual_seed(hash((seed, *indices)) % 2**31)
                 generated = self.model.generate(**inputs, **options, pad_token_id=pad_token_id)
@@ -164,17 +169,46 @@ class TransformersEngine:
             seeds (`Sequence[int]`): Of the draws, for each target; not used for `topk`.
         """
         predictions = [None] * len(prompts)
+        prefix, cache = self._run_prefix(prompts)
         lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
         for indices in batch_by_length(lengths, self.batch_tokens):
-            rows = [[*prompts[index], *targets[index]] for index in indices]
-            ids, mask = pad_ids(rows, 0)
-            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-            hidden = self._read_hidden_states(self.model, **inputs, use_cache=False)  # (B, L, D)
+            rows = [[*prompts[index][len(prefix) :], *targets[index]] for index in indices]
+            inputs = self._add_prefix(*pad_ids(rows, 0), prefix, cache)
+            hidden = self._read_hidden_states(self.model, **inputs, use_cache=cache is not None)  # (B, L, D)
             for row, index in enumerate(indices):
-                first = len(prompts[index]) - 1
+                first = len(prompts[index]) - len(prefix) - 1
                 states = hidden[row, first : first + len(targets[index])]  # (N, D)
                 predictions[index] = self._keep(states, spec, seeds[index])
         return predictions
+
+    def _run_prefix(self, prompts):
+        """Return the ids that all prompts begin with, and their keys and values; none if the cache cannot be copied.
+
+        At least one token of each prompt is left.
+        """
+        if len(prompts) < 2:
+            return [], None
+        shortest = min(map(len, prompts))
+        num_shared = next((n for n, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), shortest)
+        prefix = list(prompts[0][: min(num_shared, shortest - 1)])
+        if not prefix:
+            return [], None
+        self._read_hidden_states(self.model, input_ids=self._tensor([[0]]), use_cache=False)  # which finds the head
+        cache = self.model(input_ids=self._tensor([prefix]), use_cache=True).past_key_values
+        return (prefix, cache) if type(cache) is DynamicCache else ([], None)
+
+    def _add_prefix(self, ids, mask, prefix, cache, num_completions=1):
+        """Return the inputs of a batch that continues the prefix."""
+        inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        if cache is None:
+            return inputs
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(ids) * num_completions)
+        mask = torch.cat((torch.ones(len(mask), len(prefix), dtype=mask.dtype), mask), 1)
+        return {**inputs, "attention_mask": mask.to(self.model.device), "past_key_values": cache}
+
+    def _tensor(self, ids):
+        return torch.tensor(ids, device=self.model.device)
 
     def _keep(self, states, spec, seed):
         head = self._read_hidden_states.head(self.model)

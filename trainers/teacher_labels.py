@@ -109,8 +109,6 @@ def label_dataset(
     done = {(start, stop): path for start, stop, path in find_shards(folder)}
     for path in done.values():
         check_header(read_header(path), header, path)
-    if engine.tokenizer is not None:
-        save_tokenizer(engine.tokenizer, folder)
     labeler = _Labeler(engine, settings, header, chat_template_kwargs)
     first, last = rows or (0, None)
     if first % settings.rows_per_shard:
@@ -132,6 +130,8 @@ def label_dataset(
             f"Labeled rows {start:,} to {span[1] - 1:,}: {num_rows / seconds:.1f} rows/s, {num_tokens / seconds:.0f} "
             "target tokens/s."
         )
+    if engine.tokenizer is not None:
+        save_tokenizer(engine.tokenizer, folder)
     return TeacherCache(folder) if rows is None else None
 
 
