@@ -94,7 +94,7 @@ def test_the_baseline_has_query_and_key_norms_when_the_model_has():
 
 
 def test_unknown_names_are_refused_with_what_exists():
-    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, .*700k, 800m-vlm, tiny"):
+    with pytest.raises(ValueError, match=r"'7b'.*110m, 1b, .*5m, .*700k, 800m-vlm, tiny"):
         load_preset("7b")
     with pytest.raises(ValueError, match=r"'1/4-3/4'.*2/3-1/3, 1/2-1/2, 1/3-2/3"):
         load_preset("tiny", split="1/4-3/4")
