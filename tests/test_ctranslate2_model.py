@@ -147,7 +147,7 @@ def test_sampling_draws_from_the_distribution_of_transformers(one_pair):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"typical_p": 0.5, "bad_words_ids": [[4]]}, r"`typical_p` \(0.5.*`bad_words_ids`"),
+        ({"do_sample": True, "typical_p": 0.5, "bad_words_ids": [[4]]}, r"`typical_p` \(0.5.*`bad_words_ids`"),
         ({"decoder_input_ids": torch.tensor([[1, 5]])}, "`decoder_input_ids`"),
         ({"decoder_start_token_id": 7}, r"`decoder_start_token_id` \(7"),
         ({"output_scores": True}, "`output_scores`"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from export_fixtures import build_ascii_tokenizer
 from huggingface_hub import constants
-from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers import AutoTokenizer, CompileConfig, TextIteratorStreamer, pipeline
 from transformers.pipelines import base as pipelines_base
 
 from conftest import build_model, build_source, build_tokenizer
@@ -97,6 +97,33 @@ def test_ids_may_have_any_integer_type(exported, model, dtype):
 def test_other_ids_are_refused_by_name(exported, ids, error):
     with pytest.raises(error, match="`input_ids`"):
         exported.generate(ids, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False, "low_memory": False, "disable_compile": True, "compile_config": CompileConfig()},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1},
+        {"length_penalty": 0.5, "early_stopping": False, "num_return_sequences": 1, "renormalize_logits": True},
+        {"guidance_scale": 1, "penalty_alpha": 0.0, "repetition_penalty": 1.0, "remove_invalid_values": True},
+        {"logits_processor": [], "stopping_criteria": [], "suppress_tokens": [], "bad_words_ids": None},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda settings: next(iter(settings.values())) if len(settings) == 1 else next(iter(settings)),
+)
+def test_settings_that_change_nothing_are_accepted(exported, model, folder, settings):
+    if "prompt_lookup_num_tokens" in settings and "static" in folder.name:
+        pytest.skip("Graphs of fixed shape read one token per step.")
+    source = build_source(9)
+    expected = model.generate(**source, max_new_tokens=6)
+    # From the call, and from a generation config that was saved with the model.
+    assert torch.equal(exported.generate(**source, max_new_tokens=6, **settings), expected)
+    processors = {name: value for name, value in settings.items() if isinstance(value, list)}
+    config = copy.deepcopy(exported.generation_config)
+    config.update(**{name: value for name, value in settings.items() if name not in processors}, max_new_tokens=6)
+    assert torch.equal(exported.generate(**source, generation_config=config), expected)
 
 
 def test_stop_strings_end_the_text_as_with_the_model(exported, model):

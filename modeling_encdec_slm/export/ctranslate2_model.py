@@ -35,8 +35,17 @@ SUPPORTED = frozenset(
         *("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "stop_strings"),
     }
 )
-# Fields of a generation config that change nothing by themselves.
-IGNORED = frozenset({"transformers_version", "bos_token_id", "_from_model_config"})
+# Settings that change nothing here: descriptions, how transformers computes, and how fast greedy search is.
+IGNORED = frozenset(
+    {
+        *("transformers_version", "bos_token_id", "_from_model_config", "remove_invalid_values", "renormalize_logits"),
+        *("use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile", "low_memory"),
+        *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"),
+        *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    }
+)
+# Settings that change nothing without sampling.
+SAMPLING_ONLY = frozenset({"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"})
 # Settings that cannot be combined with beams, and the values that switch them off.
 WITHOUT_BEAMS = {
     **{"do_sample": False, "min_new_tokens": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
@@ -217,14 +226,13 @@ class CT2EncDecSLM(ExportedModel):
         return settings
 
     def _check_supported(self, settings, defaults, origins):
+        accepted = SUPPORTED | IGNORED | (frozenset() if settings.get("do_sample") else SAMPLING_ONLY)
         neutral = {**defaults, "decoder_start_token_id": start_token_id(self.generation_config)}
+        neutral |= {"guidance_scale": 1.0, "penalty_alpha": 0.0}
         refused = [
             f"`{name}` ({value!r:.60}, from {origins[name]})"
             for name, value in settings.items()
-            if name not in SUPPORTED | IGNORED
-            and value is not None
-            and value != neutral.get(name)
-            and not (value is False and name not in neutral)
+            if name not in accepted and not _is_neutral(value, neutral.get(name))
         ]
         if refused:
             raise ValueError(
@@ -283,6 +291,11 @@ class CT2EncDecSLM(ExportedModel):
         longest = max(map(len, targets), default=0)
         rows = [[start_id, *target, *[pad_id] * (longest - len(target))] for target in targets]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), longest + 1)
+
+
+def _is_neutral(value, default):
+    is_empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+    return (is_empty and not default) or (not isinstance(value, torch.Tensor) and value == default)
 
 
 @contextlib.contextmanager

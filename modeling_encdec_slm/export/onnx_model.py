@@ -144,11 +144,7 @@ class OrtEncDecSLM(ExportedModel, EncDecSLMGenerationMixin):
         return contextlib.nullcontext()  # transformers would look for experts among modules
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"`cache_implementation` is {generation_config.cache_implementation!r}, but an export has its own "
-                "cache. Leave it out."
-            )
+        # An export has its own cache; the one that transformers would use changes no result.
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs["past_key_values"] = self._engine.new_cache(num_rows, generation_config.max_length)
