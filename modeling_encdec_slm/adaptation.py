@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from .checkpoints import TOKENIZER_FILES, find_checkpoint_folder, read_config
+from .checkpoints import TOKENIZER_FILES, check_no_adapter, find_checkpoint_folder, read_config
 from .configuration_encdec_slm import EncDecSLMConfig
 from .errors import format_list, summarize_error
 from .modeling_encdec_slm import EncDecSLMForConditionalGeneration
@@ -225,6 +225,7 @@ def _open_model(model):
 
 def _open_folder(name_or_path):
     folder = find_checkpoint_folder(name_or_path, ("*.json", "model*.safetensors", *TOKENIZER_FILES))
+    check_no_adapter(folder)
     _check_config(read_config(folder), str(name_or_path))  # before transformers loads a config of another kind
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

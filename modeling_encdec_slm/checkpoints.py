@@ -207,7 +207,8 @@ def load_checkpoint(
         kwargs: Passed to `AutoModelForSeq2SeqLM.from_pretrained`, such as `attn_implementation`.
 
     Returns:
-        `tuple`: The model, and its tokenizer or processor; `None` if the folder has neither.
+        `tuple`: The model, and its tokenizer or processor (an adapter without one has that of its base model); `None`
+        if there is neither.
 
     Raises:
         ValueError: The checkpoint cannot be found or read, lacks weights, is quantized, decoder-only or of another
@@ -216,14 +217,14 @@ def load_checkpoint(
     options = {"revision": revision, "subfolder": subfolder or "", "trust_remote_code": trust_remote_code}
     if not Path(name_or_path).is_dir():
         options["local_files_only"] = not check_hub_name(name_or_path, revision)
-    name = str(name_or_path)
+    name, processing_class = str(name_or_path), None
     try:
         if _is_adapter(name, options):
-            model = _load_adapter(name, options, adapter, dtype, kwargs)
+            model, processing_class = _load_adapter(name, options, adapter, dtype, kwargs)
         else:
             _check_config(_load_config(name, options), name, family_only)
             model = _load_weights(name, options, dtype, kwargs)
-        processing_class = load_processing_class(name, model, **options)
+        processing_class = load_processing_class(name, model, **options) or processing_class
     except (OSError, KeyError, ImportError, RuntimeError) as error:
         if options.get("local_files_only") and isinstance(error, OSError):
             raise ValueError(_not_found(name, UNREACHABLE)) from error
@@ -274,25 +275,48 @@ def _is_adapter(name, options):
     return find_adapter_config_file(name, **{key: options[key] for key in keys}) is not None
 
 
+def check_no_adapter(
+    name_or_path: str | Path, auto_class: str = "AutoPeftModelForCausalLM", local_files_only: bool = False
+) -> None:
+    """Check that a checkpoint has no LoRA adapter, for callers that read its weights themselves.
+
+    Args:
+        name_or_path (`str` or `Path`): A folder, or the name of a repository on the Hub.
+        auto_class (`str`, *optional*): PEFT's class that loads the adapter, for the message.
+        local_files_only (`bool`, *optional*, defaults to `False`): Look only at the local cache of the Hub.
+
+    Raises:
+        ValueError: It has one.
+    """
+    options = {"revision": None, "subfolder": "", "local_files_only": local_files_only}
+    if _is_adapter(str(name_or_path), options):
+        raise ValueError(_adapter_message(name_or_path, auto_class))
+
+
+def _adapter_message(name, auto_class):
+    return (
+        f"{str(name)!r} holds an adapter (`{ADAPTER_FILE}`), but whole weights are required. Merge it first: "
+        f"`model = {auto_class}.from_pretrained(folder).merge_and_unload()`."
+    )
+
+
 def _load_adapter(name, options, adapter, dtype, kwargs):
+    """Return an adapted model, and the tokenizer or processor of its base model."""
     if adapter == "refuse":
-        raise ValueError(
-            f"{name!r} holds an adapter (`{ADAPTER_FILE}`), but whole weights are required. Merge it first: "
-            "`model = AutoPeftModelForSeq2SeqLM.from_pretrained(folder).merge_and_unload()`."
-        )
+        raise ValueError(_adapter_message(name, "AutoPeftModelForSeq2SeqLM"))
     from peft import PeftConfig, PeftModel
 
     peft_options = {key: value for key, value in options.items() if key != "trust_remote_code"}
     base_name = PeftConfig.from_pretrained(name, **peft_options).base_model_name_or_path
     if not base_name:
         raise ValueError(f"{ADAPTER_FILE} of {name!r} does not name its base model. Set `base_model_name_or_path`.")
-    base_model, _ = load_checkpoint(
+    base_model, processing_class = load_checkpoint(
         base_name, dtype=dtype, trust_remote_code=options["trust_remote_code"], adapter="refuse", **kwargs
     )
     model = PeftModel.from_pretrained(base_model, name, is_trainable=adapter == "train", **peft_options)
     with contextlib.suppress(OSError):  # saved by our training jobs, not by PEFT
         base_model.generation_config = GenerationConfig.from_pretrained(name, **peft_options)
-    return model
+    return model, processing_class
 
 
 def _load_config(name, options):
@@ -603,6 +627,7 @@ def write_file(path: str | Path, write: Callable[[Path], Any] | str) -> None:
 __all__ = [
     "check_complete_model",
     "check_hub_name",
+    "check_no_adapter",
     "check_no_overlap",
     "check_shapes",
     "find_checkpoint_folder",

@@ -476,11 +476,15 @@ def test_a_window_that_no_layer_uses_is_accepted():
 
 # PEFT 0.21 asks for `is_gradient_checkpointing`, a name that transformers 5.23 deprecates.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_an_object_that_is_no_complete_language_model_is_refused():
+def test_what_is_no_complete_language_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"PeftModelForCausalLM.*merge_and_unload"):
         from_decoder_only(get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")))
     with pytest.raises(TypeError, match="dict"):
         from_decoder_only({})
+    build().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"adapter.*merge_and_unload"):
+        from_decoder_only(tmp_path)
     with pytest.raises(ValueError, match=r"missing: model.embed_tokens.weight, .* and \d+ more"):
         from_decoder_only(LlamaModel(SOURCES["llama"]))
     with pytest.raises(ValueError, match="`model_type` 't5'"):

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from conftest import build_tokenizer
 from encdec_slm.checkpoints import (
     check_complete_model,
+    check_no_adapter,
     check_no_overlap,
     find_checkpoint_folder,
     foreign_files,
@@ -213,13 +214,18 @@ def test_an_adapter_is_never_dropped(checkpoint, tiny_model, tmp_path, source, t
     adapted.base_model.model.config._name_or_path = str(checkpoint)
     adapted.peft_config["default"].base_model_name_or_path = str(checkpoint)
     adapted.save_pretrained(tmp_path / "adapter")
+    build_tokenizer().save_pretrained(checkpoint)
     expected = adapted(**source, decoder_input_ids=target_ids).logits
     for mode in ("load", "train"):
-        model, _ = load_checkpoint(tmp_path / "adapter", adapter=mode)
+        model, tokenizer = load_checkpoint(tmp_path / "adapter", adapter=mode)
+        assert len(tokenizer) == len(build_tokenizer())  # PEFT saves none with an adapter
         torch.testing.assert_close(model(**source, decoder_input_ids=target_ids).logits, expected)
         assert any(value.requires_grad for value in model.parameters()) == (mode == "train")
     with pytest.raises(ValueError, match="adapter"):
         load_checkpoint(tmp_path / "adapter", adapter="refuse")
+    with pytest.raises(ValueError, match="AutoPeftModelForCausalLM"):
+        check_no_adapter(tmp_path / "adapter")
+    check_no_adapter(checkpoint)
 
 
 def test_missing_weights_are_refused(checkpoint, tiny_model):

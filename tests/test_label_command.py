@@ -63,6 +63,15 @@ def test_completions_follow_a_prompt_template(teacher, rows, tmp_path, capsys):
     assert "template_fingerprint" in capsys.readouterr().err
 
 
+def test_an_engine_that_would_drop_an_adapter_refuses_it(teacher, rows, tmp_path, capsys):
+    adapter = {"base_model_name_or_path": teacher, "peft_type": "LORA"}
+    shutil.copytree(teacher, tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text(json.dumps(adapter))
+    command = ["label", str(tmp_path / "adapted"), rows, str(tmp_path / "out"), "--completions"]
+    assert main([*command, "--engine", "ctranslate2"]) == 1
+    assert "merge_and_unload" in capsys.readouterr().err
+
+
 def test_a_part_of_the_rows_is_labeled(teacher, rows, tmp_path, capsys):
     command = ["label", teacher, rows, str(tmp_path / "out"), "--distributions", "sampled:3", "--rows-per-shard", "2"]
     assert main([*command, "--rows", "2:5"]) == 0

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoints import check_hub_name, check_shapes, find_checkpoint_folder
+from ..checkpoints import check_hub_name, check_no_adapter, check_shapes, find_checkpoint_folder
 from ..errors import summarize_error
 from ..vocabulary import tokenizer_fingerprint
 from .data_files import load_hub_dataset, read_data_file
@@ -349,6 +349,8 @@ def build_engine(
         return OpenAIEngine(teacher, loaded, base_url, requests_per_minute=requests_per_minute)
     local_files_only = not Path(teacher).is_dir() and not check_hub_name(teacher)
     try:
+        if name != "transformers":
+            check_no_adapter(teacher, local_files_only=local_files_only)
         loaded = AutoTokenizer.from_pretrained(tokenizer or teacher, local_files_only=local_files_only)
         if name == "ctranslate2":
             return CTranslate2Engine(find_checkpoint_folder(teacher), loaded, batch_tokens)
