@@ -15,46 +15,54 @@ def label(
     output: options.Output,
     distributions: Annotated[
         str | None,
-        typer.Option(metavar="topk:K|sampled:N", help="Store the K most probable tokens, or N drawn ones."),
+        typer.Option(
+            metavar="topk:K|sampled:N", help="Store the K most probable tokens of each position, or N sampled ones."
+        ),
     ] = None,
     completions: Annotated[
-        bool, typer.Option("--completions", help="Let the teacher generate the targets, instead of the data's.")
+        bool,
+        typer.Option("--completions", help="Let the teacher generate the targets; those of the data are ignored."),
     ] = False,
     engine: Annotated[
         Literal["transformers", "ctranslate2", "vllm", "openai"],
-        typer.Option(help="What runs the teacher; openai is any compatible endpoint."),
+        typer.Option(help="Runs the teacher; openai is any compatible endpoint."),
     ] = "transformers",
     source_column: Annotated[str, options.name(help="Column with the prompt.")] = "source",
-    target_column: Annotated[str, options.name(help="Column with the given target.")] = "target",
+    target_column: Annotated[str, options.name(help="Column with the target.")] = "target",
     split: Annotated[str, options.name(help="Split of a data set on the Hub.")] = "train",
     prompt_template: Annotated[
         str | None, options.file(help="Jinja template of the teacher's prompt, with the row's columns as fields.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Send prompts through the chat template, if the teacher has one.")] = True,
-    max_new_tokens: Annotated[int, options.count(help="Longest completion.")] = 64,
+    max_new_tokens: Annotated[int, options.count(help="Maximum length of a completion, in tokens.")] = 64,
     num_completions: Annotated[int, options.count(help="Completions per row.")] = 1,
-    temperature: Annotated[float, typer.Option(metavar="T", min=0, help="Of completions; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sample from the tokens of this total mass.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="Sampling temperature; 0 is greedy search.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Sample from the most probable tokens of this total probability.")
+    ] = 1.0,
     stop: Annotated[str | None, typer.Option(metavar="TEXT", help="End completions before this text.")] = None,
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], typer.Option(help="Of the weights, with --engine transformers.")
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="Dtype of the weights, with --engine transformers.")
     ] = "auto",
-    batch_tokens: Annotated[int, options.count(help="Most tokens of a batch.")] = 2048,
+    batch_tokens: Annotated[int, options.count(help="Maximum number of tokens per batch.")] = 2048,
     rows: Annotated[
-        str | None, typer.Option(metavar="START:STOP", help="Label only these rows, to share the work of machines.")
+        str | None,
+        typer.Option(metavar="START:STOP", help="Label only these rows, to divide the work among machines."),
     ] = None,
-    rows_per_shard: Annotated[int, options.count(help="Rows of one file of the cache.")] = 256,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything that is drawn.")] = 0,
+    rows_per_shard: Annotated[int, options.count(help="Rows per file of the cache.")] = 256,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed.")] = 0,
     tokenizer: Annotated[
         str | None, options.folder(help="The teacher's tokenizer, for log-probabilities from an endpoint.")
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of the endpoint; its key: OPENAI_API_KEY.")
+        str | None, typer.Option(metavar="URL", help="URL of the endpoint. Set its key in OPENAI_API_KEY.")
     ] = None,
     requests_per_minute: Annotated[float | None, typer.Option(metavar="N", help="Rate limit of the endpoint.")] = None,
     config: options.Config = None,
 ):
-    """Label a data set with a teacher, once: its completions, its distributions, or both.
+    """Store a teacher's completions, its next-token distributions, or both, for every row of a data set.
 
     Distillation then needs no teacher: `encdec-slm distill --teacher_cache OUTPUT`. A run that was stopped resumes
     when the same command is given again.

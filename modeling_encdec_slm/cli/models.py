@@ -34,9 +34,7 @@ def adapt(
     split: Annotated[
         str, typer.Option(help="Shares of the source's layers: 2/3-1/3, 1/2-1/2 or 1/3-2/3.")
     ] = "2/3-1/3",
-    strategy: Annotated[
-        str, typer.Option(help="Which layers are copied: outer, even or first-last; docs/adapt.md compares them.")
-    ] = "outer",
+    strategy: Annotated[str, typer.Option(help="Which layers are copied: outer, even or first-last.")] = "outer",
     trim_vocabulary: Annotated[
         str | None, options.file(help="Keep only the tokens that the rows of this data file use.")
     ] = None,
