@@ -14,6 +14,7 @@ EXTRAS = {
     **dict.fromkeys(("ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"), "export"),
     **dict.fromkeys(("bashlex", "sacrebleu"), "evaluation"),
     "gradio": "demo",
+    "llguidance": "constrained",
     "vllm": "vllm",
     "openai": "openai",
     "ray": "ray",
