@@ -89,11 +89,28 @@ def test_a_part_of_the_rows_is_labeled(teacher, rows, tmp_path, capsys):
         (["--distributions", "topk:3", "--target-column", "answer"], 1, "answer"),
         (["--completions", "--prompt-template", "{{ sorce }}"], 1, "sorce"),
         (["--completions", "--max-new-tokens", "127"], 1, "128"),
+        (["--distributions", "topk:3", "--rows", "512:600"], 1, "512"),
+        (["--distributions", "topk:3", "--temperature", "1"], 2, "--completions"),
+        (["--completions", "--base-url", "http://localhost"], 2, "--engine openai"),
+        (["--completions", "--engine", "openai", "--requests-per-minute", "-1"], 1, "-1"),
     ],
 )
 def test_wrong_usage_is_one_sentence(teacher, rows, tmp_path, capsys, options, code, named):
     assert main(["label", teacher, rows, str(tmp_path / "out"), *options]) == code
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_labels_replace_neither_a_file_nor_their_teacher(teacher, rows, capsys):
+    assert main(["label", teacher, rows, rows, "--distributions", "topk:3"]) == 1
+    assert rows in capsys.readouterr().err
+    assert main(["label", teacher, rows, teacher, "--distributions", "topk:3"]) == 1
+    assert teacher in capsys.readouterr().err
+
+
+def test_the_built_in_task_is_labeled_by_its_name(teacher, tmp_path):
+    command = ["label", teacher, "docstrings", str(tmp_path / "out"), "--distributions", "topk:3", "--no-chat"]
+    assert main([*command, "--rows", "0:2", "--rows-per-shard", "2", "--prompt-template", "{{ source[:40] }}"]) == 0
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == 1
 
 
 def test_a_teacher_that_is_not_there_is_named(rows, tmp_path, capsys):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -123,6 +124,25 @@ def test_a_truncated_shard_is_named(folder, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=path.name):
         TeacherCache(folder)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("damage", ["pages", "nan"])
+def test_a_damaged_shard_is_named_when_its_rows_are_read(folder, damage, streams):
+    path = folder / "labels-0000000004-0000000008.parquet"
+    if damage == "pages":
+        content = bytearray(path.read_bytes())
+        content[100:300] = bytes(200)
+        path.write_bytes(content)
+    else:
+        table, values = pq.read_table(path), np.full(12, np.nan, np.float16)
+        lists = pa.ListArray.from_arrays(pa.array(range(0, 13, 3), pa.int32()), pa.array(values))
+        index = table.schema.get_field_index("label_log_probs")
+        pq.write_table(table.set_column(index, table.schema.field(index), lists), path)
+    dataset = Dataset.from_list(ROWS)
+    dataset = dataset.to_iterable_dataset() if streams else dataset
+    with pytest.raises(ValueError, match=path.name):
+        list(TeacherCache(folder).attach(dataset, "prompt", "completion"))
 
 
 def test_an_empty_folder_and_a_foreign_file_are_no_cache(tmp_path):

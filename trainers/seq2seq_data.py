@@ -157,6 +157,7 @@ def _attach_labels(splits, seed, teacher_cache):
     """Hold rows out, and add the labels to the other training rows."""
     columns = {"prompt_column": "source", "completion_column": "target"}
     if isinstance(splits["train"], Dataset):
+        teacher_cache.attach(splits["train"], **columns)  # which checks all rows, those that are held out as well
         splits = {**splits, "train": splits["train"].add_column("row", list(range(len(splits["train"]))))}
         columns["row_column"] = "row"
     splits = hold_out_missing(splits, seed)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -251,8 +251,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     target = folder / TOKENIZER_NAME
     if target.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".{TOKENIZER_NAME}-", dir=folder)
+    temporary = folder / f".{TOKENIZER_NAME}-{uuid.uuid4().hex}"
     try:
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, target)
@@ -333,7 +332,13 @@ class TeacherCache:
                 f"The teacher cache {str(self.folder)!r} has labels for {self.num_rows:,} rows, but the data set has "
                 f"at least {indices.max() + 1:,}. Run `encdec-slm label` on all of it."
             )
-        labels = self._load_labels()
+        for _, _, path in self.shards:
+            read_shard(path)  # which checks it
+        with _hide_progress_bars():
+            return self._attach(dataset, indices, prompt_column, completion_column, row_column)
+
+    def _attach(self, dataset, indices, prompt_column, completion_column, row_column):
+        labels = Dataset.from_parquet([str(path) for _, _, path in self.shards])
         rows = np.array(labels["row"][:])
         starts, stops = (np.searchsorted(rows, indices, side) for side in ("left", "right"))
         labels = labels.select(np.concatenate([np.arange(*span) for span in zip(starts, stops, strict=True)]))
@@ -348,12 +353,6 @@ class TeacherCache:
             if completion_column != "completion":
                 labels = labels.rename_column("completion", completion_column)
         return concatenate_datasets([repeated, labels.remove_columns(["row", "sample", "row_fingerprint"])], axis=1)
-
-    def _load_labels(self):
-        for _, _, path in self.shards:
-            read_shard(path, ["label_log_probs"])  # which checks them
-        with _hide_progress_bars():
-            return Dataset.from_parquet([str(path) for _, _, path in self.shards])
 
     def _check_rows(self, dataset, labels, prompt_column, completion_column):
         has_targets = self.header.completions is None and completion_column in dataset.features
@@ -411,7 +410,7 @@ class _AttachStream:
 
 @contextmanager
 def _hide_progress_bars():
-    """Hide the progress bars of datasets, in which each file is a split that is generated."""
+    """Hide the progress bars of datasets, which name steps that are not ours."""
     are_hidden = are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -440,14 +439,14 @@ def read_header(path: Path) -> CacheHeader:
     return CacheHeader.from_metadata(schema.metadata, path)
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a shard, or some of its columns with `label_log_probs`.
+def read_shard(path: Path) -> pa.Table:
+    """Read a shard.
 
     Raises:
         ValueError: The file is damaged, or holds log-probabilities that are not numbers.
     """
     try:
-        table = pq.read_table(path, schema=SCHEMA, columns=columns)
+        table = pq.read_table(path, schema=SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(_damaged(path, error)) from error
     values = table["label_log_probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

@@ -34,6 +34,7 @@ class OpenAIEngine:
 
     Raises:
         ImportError: The package `openai` is not installed.
+        ValueError: `requests_per_minute` is not above 0.
     """
 
     reads_text = True
@@ -50,6 +51,8 @@ class OpenAIEngine:
         max_retries=8,
         timeout=60,
     ):
+        if requests_per_minute is not None and not requests_per_minute > 0:
+            raise ValueError(f"`requests_per_minute` must be above 0, got {requests_per_minute}.")
         self._openai = require_package("openai")
         key = os.environ.get("OPENAI_API_KEY", "not needed by local servers")
         self.client = self._openai.OpenAI(api_key=key, base_url=base_url, max_retries=max_retries, timeout=timeout)

@@ -22,6 +22,7 @@ from ..vocabulary import tokenizer_fingerprint
 from .data_files import load_hub_dataset, read_data_file
 from .prompt_templates import load_prompt_template
 from .row_encoding import RowEncoder
+from .tasks.docstrings import build_docstring_task
 from .teacher_cache import (
     CacheHeader,
     DistributionSpec,
@@ -105,6 +106,10 @@ def label_dataset(
             teacher, or its predictions are not numbers.
     """
     folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"The output {str(folder)!r} is a file, but labels are written to a folder. Give another path."
+        )
     header = build_header(engine, settings, teacher, [prompt_template, chat_template_kwargs or {}])
     done = {(start, stop): path for start, stop, path in find_shards(folder)}
     for path in done.values():
@@ -115,6 +120,8 @@ def label_dataset(
         raise ValueError(
             f"`rows` starts at {first}, but must start at a multiple of `rows_per_shard` ({settings.rows_per_shard})."
         )
+    if isinstance(dataset, Dataset) and first >= len(dataset):
+        raise ValueError(f"`rows` starts at {first}, but the data has {len(dataset)} rows, counted from 0.")
     started, num_rows, num_tokens = time.perf_counter(), 0, 0
     for start, batch in _batches(dataset, first, last, settings.rows_per_shard):
         span = (start, start + len(batch))
@@ -287,7 +294,8 @@ def load_label_rows(
     """Load the rows to label as `source`, `prompt` and, if they have a target, `completion`.
 
     Args:
-        data (`str`): A data file, or the name of a data set on the Hub.
+        data (`str`): A data file, the name of a data set on the Hub, or `"docstrings"` for the training rows of the
+            built-in task.
         source_column (`str`): Column with the prompt.
         target_column (`str`, *optional*): Column with the target; `None` if the teacher generates it.
         split (`str`, *optional*, defaults to `"train"`): Split of a data set on the Hub.
@@ -297,7 +305,9 @@ def load_label_rows(
     Raises:
         ValueError: The data cannot be read, or lacks a column.
     """
-    if Path(data).suffix and not Path(data).is_dir():
+    if data == "docstrings" and not Path(data).exists():
+        dataset = build_docstring_task()["train"]
+    elif Path(data).suffix and not Path(data).is_dir():
         dataset = Dataset.from_list(list(read_data_file(data, "data")))
     else:
         try:

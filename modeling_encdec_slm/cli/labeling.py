@@ -11,7 +11,9 @@ from .console import UsageError
 
 def label(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or name of a decoder-only model.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="JSON, CSV or Parquet file, or a data set on the Hub.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="JSON, CSV or Parquet file, data set on the Hub, or docstrings.")
+    ],
     output: options.Output,
     distributions: Annotated[
         str | None,
@@ -70,14 +72,19 @@ def label(
     \b
     Examples:
       encdec-slm label NAME rows.jsonl outputs/labels --distributions topk:32
+      encdec-slm label NAME docstrings outputs/labels --distributions topk:32    # the built-in task
       encdec-slm label NAME rows.jsonl outputs/labels --completions --stop $'\\n' --engine ctranslate2
       encdec-slm label NAME rows.jsonl outputs/labels --completions --engine openai --base-url http://localhost:8000/v1
     """
+    from encdec_slm.checkpoints import check_no_overlap, find_source_folders
     from encdec_slm.trainers.prompt_templates import read_prompt_template
     from encdec_slm.trainers.teacher_cache import DistributionSpec
     from encdec_slm.trainers.teacher_engines import CompletionSettings
     from encdec_slm.trainers.teacher_labels import LabelSettings, build_engine, label_dataset, load_label_rows
 
+    _refuse_without_effect(completions, max_new_tokens, num_completions, temperature, top_p, stop)
+    if engine != "openai" and (base_url is not None or requests_per_minute is not None):
+        raise UsageError("--base-url and --requests-per-minute require --engine openai.")
     try:
         spec = None if distributions is None else DistributionSpec.parse(distributions)
         generation = CompletionSettings(max_new_tokens, num_completions, temperature, top_p, stop)
@@ -88,6 +95,7 @@ def label(
         raise UsageError(str(error)) from error
     engine_options = {"batch_tokens": batch_tokens, "dtype": dtype, "tokenizer": tokenizer}
     engine_options |= {"base_url": base_url, "requests_per_minute": requests_per_minute}
+    check_no_overlap(output, find_source_folders(teacher))
     runner = build_engine(engine, teacher, **engine_options)
     chat = chat and (engine == "openai" or runner.tokenizer.chat_template is not None)
     targets = None if completions else target_column
@@ -95,6 +103,14 @@ def label(
     template = f"{chat} {read_prompt_template(prompt_template)}"
     cache = label_dataset(dataset, runner, output, settings, teacher=teacher, rows=span, prompt_template=template)
     print(f"Wrote labels to {output}." if cache is None else f"Labeled {cache.num_rows:,} rows in {output}.")
+
+
+def _refuse_without_effect(completions, max_new_tokens, num_completions, temperature, top_p, stop):
+    if not completions and (max_new_tokens, num_completions, temperature, top_p, stop) != (64, 1, 0.0, 1.0, None):
+        raise UsageError(
+            "--max-new-tokens, --num-completions, --temperature, --top-p and --stop require --completions: targets of "
+            "the data are taken as they are."
+        )
 
 
 def _parse_rows(text):
