@@ -14,6 +14,13 @@ Memory: what the loss and its gradients add to the peak of a fresh process, give
 dense loss where it is expected to fit 6 GB. Contenders take turns; medians and quartiles are reported. Writes
 `benchmark_training.json` (with every raw time) and `benchmark_training.png`. Data loading, logging, gradient clipping
 and accumulation, several processes, half precision and adapters are not measured.
+
+    python examples/benchmark_training.py --teacher TEACHER --repetitions 5
+
+With `--teacher`, the labels of a real teacher are measured instead, on rows of the docstring task that fit the source
+length: how many tokens per second each engine labels, and whole steps of a student with the teacher's trimmed
+vocabulary that learns from the teacher in the step, from its labels, or by cross-entropy alone, with the peak memory
+of a process for each of them. Writes `benchmark_teacher_cache.json`.
 """
 
 import argparse
@@ -35,9 +42,9 @@ import trl
 from datasets import Dataset
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from encdec_slm import EncDecSLMConfig
+from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
 from encdec_slm.benchmarks.machine import describe_machine, peak_bytes
 from encdec_slm.benchmarks.measuring import spread
 from encdec_slm.checkpoints import write_file
@@ -45,7 +52,14 @@ from encdec_slm.configuration import decoder_only_twin, list_presets, load_prese
 from encdec_slm.configuration.sizes import build_model
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 from encdec_slm.trainers.distillation_losses import LOGITS_BUDGET_BYTES, ObjectiveSettings, distillation_objective
+from encdec_slm.trainers.new_models import preset_config
 from encdec_slm.trainers.output_heads import OutputHead
+from encdec_slm.trainers.row_encoding import iterate_texts
+from encdec_slm.trainers.tasks.docstrings import build_docstring_task
+from encdec_slm.trainers.teacher_cache import DistributionSpec
+from encdec_slm.trainers.teacher_engines import CompletionSettings
+from encdec_slm.trainers.teacher_labels import LabelSettings, build_engine, label_dataset
+from encdec_slm.vocabulary import trim_tokenizer
 
 
 PAD_TOKEN_ID, START_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2
@@ -60,6 +74,15 @@ RATIOS = {
 LOSS_VOCAB_SIZE, STUDENT_WIDTH, TEACHER_WIDTH = 151_936, 64, 128
 # How often the dense loss holds N x V float32 values at its peak, a little more than was measured.
 DENSE_COPIES, DENSE_LIMIT_BYTES = 5, 6 * 10**9
+# Engines that label, and the dtype of their weights.
+ENGINES = {"transformers bfloat16": "bfloat16", "transformers float32": "float32", "ctranslate2 int8": "auto"}
+LABELS = {"topk": DistributionSpec("topk", 32), "sampled": DistributionSpec("sampled", 12)}
+# Ratio -> the steps that it compares, and how much it must be at least.
+LABEL_RATIOS = {
+    f"step with {name} labels, {title}": (name, other, bar)
+    for name in LABELS
+    for title, other, bar in (("teacher in the step", "teacher", 10), ("cross-entropy alone", "cross_entropy", 0.85))
+}
 
 
 # Models and trainers
@@ -275,7 +298,120 @@ def measure_memory(arguments):
     return {"vocab_size": LOSS_VOCAB_SIZE, "chunk_positions": chunk_positions, "peak_bytes": peaks}
 
 
+# Labels of a real teacher
+
+
+def prepare_labels(arguments):
+    """Choose rows, trim the tokenizer, and label the rows by each engine; return the tokens per second."""
+    task = build_docstring_task()["train"].shuffle(seed=0)
+    original = AutoTokenizer.from_pretrained(arguments.teacher)
+    tokenizer, _ = trim_tokenizer(original, iterate_texts(task), max_size=arguments.vocab_size)
+    task = task.filter(lambda row: len(tokenizer(row["source"])["input_ids"]) <= arguments.source_length)
+    rows = Dataset.from_list(
+        [{"prompt": row["source"], "completion": row["target"]} for row in task.take(arguments.batch_size)]
+    )
+    rows.to_json(arguments.output / "rows.jsonl")
+    tokenizer.save_pretrained(arguments.output / "tokenizer")
+    prompts = [original(row["prompt"])["input_ids"] for row in rows]
+    targets = [[*original(row["completion"])["input_ids"], original.eos_token_id] for row in rows]
+    speeds = {}
+    for number, (name, dtype) in enumerate(ENGINES.items()):
+        engine = build_engine(name.split()[0], arguments.teacher, dtype=dtype)
+        parts = {
+            "distributions": partial(engine.predict, prompts, targets, LABELS["topk"], [0] * len(rows)),
+            "completions": partial(engine.generate, prompts, CompletionSettings(16)),
+        }
+        num_read = sum(map(len, prompts))
+        num_tokens = {"distributions": num_read + sum(map(len, targets)), "completions": num_read + 16 * len(rows)}
+        speeds[name] = {part: num_tokens[part] / time_call(call) for part, call in parts.items()}
+        print(
+            f"labels, {name}: { ({part: round(speed) for part, speed in speeds[name].items()}) } tokens/s", flush=True
+        )
+        for kind, spec in LABELS.items() if number == 0 else ():
+            settings = LabelSettings(spec)
+            label_dataset(rows, engine, arguments.output / kind, settings, teacher=str(arguments.teacher))
+    return speeds
+
+
+def time_call(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def build_step(name, arguments):
+    """Return a function that does a whole step in one way, and its number of target tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.output / "tokenizer")
+    torch.manual_seed(0)
+    student = EncDecSLMForConditionalGeneration(preset_config(arguments.preset, tokenizer))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    settings = Seq2SeqDistillationConfig(
+        str(arguments.output / "trainer"),
+        per_device_train_batch_size=arguments.batch_size,
+        max_completion_length=arguments.new_tokens,
+        **{"lmbda": 0.0, "beta": 0.0, "kd_ratio": 0.0 if name == "cross_entropy" else KD_RATIO},
+        **{"bf16": False, "use_cpu": arguments.device == "cpu", "report_to": []},
+    )
+    trainer = Seq2SeqDistillationTrainer(
+        student,
+        str(arguments.teacher) if name == "teacher" else None,
+        settings,
+        Dataset.from_json(str(arguments.output / "rows.jsonl")),
+        processing_class=tokenizer,
+        teacher_cache=str(arguments.output / name) if name in LABELS else None,
+    )
+
+    def step():
+        optimizer.zero_grad()
+        batch = trainer.make_batch(trainer.train_dataset.to_list())
+        trainer.compute_loss(student, batch).backward()
+        optimizer.step()
+
+    student.train()
+    return step, sum(trainer.train_dataset["num_target_tokens"])
+
+
+def time_label_steps(name, arguments):
+    """Return the seconds of steps of one kind, the number of their target tokens, and the peak of the process."""
+    step, num_tokens = build_step(name, arguments)
+    step()
+    return [time_call(step) for _ in range(arguments.repetitions)], num_tokens, peak_bytes(arguments.device)
+
+
+def run_with_labels(arguments):
+    """Return the contents of `benchmark_teacher_cache.json`."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    speeds = prepare_labels(arguments)
+    context = get_context("spawn")
+    report = {"labels_per_second": speeds, "tokens_per_second": {}, "seconds": {}, "peak_bytes": {}}
+    for name in ("cross_entropy", *LABELS, "teacher"):
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            seconds, num_tokens, peak = pool.submit(time_label_steps, name, arguments).result()
+        report["seconds"][name], report["peak_bytes"][name] = seconds, peak
+        report["tokens_per_second"][name] = spread(num_tokens / np.array(seconds))
+        print(f"step, {name}: {np.median(seconds):.2f} s, peak {peak / 1e6:,.0f} MB", flush=True)
+    medians = {name: values["median"] for name, values in report["tokens_per_second"].items()}
+    report["ratios"] = {title: medians[ours] / medians[other] for title, (ours, other, _) in LABEL_RATIOS.items()}
+    return {"arguments": describe_arguments(arguments), "machine": describe_machine(arguments.device), **report}
+
+
+def format_label_table(report):
+    lines = ["| | tokens/s | peak memory (MB) |", "| --- | ---: | ---: |"]
+    for name, speed in report["tokens_per_second"].items():
+        lines.append(f"| step, {name} | {_format_spread(speed)} | {report['peak_bytes'][name] / 1e6:,.0f} |")
+    for name, speeds in report["labels_per_second"].items():
+        lines += [f"| {part}, {name} | {speed:,.0f} | |" for part, speed in speeds.items()]
+    lines += ["", "| ratio of speeds | | at least |", "| --- | ---: | ---: |"]
+    for title, (*_, bar) in LABEL_RATIOS.items():
+        lines.append(f"| {title} | {report['ratios'][title]:.2f} x | {bar} x |")
+    return "\n".join(lines)
+
+
 # Report
+
+
+def describe_arguments(arguments):
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 def run(arguments):
@@ -284,7 +420,7 @@ def run(arguments):
     memory, bench = measure_memory(arguments), build(arguments)
     runs = measure_times(bench, arguments)
     return {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+        "arguments": describe_arguments(arguments),
         "machine": machine,
         "num_parameters": {"student": bench.student.num_parameters(), "teacher": bench.teacher.num_parameters()},
         "num_tokens_per_step": bench.gold_ids.numel(),
@@ -346,6 +482,7 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="26m", choices=list_presets(), help="of the student")
     parser.add_argument("--teacher-preset", default="26m", choices=list_presets(), help="the teacher is its baseline")
+    parser.add_argument("--teacher", help="folder or Hub name of a decoder-only model, to measure its labels instead")
     parser.add_argument("--vocab-size", type=int, default=8192, help="of both models; replaces the presets'")
     parser.add_argument("--batch-size", type=int, default=16, help="rows")
     parser.add_argument("--source-length", type=int, default=64, help="tokens")
@@ -365,6 +502,12 @@ def parse_arguments(arguments=None):
 
 def main():
     arguments = parse_arguments()
+    if arguments.teacher is not None:
+        report = run_with_labels(arguments)
+        print(f"\n{format_label_table(report)}\n")
+        text = json.dumps({"command": " ".join(sys.argv), **report}, indent=2) + "\n"
+        write_file(arguments.output / "benchmark_teacher_cache.json", text)
+        return
     report = run(arguments)
     print(f"\n{format_table(report)}\n\n{describe_setting(report)}\n")
     arguments.output.mkdir(parents=True, exist_ok=True)
