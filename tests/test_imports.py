@@ -39,7 +39,7 @@ PACKAGES = {
     "export": INSTALLED | EXPORT,
     "benchmarks": INSTALLED | EXPORT | {"matplotlib"},
     "hub_cards": INSTALLED | {"gradio"},
-    "cli": INSTALLED | {"trl"},
+    "cli": INSTALLED | {"trl", "ctranslate2"},
 }
 SHIPPED = sorted(
     path.stem for path in FOLDERS["encdec_slm"].glob("*_encdec_*.py") if path.stem.endswith(("_slm", "_vlm"))

@@ -32,6 +32,7 @@ from .labeling import label
 from .measurement import bench, evaluate, presets
 from .models import adapt, convert, export
 from .publication import demo, publish
+from .shell import shell
 from .training import distill, finetune
 
 
@@ -57,7 +58,7 @@ app = typer.Typer(
 )
 for function in (finetune, distill, adapt):  # their keys of a recipe are parsed by TRL
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(function)
-for function in (label, convert, evaluate, export, bench, generate, publish, demo, presets):
+for function in (label, convert, evaluate, export, bench, generate, shell, publish, demo, presets):
     app.command()(function)
 
 

@@ -89,15 +89,18 @@ def describe_error(error: BaseException, command: Any) -> str:
         error (`BaseException`): What ended the command.
         command: The typer command, or `None`.
     """
-    from encdec_slm.errors import missing_package_message, summarize_error
+    text = " ".join(str(error).split())
+    is_ours = bool(text) and _is_raised_by_this_package(error)
+    if is_ours and error.__cause__ is None and not isinstance(error, ModuleNotFoundError):
+        return name_options(text, command)
+    from encdec_slm.errors import missing_package_message, summarize_error  # imports torch, which takes seconds
 
     cause = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and (message := missing_package_message(cause)):
             return message
         cause = cause.__cause__
-    text = " ".join(str(error).split())
-    if text and _is_raised_by_this_package(error):
+    if is_ours:
         return name_options(text, command)
     summary = summarize_error(error)
     if isinstance(error, OSError) and error.strerror:

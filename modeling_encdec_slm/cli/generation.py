@@ -94,7 +94,11 @@ def _read_text(text, file):
         raise UsageError("There is no input: give TEXT or --file FILE, or pipe a text in.")
     else:
         origin, content = "standard input", sys.stdin.buffer.read()
-    text = _decode(origin, content).replace("\r\n", "\n").replace("\r", "\n")
+    text = (
+        decode_text(origin, content, "Convert it, or give an image with --image.")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+    )
     if not text.strip():
         raise ValueError(f"The text ({origin}) is empty. Give a text with at least one word.")
     return text.rstrip("\n")
@@ -107,13 +111,22 @@ def _read_bytes(file):
         raise ValueError(f"{file} cannot be read ({error.strerror}). Give the path of a text file.") from error
 
 
-def _decode(origin, content):
+def decode_text(origin: str, content: bytes, advice: str = "Convert it.") -> str:
+    """Decode a text of the command line, a file or a pipe.
+
+    Args:
+        origin (`str`): Where it comes from, for the message.
+        content (`bytes`): UTF-8, with or without a byte order mark.
+        advice (`str`, *optional*): What to do if it is not UTF-8.
+
+    Raises:
+        ValueError: It is not UTF-8, or contains zero bytes.
+    """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"The text ({origin}) is not UTF-8 (byte {error.start} of {len(content):,}). Convert it, or give an image "
-            "with --image."
+            f"The text ({origin}) is not UTF-8 (byte {error.start} of {len(content):,}). {advice}"
         ) from error
     if "\0" in text:
         raise ValueError(f"The text ({origin}) contains zero bytes, like a binary file. Give a text file.")
@@ -152,4 +165,4 @@ def _generate(pipe, text, image, settings, truncation):
     return answers[0]["generated_text"]
 
 
-__all__ = ["generate"]
+__all__ = ["decode_text", "generate"]

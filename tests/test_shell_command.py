@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`encdec-slm shell`: requests, answers, confidence, warnings, and the conversion of a model on first use."""
+
+import io
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from encdec_slm_cli import main, shell_model
+from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
+
+from conftest import build_model, build_tokenizer
+from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
+
+
+PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
+REQUEST = "w7 w9 w4"
+SURE = Calibration(slope=0.0, intercept=2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
+NOT_SURE = Calibration(slope=0.0, intercept=-2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
+
+
+def save_shell_folder(folder, words=None):
+    model = build_model(seed=3)
+    model.generation_config.max_length = 9
+    for part in (model, build_tokenizer(words=words)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shell_folder(tmp_path_factory):
+    """A model of words; not to be changed."""
+    return save_shell_folder(tmp_path_factory.mktemp("shell") / "model")
+
+
+@pytest.fixture(scope="session")
+def shell_export(shell_folder):
+    """Its CTranslate2 export; not to be changed."""
+    return export_ctranslate2(shell_folder, shell_folder.parent / "export")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "encdec_slm"
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command; return its exit code, and the lines of standard output and error without progress bars."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = main(["shell", *map(str, arguments)])
+        output = capfd.readouterr()
+        return code, output.out.splitlines(), [line for line in output.err.splitlines() if line and "%|" not in line]
+
+    return run
+
+
+# Answers
+
+
+def test_answers_are_those_of_beam_search(run, shell_export):
+    model, tokenizer = CT2EncDecSLM.from_pretrained(shell_export), build_tokenizer()
+    ids = tokenizer(REQUEST, return_tensors="pt").input_ids
+    expected = tokenizer.decode(model.generate(ids, num_beams=5, num_return_sequences=5), skip_special_tokens=True)
+    assert run(REQUEST, "--model", shell_export, "-n", 5) == (0, expected, [])
+    assert run(*REQUEST.split(), "--model", shell_export) == (0, expected[:1], [])
+
+
+def test_log_probability_is_that_of_all_tokens(shell_export):
+    model = shell_model.load_shell_model(str(shell_export))
+    tokenizer = build_tokenizer()
+    for answer in model.answer(REQUEST, 3):
+        ids = tokenizer(answer.command, add_special_tokens=False).input_ids
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        (scored,) = model._translator.score_batch([model.encode(REQUEST)[0]], [tokens])
+        # The answers stop at 8 tokens, without an end token, which `score_batch` adds. Its int8 sums differ a little.
+        assert answer.log_probability == pytest.approx(sum(scored.log_probs[: len(ids)]), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "options", "expected"),
+    [
+        (SURE, [], ["confidence 88%"]),
+        (NOT_SURE, [], ["not sure: confidence 12%, below 50%"]),
+        (SURE, ["-q"], []),
+        (NOT_SURE, ["-q"], ["not sure: confidence 12%, below 50%"]),
+        (NOT_SURE, ["-n", 2], ["not sure: confidence 12%, below 50%", "confidence 12%"]),
+        (None, [], []),
+    ],
+)
+def test_confidence_is_calibrated(calibration, options, expected, run, shell_export, tmp_path):
+    folder = shutil.copytree(shell_export, tmp_path / "model")
+    if calibration is not None:
+        calibration.save(folder)
+    code, commands, messages = run(REQUEST, "--model", folder, *options)
+    assert code == 0 and len(commands) == max(1, len(expected)) and [line.strip() for line in messages] == expected
+
+
+def test_dangerous_answers_are_warned_of(run, tmp_path):
+    folder = save_shell_folder(tmp_path / "model", words=[f"rm -rf /{'/' * number}" for number in range(93)])
+    code, commands, messages = run("delete everything", "--model", folder, "-q")
+    assert code == 0 and "rm -rf /" in commands[0]
+    assert [line.partition(":")[0] for line in messages[1:]] == ["Warning"] and "whole file system" in messages[1]
+
+
+# Requests
+
+
+@pytest.mark.parametrize("content", [REQUEST, f"{REQUEST}\n", "\ufeff w7\tw9\r\n w4 \x1b\n"])
+def test_the_request_is_read_from_a_pipe(content, run, shell_export, monkeypatch):
+    expected = run(REQUEST, "--model", shell_export)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert run("--model", shell_export) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(b"", "empty"), (b" \n\t\x1b", "empty"), (b"caf\xe9", "UTF-8"), (b"a\0b", "zero bytes")],
+)
+def test_requests_that_are_no_text_are_refused(content, name, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    code, commands, messages = run()
+    assert (code, commands, len(messages)) == (1, [], 1) and name in messages[0]
+
+
+def test_a_missing_request_is_wrong_usage(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, commands, messages = run()
+    assert (code, commands, len(messages)) == (2, [], 1) and "REQUEST" in messages[0]
+
+
+def test_only_the_beginning_of_a_long_request_is_read(run, shell_export):
+    words = ["w7", "w9"] * 50
+    code, commands, messages = run(*words, "--model", shell_export)
+    assert code == 0 and len(messages) == 1 and "101" in messages[0] and "64" in messages[0]
+    assert commands == run(*words[:63], "--model", shell_export)[1]
+
+
+# Models
+
+
+@pytest.mark.parametrize(("kind", "name"), [("missing", "missing"), ("empty", "config.json"), ("other", "bert")])
+def test_folders_that_are_no_shell_model_are_refused(kind, name, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / kind
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "other":
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    code, commands, messages = run(REQUEST, "--model", folder)
+    assert (code, commands, len(messages)) == (1, [], 1) and name in messages[0]
+
+
+def test_without_a_shell_model_the_message_names_the_option(run, monkeypatch):
+    monkeypatch.setattr(shell_model, "DEFAULT_FOLDERS", (Path("nowhere"),))
+    code, commands, messages = run(REQUEST)
+    assert (code, commands, len(messages)) == (1, [], 1) and "--model" in messages[0]
+
+
+def test_without_a_tokenizer_the_model_is_refused(run, shell_folder, tmp_path):
+    folder = shutil.copytree(shell_folder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    code, commands, messages = run(REQUEST, "--model", folder)
+    assert (code, commands) == (1, []) and "tokenizer.json" in messages[-1]
+
+
+def test_a_missing_engine_is_named_with_its_extra(run, shell_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    code, commands, messages = run(REQUEST, "--model", shell_folder)
+    assert (code, commands, len(messages)) == (1, [], 1) and "encdec-slm[export]" in messages[0]
+
+
+def test_a_model_is_converted_once(run, shell_folder, cache, tmp_path):
+    code, commands, messages = run(REQUEST, "--model", shell_folder)
+    assert code == 0 and len(messages) == 1 and str(shell_folder) in messages[0]
+    assert run(REQUEST, "--model", shutil.copytree(shell_folder, tmp_path / "copy")) == (0, commands, [])
+    (export,) = cache.iterdir()
+    (export / "model.bin").write_bytes(b"")
+    assert run(REQUEST, "--model", shell_folder)[1] == commands
+    assert [path.name for path in cache.iterdir()] == [export.name]
+
+
+def test_other_weights_are_converted_anew(run, shell_folder, cache, tmp_path):
+    other = shutil.copytree(shell_folder, tmp_path / "other")
+    build_model(seed=4).save_pretrained(other)
+    assert run(REQUEST, "--model", shell_folder)[1] != run(REQUEST, "--model", other)[1]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_an_export_beside_the_model_is_used(run, shell_folder, shell_export, cache, tmp_path):
+    folder = shutil.copytree(shell_folder, tmp_path / "model")
+    shutil.copytree(shell_export, folder / "ctranslate2")
+    SURE.save(folder)
+    code, _, messages = run(REQUEST, "--model", folder)
+    assert code == 0 and messages == ["  confidence 88%"] and not cache.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_may_convert_at_once(shell_folder, cache):
+    command = [PROGRAM, "shell", REQUEST, "--model", str(shell_folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert outputs[0] == outputs[1] != "" and [process.returncode for process in processes] == [0, 0]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_an_interrupted_conversion_leaves_nothing(run, shell_folder, cache, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", interrupt)
+        assert run(REQUEST, "--model", shell_folder)[0] == 130
+    assert list(cache.iterdir()) == []
+    (cache / f"{shell_model.TEMPORARY_PREFIX}killed").mkdir()
+    os.utime(cache / f"{shell_model.TEMPORARY_PREFIX}killed", (0, 0))
+    assert run(REQUEST, "--model", shell_folder)[0] == 0 and len(list(cache.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(run, shell_folder, shell_export, cache):
+    cache.parent.write_text("a file")
+    code, commands, messages = run(REQUEST, "--model", shell_folder)
+    assert (code, commands) == (0, run(REQUEST, "--model", shell_export)[1])
+    assert len(messages) == 2 and "XDG_CACHE_HOME" in messages[1]
+
+
+def test_a_new_process_answers_without_torch(shell_export):
+    code = (
+        "import sys, encdec_slm_cli, encdec_slm_cli.calibration; code = encdec_slm_cli.main(sys.argv[1:]); "
+        "print(code, {'torch', 'transformers', 'numpy', 'encdec_slm'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "shell", REQUEST, "--model", str(shell_export)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert finished.stdout.splitlines()[1:] == ["0 set()"], finished
+
+
+def test_closed_output_ends_with_one_line(shell_export):
+    command = f"set -o pipefail; {shlex.join([PROGRAM, 'shell', REQUEST, '--model', str(shell_export)])} | true"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1 and len(finished.stderr.splitlines()) == 1, finished
+
+
+# Calibration
+
+
+def draw_answers(num_answers, slope, intercept):
+    generator = random.Random(0)
+    scores = [-generator.expovariate(0.3) for _ in range(num_answers)]
+    labels = [generator.random() < 1 / (1 + math.exp(-slope * score - intercept)) for score in scores]
+    return scores, labels
+
+
+def test_calibration_recovers_the_probabilities(tmp_path):
+    scores, labels = draw_answers(5000, slope=0.7, intercept=1.5)
+    fitted = fit_calibration(scores, labels, threshold=0.4)
+    assert fitted.slope == pytest.approx(0.7, abs=0.06) and fitted.intercept == pytest.approx(1.5, abs=0.15)
+    assert fitted.expected_calibration_error < 0.03 and fitted.threshold == 0.4 and fitted.num_examples == 5000
+    fitted.save(tmp_path)
+    assert Calibration.load(tmp_path / "nowhere", tmp_path) == fitted
+
+
+@pytest.mark.parametrize("labels", [[True] * 20, [False] * 20, [True, False] * 10])
+def test_calibration_of_answers_that_scores_do_not_tell_apart(labels):
+    fitted = fit_calibration([-1.0] * 20, labels)
+    assert fitted.confidence(-1.0) == pytest.approx(sum(labels) / 20, abs=0.06)
+    separated = fit_calibration([-1.0, -9.0] * 10, [True, False] * 10)
+    assert separated.confidence(-9.0) < 0.1 < 0.9 < separated.confidence(-1.0)
+
+
+def test_expected_calibration_error_is_the_gap_in_each_bin():
+    assert expected_calibration_error([0.25] * 4, [True, False, False, False]) == 0
+    assert expected_calibration_error([0.9, 0.9, 0.1, 1.0], [True, False, False, True]) == pytest.approx(0.225)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (([-1.0] * 20, [True] * 19), "is_correct"),
+        (([-1.0] * 3, [True] * 3), "3"),
+        (([-math.inf] * 20, [True] * 20), "scores"),
+        (([-1.0] * 20, [True] * 20, 1.5), "threshold"),
+    ],
+)
+def test_calibration_refuses(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        fit_calibration(*arguments)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", json.dumps({"slope": "a"})])
+def test_a_damaged_calibration_is_refused(text, run, shell_export, tmp_path):
+    folder = shutil.copytree(shell_export, tmp_path / "model")
+    (folder / CALIBRATION_FILE).write_text(text)
+    code, commands, messages = run(REQUEST, "--model", folder)
+    assert (code, commands, len(messages)) == (1, [], 1) and CALIBRATION_FILE in messages[0]
