@@ -7,7 +7,7 @@ V vocabulary.
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_encdec_slm import EncDecSLMConfig
@@ -136,9 +136,12 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    is_packed: bool = False,
+    **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain operators, the only backend that returns its weights.
+
+    Queries without any key attend evenly to all, as in the predecessor; if `is_packed`, to none, as in other backends.
 
     Returns:
         The output `(B, T, H, d)` and the weights `(B, H, T, S)`.
@@ -150,6 +153,8 @@ def eager_attention_forward(
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
     attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    if is_packed:
+        attn_weights = attn_weights.masked_fill(attention_mask < 0, 0.0)
     attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights.view(batch_size, key.shape[1], -1, key.shape[2]), value)
     attn_output = attn_output.view(batch_size, num_heads, length, head_dim).transpose(1, 2).contiguous()
@@ -184,7 +189,7 @@ class EncDecSLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         key_value_states: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         query_states = self.q_norm(self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)).transpose(1, 2)
@@ -253,7 +258,7 @@ class EncDecSLMEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -284,7 +289,8 @@ class EncDecSLMDecoderLayer(GradientCheckpointingLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
-        **kwargs,
+        cross_attention_kwargs: dict[str, Any] | None = None,  # instead of those of self-attention
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -300,7 +306,7 @@ class EncDecSLMDecoderLayer(GradientCheckpointingLayer):
             encoder_attention_mask,
             past_key_values=past_key_values,
             key_value_states=encoder_hidden_states,
-            **kwargs,
+            **(kwargs | (cross_attention_kwargs or {})),
         )
         hidden_states = residual + hidden_states
 
@@ -322,10 +328,14 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+ATTENTION_TP_PLAN = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise"),
+    **dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce"),  # each process norms its own heads
+    "o_proj": "rowwise",
+}
 LAYER_TP_PLAN = {
-    **{f"layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
+    **{f"layers.*.self_attn.{name}": style for name, style in ATTENTION_TP_PLAN.items()},
     **{f"layers.*.mlp.{name}": "colwise" for name in ("gate_proj", "up_proj")},
-    "layers.*.self_attn.o_proj": "rowwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
 
@@ -350,8 +360,10 @@ class EncDecSLMPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        if not self.config.get_text_config().gated_mlp:
-            self._tp_plan = {name: style for name, style in self._tp_plan.items() if "gate_proj" not in name}
+        config = self.config.get_text_config()
+        missing = () if config.gated_mlp else ("gate_proj",)
+        missing += () if config.qk_norm else ("q_norm", "k_norm")
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if not name.endswith(missing)}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -404,12 +416,54 @@ def _is_quantized_in_place(parameter):
     return is_traceable_wrapper_subclass(parameter) and not hasattr(parameter, "device_mesh")
 
 
+def segment_positions(segment_ids: torch.LongTensor) -> torch.LongTensor:
+    """Count the positions of each segment from 0."""
+    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = positions.masked_fill(~starts_segment(segment_ids), 0).cummax(dim=1).values
+    return positions - starts  # (B, T)
+
+
+def starts_segment(segment_ids: torch.LongTensor) -> torch.BoolTensor:
+    """Mark the first token of each segment."""
+    return segment_ids.diff(prepend=segment_ids[:, :1] - 1) != 0  # (B, T)
+
+
+def segment_mask_function(query_segment_ids: torch.LongTensor, key_segment_ids: torch.LongTensor) -> Callable:
+    """Let queries attend to keys of the same segment, as an `and_mask_function` of transformers' masks."""
+
+    def is_same_segment(batch_idx, head_idx, q_idx, kv_idx):
+        return query_segment_ids[batch_idx, q_idx] == key_segment_ids[batch_idx, kv_idx]
+
+    return is_same_segment
+
+
+def segment_kwargs(config, query_segment_ids, key_segment_ids) -> dict[str, Any]:
+    """Return what attention needs beside a mask: flash attention takes the boundaries of segments instead of one."""
+    if config._attn_implementation == "eager":
+        return {"is_packed": True}
+    if not is_flash_attention_requested(config):
+        return {}
+    kwargs, num_segments = {}, 1 + max(int(query_segment_ids.max()), int(key_segment_ids.max()))
+    for name, segment_ids in (("q", query_segment_ids), ("k", key_segment_ids)):
+        lengths = segment_ids.new_zeros(len(segment_ids), num_segments)
+        lengths = lengths.scatter_add(1, segment_ids, torch.ones_like(segment_ids)).flatten()
+        # Segments of the flattened batch, row after row; those that a row does not have are empty.
+        kwargs[f"cu_seq_lens_{name}"] = F.pad(lengths.cumsum(0), (1, 0)).int()
+        kwargs[f"max_length_{name}"] = int(lengths.max())
+    return kwargs
+
+
 class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
     """Encode the source. Holds the one embedding table of the model, since it alone is used without a decoder."""
 
     _can_record_outputs = {"attentions": EncDecSLMAttention, "hidden_states": EncDecSLMEncoderLayer}
     # The table is sharded like the output head, which may be tied to it.
     _tp_plan = {"embed_tokens": "embedding_rowwise", **LAYER_TP_PLAN}
+    _pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     def __init__(self, config: EncDecSLMConfig):
         super().__init__(config)
@@ -430,7 +484,8 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs,
+        segment_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -441,9 +496,15 @@ class EncDecSLMEncoder(EncDecSLMPreTrainedModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.vocab_size, "input_ids")
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is None:
+        mask_function = None
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, inputs_embeds, attention_mask, "segment_ids")
+            position_ids = segment_positions(segment_ids) if position_ids is None else position_ids
+            mask_function = segment_mask_function(segment_ids, segment_ids)
+            kwargs |= segment_kwargs(self.config, segment_ids, segment_ids)
+        elif position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+        mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask, and_mask_function=mask_function)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds  # (B, S, D)
@@ -462,8 +523,14 @@ class EncDecSLMDecoder(EncDecSLMPreTrainedModel):
     }
     _tp_plan = {
         **LAYER_TP_PLAN,
-        **{f"layers.*.cross_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
-        "layers.*.cross_attn.o_proj": "rowwise",
+        **{f"layers.*.cross_attn.{name}": style for name, style in ATTENTION_TP_PLAN.items()},
+    }
+    _pp_plan = {
+        "layers": (
+            ["hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"],
+            ["hidden_states"],
+        ),
+        "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     def __init__(self, config: EncDecSLMConfig):
@@ -487,18 +554,34 @@ class EncDecSLMDecoder(EncDecSLMPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        segment_ids: torch.LongTensor | None = None,
+        encoder_segment_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
+        mask_function = cross_mask_function = cross_attention_kwargs = None
+        if segment_ids is not None:
+            use_cache = False  # a packed row has no next token
+            check_segment_ids(segment_ids, inputs_embeds, attention_mask, "decoder_segment_ids", past_key_values)
+            check_segment_ids(encoder_segment_ids, encoder_hidden_states, encoder_attention_mask, "segment_ids")
+            position_ids = segment_positions(segment_ids) if position_ids is None else position_ids
+            mask_function = segment_mask_function(segment_ids, segment_ids)
+            cross_mask_function = segment_mask_function(segment_ids, encoder_segment_ids)
+            kwargs |= segment_kwargs(self.config, segment_ids, segment_ids)
+            cross_attention_kwargs = segment_kwargs(self.config, segment_ids, encoder_segment_ids)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-        mask = create_causal_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values=past_key_values, position_ids=position_ids
+        mask = create_causal_mask(  # without positions, from which it would infer packing
+            self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=mask_function
         )
         cross_mask = create_bidirectional_mask(
-            self.config, inputs_embeds, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+            self.config,
+            inputs_embeds,
+            encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            and_mask_function=cross_mask_function,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
@@ -511,6 +594,7 @@ class EncDecSLMDecoder(EncDecSLMPreTrainedModel):
                 encoder_attention_mask=cross_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                cross_attention_kwargs=cross_attention_kwargs,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
@@ -554,7 +638,9 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        segment_ids: torch.LongTensor | None = None,
+        decoder_segment_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
         """Compute the decoder's hidden states for a source and a target.
 
@@ -579,10 +665,18 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
                 *optional*): Embeddings instead of `decoder_input_ids`.
             use_cache (`bool`, *optional*): Create a cache when none is given, except in training. `None` reads the
                 config.
+            segment_ids (`torch.LongTensor` of shape `(batch_size, source_length)`, *optional*): For rows in which
+                several sources are packed: the number of each token's segment, counted from 0 in order. Tokens attend
+                to their own segment only, whose positions start at 0. Padding at the end of a row is a segment of its
+                own, so there is no `attention_mask`. `None` means one source per row.
+            decoder_segment_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*): The same for
+                the targets, in the order of their sources: the target with number `n` reads the source with number
+                `n`, which may be empty.
 
         Raises:
             ValueError: There is no source or no target, a source or target is given in both forms, their numbers of
-                rows differ, or a token id is outside of the vocabulary.
+                rows differ, a token id is outside of the vocabulary, only one of both is packed, segments are not in
+                order, or packed rows come with a mask, a cache or `cu_seq_lens_q`.
             TypeError: `past_key_values` is a cache for decoder-only models.
         """
         if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
@@ -590,8 +684,11 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
                 f"`past_key_values` is a {type(past_key_values).__name__}, but an encoder-decoder keeps two caches. "
                 "Pass `EncoderDecoderCache(self_attention_cache, cross_attention_cache)`."
             )
+        _check_packing(segment_ids, decoder_segment_ids, kwargs)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask, position_ids, inputs_embeds, segment_ids=segment_ids, **kwargs
+            )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
@@ -619,6 +716,8 @@ class EncDecSLMModel(EncDecSLMPreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
+            segment_ids=decoder_segment_ids,
+            encoder_segment_ids=segment_ids,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -661,13 +760,14 @@ class EncDecSLMEncoderModel(EncDecSLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs,
+        segment_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encode the source: `last_hidden_state` of shape `(batch_size, source_length, hidden_size)`.
 
         Args: as in [`EncDecSLMModel.forward`]. Leave positions of padding out when pooling.
         """
-        return self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        return self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, segment_ids, **kwargs)
 
 
 class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGenerationMixin):
@@ -681,6 +781,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
     _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: EncDecSLMConfig, model: EncDecSLMModel | None = None):
         super().__init__(config)
@@ -709,14 +810,16 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
+        segment_ids: torch.LongTensor | None = None,
+        decoder_segment_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """Compute logits and, with `labels`, the loss.
 
         Args: those of [`EncDecSLMModel.forward`], and
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*): Tokens to predict, from the
                 first target token to the end token; -100 is not supervised. Unless the decoder's input is given, it is
-                made from them by one shift to the right.
+                made from them by one shift to the right, of each segment by itself in packed rows.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Number of last positions to score, or
                 an index of positions; 0 scores all.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): Number of supervised tokens in the accumulated
@@ -732,7 +835,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels, decoder_segment_ids)
             _check_target_lengths(labels, decoder_input_ids, decoder_inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -746,6 +849,8 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -772,11 +877,15 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
         num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).clamp(min=1)
         return self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+    def prepare_decoder_input_ids_from_labels(
+        self, labels: torch.LongTensor, segment_ids: torch.LongTensor | None = None
+    ) -> torch.LongTensor:
         """Shift labels to the right: the start token, then all labels but the last; -100 becomes padding.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`): Unshifted; -100 is not supervised.
+            segment_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*): Segments of packed
+                targets, each of which begins with the start token.
 
         Raises:
             ValueError: The config has no `decoder_start_token_id`, or no `pad_token_id` although it is needed.
@@ -790,7 +899,10 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
         previous = labels[:, :-1]
         if config.pad_token_id is not None:
             previous = previous.masked_fill(previous == -100, config.pad_token_id)
-        return torch.cat((start_ids, previous), dim=1)
+        shifted = torch.cat((start_ids, previous), dim=1)
+        if segment_ids is None:
+            return shifted
+        return shifted.masked_fill(starts_segment(segment_ids), config.decoder_start_token_id)
 
 
 def _missing_token_message(config, name, use):
@@ -809,6 +921,41 @@ def check_token_ids(token_ids: torch.LongTensor, vocab_size: int, name: str):
         raise ValueError(
             f"`{name}` has ids from {lowest} to {highest}, but the vocabulary has ids 0 to {vocab_size - 1}. Use the "
             "tokenizer of this checkpoint, or `resize_token_embeddings` after adding tokens to it."
+        )
+
+
+def check_segment_ids(segment_ids, hidden_states, attention_mask, name, past_key_values=None):
+    """Raise a `ValueError` that names the argument if ids do not divide rows into segments."""
+    if attention_mask is not None or past_key_values is not None:
+        given = "an attention mask" if attention_mask is not None else "a cache"
+        raise ValueError(
+            f"`{name}` is given with {given}, but packed rows have neither: padding at the end of a row is a segment "
+            "of its own, and generation takes one row per source."
+        )
+    if segment_ids.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"`{name}` has shape {tuple(segment_ids.shape)}, but each of {tuple(hidden_states.shape[:2])} (rows, "
+            "tokens) needs the number of its segment."
+        )
+    if torch.compiler.is_compiling() or segment_ids.device.type == "meta" or segment_ids.numel() == 0:
+        return
+    if segment_ids.min() < 0 or (segment_ids.diff() < 0).any():
+        raise ValueError(
+            f"`{name}` must count the segments of a row from 0 in order, such as [0, 0, 1, 2, 2], but has negative or "
+            "decreasing numbers. Give padding at the end of a row the next number."
+        )
+
+
+def _check_packing(segment_ids, decoder_segment_ids, kwargs):
+    if (segment_ids is None) != (decoder_segment_ids is None):
+        missing = "segment_ids" if segment_ids is None else "decoder_segment_ids"
+        raise ValueError(
+            f"`{missing}` is missing, but packing needs the segments of both source and target. Pass both, or neither."
+        )
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError(
+            "`cu_seq_lens_q` and `cu_seq_lens_k` cannot describe source, target and cross-attention at once. Pass "
+            "`segment_ids` and `decoder_segment_ids` instead, for any attention backend."
         )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import inspect
 
 import pytest
 import torch
@@ -195,6 +196,16 @@ def test_every_entry_of_the_tensor_parallel_plan_names_a_module(gated_mlp):
     assert set(model.tp_plan) <= names
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name.replace(".0.", ".*.").replace(".1.", ".*.") for name in linear} <= set(model.tp_plan)
+
+
+def test_the_pipeline_plan_names_modules_and_arguments_of_their_layers(model):
+    assert model.supports_pp_plan
+    for name, (inputs, _) in model.pp_plan.items():
+        module = model.get_submodule(name)
+        if isinstance(module, torch.nn.ModuleList):
+            assert set(inputs) <= set(inspect.signature(module[0].forward).parameters)
+    stacks = {f"model.{stack}.{part}" for stack in ("encoder", "decoder") for part in ("layers", "norm")}
+    assert stacks | {"model.encoder.embed_tokens", "lm_head"} == set(model.pp_plan)
 
 
 # Parity with transformers' own modules

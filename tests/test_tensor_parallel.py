@@ -24,7 +24,10 @@ from conftest import (
 
 
 # Sharded by columns, by rows, and not at all.
-GRADIENTS = ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight", "encoder.norm.weight")
+GRADIENTS = (
+    *("layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight", "encoder.norm.weight"),
+    *("self_attn.q_norm.weight", "cross_attn.k_norm.weight"),
+)
 
 
 def run_step(model, inputs):
@@ -65,10 +68,12 @@ def build(kind):
     fields = {}
     if kind == "untied":
         fields = {"tie_word_embeddings": False, "gated_mlp": False, "attention_bias": True, "mlp_bias": True}
+    if kind == "qk_norm":
+        fields = {"qk_norm": True}
     return build_model(vocab_size=98, **fields), build_source(9, 5, 7)
 
 
-@pytest.mark.parametrize("kind", ["text", "untied", "vision"])
+@pytest.mark.parametrize("kind", ["text", "untied", "qk_norm", "vision"])
 def test_two_processes_compute_what_one_does(kind, tmp_path):
     model, inputs = build(kind)
     model.save_pretrained(tmp_path)
