@@ -20,7 +20,12 @@ SYSTEM_FOLDERS = frozenset(
 )
 # Everything below these counts too.
 SYSTEM_TREES = re.compile(r"/(bin|boot|dev(?!/shm\b)|lib|lib32|lib64|proc|sbin|sys)/")
-HOME_FOLDERS = frozenset({"~/.gnupg", "~/.ssh", "~/Desktop", "~/Documents", "~/Music", "~/Pictures", "~/Videos"})
+HOME_FOLDERS = frozenset(
+    {
+        *("~/.config", "~/.gnupg", "~/.local", "~/.ssh", "~/Desktop", "~/Documents", "~/Library", "~/Music"),
+        *("~/Pictures", "~/Videos"),
+    }
+)
 CRITICAL_FILES = frozenset(
     {
         *("/etc/crontab", "/etc/crypttab", "/etc/fstab", "/etc/group", "/etc/gshadow", "/etc/hosts", "/etc/passwd"),
@@ -63,10 +68,10 @@ def find_critical_path(path: str, folder: str = ".") -> CriticalPath | None:
     if not text:
         return None
     text = normalize_path(text, folder)
-    parent, _, last = text.rpartition("/")
-    is_contents = _matches_everything(last)
-    if is_contents:
-        text = parent or ("/" if text.startswith("/") else ".")
+    is_contents = False
+    while text not in ("/", ".") and _matches_everything(text.rpartition("/")[2]):
+        is_contents = True
+        text = text.rpartition("/")[0] or ("/" if text.startswith("/") else ".")
     found = _classify(text)
     if found is None or (found[1] == "here" and names and not is_contents):
         return None
@@ -116,7 +121,7 @@ def _classify(path):
     if re.fullmatch(r"\.\.(/\.\.)*", path):
         return f"the folder above ({path})", "here"
     if path == ".":
-        return "everything in the current folder", "here"
+        return "the whole current folder", "here"
     if path == ".git" or path.endswith("/.git"):
         return f"the history of a Git repository ({path})", "repository"
     return None
@@ -128,12 +133,18 @@ def _matches_any(path, folders):
     return any(path.count("/") == folder.count("/") and fnmatchcase(folder, path) for folder in folders)
 
 
-def find_critical_file(path: str, folder: str = ".") -> str | None:
-    """Return the name of a file that the system or an account depends on, if a path names one."""
+def find_critical_file(path: str, folder: str = ".", in_trees: bool = True) -> str | None:
+    """Return the name of a file that the system or an account depends on, if a path names one.
+
+    Args:
+        path (`str`): With `UNKNOWN` variables.
+        folder (`str`, *optional*): The current folder; "." is not known.
+        in_trees (`bool`, *optional*): Count all files in folders such as /boot, where installers add files.
+    """
     text = normalize_path(UNKNOWN.sub("", path), folder) if UNKNOWN.sub("", path) else ""
     home = re.match(r"(/home/[^/]+|/root|/Users/[^/]+)/", text)
     short = f"~/{text[home.end() :]}" if home else text
-    if short in CRITICAL_FILES or CRITICAL_FILE_TREES.match(text):
+    if short in CRITICAL_FILES or (in_trees and CRITICAL_FILE_TREES.match(text)):
         return text
     return None
 

@@ -4,19 +4,26 @@
 docs/shell.md lists what is recognized.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .critical_paths import DEVICE, find_critical_file, find_critical_path, normalize_path
-from .shell_syntax import UNKNOWN, Command, expand_word, parse_commands, unquote
+from .shell_syntax import UNKNOWN, Command, Word, expand_word, parse_commands, unquote
 
 
 MAX_DEPTH = 6
-SHELLS = frozenset({"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "su", "tcsh", "zsh"})
+FORK_BOMB = "starts processes without end (a fork bomb)"
+UNSEEN_CODE = "runs code from the network without showing it first"
+DECODED_CODE = "runs code that was decoded from unreadable text"
+LOST_DATA = "deletes data of a database"
+SHELLS = frozenset(
+    {"ash", "bash", "csh", "dash", "fish", "ksh", "mksh", "rbash", "runuser", "sh", "su", "tcsh", "zsh"}
+)
 INTERPRETERS = re.compile(r"(python|pypy|perl|ruby|node|nodejs|php|lua|pwsh|powershell|osascript|deno|bun)[\d.]*")
 NETWORK = frozenset(
-    {"GET", "aria2c", "curl", "fetch", "http", "https", "lynx", "nc", "ncat", "netcat", "scp", "wget", "xh"}
+    {"GET", "aria2c", "curl", "fetch", "ftp", "http", "https", "lynx", "nc", "ncat", "netcat", "scp", "wget", "xh"}
 )
 DECODERS = re.compile(r"base(64|32) .*(-d|-D|--decode)|xxd .*-r|openssl .*-d\b|rev$")
 DATABASES = re.compile(
@@ -34,16 +41,23 @@ WRAPPERS = {
 LONG_OPTIONS_WITH_VALUE = frozenset({"adjustment", "chdir", "group", "interval", "kill-after", "signal", "user"})
 SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
 XARGS_OPTIONS = "EILPadns"
+DELETERS = ("rm", "shred", "unlink")
+# Tests of `find` that leave files out.
+FILTERS = re.compile(
+    r"-(i?name|i?path|i?regex|i?wholename|i?lname|size|[acm]time|[acm]min|newer|empty|perm|user|group|uid|gid|inum|links"
+    r"|samefile|nouser|nogroup|used)"
+)
 # Lines of one command that are recognized by their text alone: what matches first, and what does not matter then.
 LINES = [
     (
-        r"(shutdown|reboot|poweroff|halt)\b|(init|telinit) [06]\b|systemctl .*\b(poweroff|reboot|halt|kexec)$",
+        r"(shutdown|reboot|poweroff|halt)\b|(init|telinit) [06]\b|systemctl (-\S+ )*((start|isolate) )?"
+        r"(poweroff|reboot|halt|kexec|rescue|emergency)\b",
         r"--help|--version|--show|--wtmp-only| -[a-z]*[ckw]\b",
         "shuts down or restarts the machine",
     ),
-    (r"crontab .*-[a-z]*r", r"--help", "deletes all scheduled jobs of a user (crontab -r)"),
+    (r"crontab (.*-[a-z]*r|/dev/null)", r"--help", "deletes all scheduled jobs of a user (crontab -r)"),
     (
-        r"ip6?tables .*(-F\b|--flush\b|-P \w+ DROP\b)|nft flush ruleset|ufw (--force )?(reset|disable)\b",
+        r"ip6?tables .*(-F\b|--flush\b|(-P|--policy) \w+ DROP\b)|nft flush ruleset|ufw (--force )?(reset|disable)\b",
         r"--help",
         "removes firewall rules or blocks all connections",
     ),
@@ -76,11 +90,7 @@ LINES = [
         "erases a device or volume",
     ),
     (r"dropdb \S|mysqladmin .*\bdrop\b", r"--help", "deletes a database"),
-    (
-        r"rsync .*--delete\S* (.* )?(/|~/?|~/\*)$",
-        r"--dry-run|rsync -[a-zA-Z]*n",
-        "deletes files that the source lacks",
-    ),
+    (r"(nc|ncat|netcat) .*(-[a-z]*[ec] |--exec|--sh-exec)", r"--help", "opens a shell for another machine"),
 ]
 STATEMENTS = re.compile(
     r"\b(drop\s+(database|schema|table|user)\b|truncate\s+(table\s+)?\w|delete\s+from\s+[\w.`\"]+\s*(;|$)"
@@ -106,19 +116,19 @@ def find_dangers(command: str) -> list[str]:
 class _Line:
     """What is known while the commands of a line are read from left to right."""
 
+    text: str
     depth: int
-    upstream: list[list[str]]  # commands of the pipeline before
-    earlier: list[list[str]] = field(default_factory=list)  # all commands before
+    upstream: list[list[str]] = field(default_factory=list)  # commands of the pipeline before
     variables: dict[str, list[str]] = field(default_factory=dict)
     folder: str = "."
-    downloads: set[str] = field(default_factory=set)
+    downloads: set[str] = field(default_factory=set)  # names of files and variables
 
 
 def _find(text: str, depth: int = 0, upstream: list[list[str]] | None = None) -> Iterator[str]:
     if depth > MAX_DEPTH:
         return
     yield from _find_endless_processes(text)
-    line = _Line(depth, upstream or [], variables={"HOME": ["~"], "PWD": ["."], "IFS": [" "]})
+    line = _Line(text, depth, upstream or [], variables={"HOME": ["~"], "PWD": ["."], "IFS": [" "]})
     commands = parse_commands(text)
     for number, command in enumerate(commands):
         if number and command.operator != "|":
@@ -127,16 +137,15 @@ def _find(text: str, depth: int = 0, upstream: list[list[str]] | None = None) ->
             line.folder = "." if line.folder != "/" else "/"  # the change of folder may have failed
         words = [one for word in command.words for one in expand_word(word.text, line.variables)]
         yield from _check_substitutions(command, words, line)
-        yield from _check_redirections(command, line)
-        words = _assign_variables(words, line)
+        yield from _check_redirections(command, words, line)
+        words = _assign_variables(words, line, is_download=any(map(_has_download, command.words)))
         if words:
             yield from _check_command(words, line)
             _note_download(words, command, line)
-        line.earlier.append(words)
         line.upstream = [*line.upstream, words]
 
 
-def _assign_variables(words, line):
+def _assign_variables(words, line, is_download):
     """Note values of variables; return the words after them."""
     if words[:1] == ["for"] and words[2:3] == ["in"]:
         line.variables[words[1]] = words[3:]
@@ -145,6 +154,9 @@ def _assign_variables(words, line):
     while len(words) > start and (match := re.match(r"(\w+)=(.*)", words[start], re.DOTALL)):
         if match[2]:
             line.variables[match[1]] = [match[2]]
+        if is_download:
+            line.variables.pop(match[1], None)
+            line.downloads.add(f"\ue007{match[1]}\ue008")
         words = [*words[:start], *words[start + 1 :]]
     return words
 
@@ -153,7 +165,7 @@ def _assign_variables(words, line):
 
 
 def _check_command(words: list[str], line: _Line) -> Iterator[str]:
-    words = _unwrap(words)
+    words = _unwrap(words) or (["sh"] if words[:1] == ["sudo"] else [])
     if not words:
         return
     program, arguments = _program(words[0]), words[1:]
@@ -164,9 +176,9 @@ def _check_command(words: list[str], line: _Line) -> Iterator[str]:
     yield from _check_strings(program, arguments, line)
     yield from _check_input(program, plain, line)
     if DATABASES.match(program) and STATEMENTS.search(" ".join(plain)):
-        yield "deletes data of a database"
+        yield LOST_DATA
     if re.match(r"(drop|truncate|delete)$", program, re.IGNORECASE) and STATEMENTS.search(" ".join([program, *plain])):
-        yield "deletes data of a database"
+        yield LOST_DATA
     if _runs_download(program, words, line):
         yield "runs a program that it downloads from the network"
 
@@ -221,14 +233,17 @@ def _check_strings(program, arguments, line):
     elif program == "trap":
         codes = plain[:1]
     elif program == "script":
-        codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if word == "-c"]
+        codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if re.match(r"-[a-z]*c$", word)]
+    elif program in ("docker", "kubectl", "podman") and plain[:1] == ["exec"]:
+        yield from _check_command(_skip_options(_skip_options(arguments[1:], "cenuw")[1:], ""), line)
+        return
     elif program == "alias":
         codes = [word.partition("=")[2] for word in plain]
     elif program == "ssh":
         codes = [" ".join(_skip_options(plain, SSH_OPTIONS)[1:])]
     elif program == "parallel":
         codes = [" ".join(_skip_options(plain, "jN")).partition(":::")[0]]
-    elif INTERPRETERS.fullmatch(program) or program == "awk":
+    elif INTERPRETERS.fullmatch(program) or program in ("awk", "gawk", "mawk"):
         yield from _check_code(" ".join(plain), line)
         return
     else:
@@ -239,37 +254,65 @@ def _check_strings(program, arguments, line):
 
 def _check_code(code, line):
     if match := re.search(r"(?:rmtree|remove_tree|rm_rf|rmSync|remove_dir_all)\(?\s*['\"]([^'\"]+)['\"]", code):
-        yield from _find(f"rm -rf '{match[1]}'" if not match[1].startswith("~") else f"rm -rf {match[1]}")
-    if re.search(r"\bfork\b.*\b(while|for)\b|\bwhile\b.*\bfork\b", code, re.DOTALL):
-        yield "starts processes without end (a fork bomb)"
+        yield from _find(f"rm -rf {match[1]}", line.depth + 1)
+    if match := re.search(r"\b(?:remove|unlink\w*)\(?\s*['\"]([^'\"]+)['\"]", code):
+        yield from _find(f"rm {match[1]}", line.depth + 1)
+    if re.search(r"\bfork\b.*\b(while|for)\b|\b(while|loop)\b.*\bfork\b", code, re.DOTALL):
+        yield FORK_BOMB
+    if re.search(r"\b(exec|eval)\b.*(urlopen|requests\.get|LWP|open-uri|http\.get|fetch\()", code, re.DOTALL):
+        yield UNSEEN_CODE
     if re.search(r"\b(system|popen|exec\w*|run|call|Popen|check_\w+|getoutput)\b", code):
         for string in re.findall(r"'([^']+)'|\"([^\"]+)\"", code):
             yield from _find(string[0] or string[1], line.depth + 1)
 
 
 def _check_substitutions(command: Command, words, line):
-    """Look into `$(...)`, and find downloads whose text is run."""
+    """Look into `$(...)`, and find downloads and printed text that are run."""
     unwrapped = _unwrap(words)
     program = _program(unwrapped[0]) if unwrapped else ""
-    runs_text = program in SHELLS or program in ("eval", "source", ".") or INTERPRETERS.fullmatch(program)
-    runs_text = runs_text or program.startswith("\ue007")
+    runs_text = _runs_files(program) or program == "eval" or program.startswith("\ue007")
     targets = [target for operator, target in command.redirections if operator in ("<", "<<<")]
     for word in [*command.words, *(target for _, target in command.redirections)]:
         for substitution in word.substitutions:
             yield from _find(substitution, line.depth + 1)
-            if runs_text and (word in command.words or word in targets) and _is_download(substitution):
-                yield "runs code from the network without showing it first"
+            if runs_text and (word in command.words or word in targets):
+                yield from _check_run_output(substitution, line)
+    if runs_text and any(name in word for name in line.downloads if "\ue007" in name for word in unwrapped):
+        yield UNSEEN_CODE
 
 
-def _is_download(text, depth=0):
-    if depth > MAX_DEPTH:
-        return False
-    for command in parse_commands(text):
-        words = _unwrap([one for word in command.words for one in expand_word(word.text, {})])
-        if (words and _program(words[0]) in NETWORK) or any(
-            _is_download(substitution, depth + 1) for word in command.words for substitution in word.substitutions
-        ):
-            return True
+def _check_run_output(substitution, line):
+    """Find what is wrong with running the output of a command."""
+    if _has_download(Word(substitutions=[substitution])):
+        yield UNSEEN_CODE
+    stages = [
+        [one for word in command.words for one in expand_word(word.text, {})]
+        for command in parse_commands(substitution)
+    ]
+    stages = [words for words in map(_unwrap, stages) if words]
+    if any(map(_is_decoder, stages)):
+        yield DECODED_CODE
+    for text in _printed_texts(stages):
+        yield from _find(text, line.depth + 1)
+
+
+def _is_decoder(words):
+    return DECODERS.match(" ".join(map(unquote, [_program(words[0]), *words[1:]]))) is not None
+
+
+def _runs_files(program):
+    return program in SHELLS or program in ("source", ".") or INTERPRETERS.fullmatch(program) is not None
+
+
+def _has_download(word, depth=0):
+    """Return whether a command in a word reads from the network."""
+    for substitution in word.substitutions if depth <= MAX_DEPTH else ():
+        for command in parse_commands(substitution):
+            words = _unwrap([one for word in command.words for one in expand_word(word.text, {})])
+            if words and _program(words[0]) in NETWORK:
+                return True
+            if any(_has_download(inner, depth + 1) for inner in command.words):
+                return True
     return False
 
 
@@ -280,19 +323,15 @@ def _check_input(program, arguments, line):
     upstream = [_unwrap(words) for words in line.upstream]
     upstream = [words for words in upstream if words]
     if DATABASES.match(program) and any(STATEMENTS.search(text) for text in _printed_texts(upstream)):
-        yield "deletes data of a database"
-    if (
-        program == "crontab"
-        and arguments[-1:] == ["-"]
-        and not any(words[:2] == ["crontab", "-l"] for words in line.earlier)
-    ):
+        yield LOST_DATA
+    if program == "crontab" and arguments[-1:] == ["-"] and not re.search(r"\bcrontab\b[^|;&]* -l", line.text):
         yield "replaces all scheduled jobs of a user"
     if not _reads_code(program, arguments):
         return
-    if any(_program(words[0]) in NETWORK for words in upstream):
-        yield "runs code from the network without showing it first"
-    if any(DECODERS.match(" ".join(map(unquote, [_program(words[0]), *words[1:]]))) for words in upstream):
-        yield "runs code that was decoded from unreadable text"
+    if any(_program(words[0]) in NETWORK or line.downloads & {"".join(words[-1:])} for words in upstream):
+        yield UNSEEN_CODE
+    if any(map(_is_decoder, upstream)):
+        yield DECODED_CODE
     for text in _printed_texts(upstream):
         yield from _find(text, line.depth + 1)
 
@@ -359,55 +398,58 @@ def _runs_download(program, words, line):
     names = [unquote(word).removeprefix("./") for word in words]
     if names[0] in line.downloads and ("/" in words[0]):
         return True
-    runs_file = program in SHELLS or program in ("source", ".") or INTERPRETERS.fullmatch(program)
     operands = [word for word in names[1:] if not word.startswith("-")]
-    return bool(runs_file) and any(name in line.downloads for name in operands[:1])
+    return _runs_files(program) and any(name in line.downloads for name in operands[:1])
 
 
 def _find_endless_processes(text):
     """Find functions and scripts that call themselves in the background, and loops that never wait."""
     text = re.sub(r"'[^']*'|\"(?:\\.|[^\"\\])*\"", "''", text)
     text = re.sub(r"(?m)(?<!\S)#.*", "", text)
-    bomb = "starts processes without end (a fork bomb)"
     for match in re.finditer(r"(?:function\s+)?([^\s(){};|&'\"$]+)\s*(?:\(\s*\))?\s*\{([^}]*)\}", text):
         name = rf"(?<![\w./:-]){re.escape(match[1])}(?![\w./:-])"
         calls = re.findall(name, match[2])
         is_function = "(" in match[0] or match[0].startswith("function")
         if is_function and calls and re.search(rf"{name}[^;]*[|&]|[|&]\s*{name}", match[2].replace("&&", ";")):
-            yield bomb
+            yield FORK_BOMB
     if re.search(r"\$0\"?\s*[|&]\s*(\.?/?\"?\$0)", text):
-        yield bomb
+        yield FORK_BOMB
     loops = re.finditer(
         r"(?:while\s+(?:true|:|1|\[\s*1\s*\])|for\s*\(\(\s*;\s*;\s*\)\))\s*;?\s*do\b(.{0,500}?)\bdone", text
     )
-    if any(re.search(r"(?<![&>])&(?![&>\d])", one[1]) and not re.search(r"\b(sleep|wait)\b", one[1]) for one in loops):
-        yield bomb
+    if any(
+        re.search(r"(?<![&>])&(?![&>\d])", one[1]) and not re.search(r"\b(sleep|wait)\b[^&;|]*(;|$)", one[1])
+        for one in loops
+    ):
+        yield FORK_BOMB
 
 
 # Check what is deleted or overwritten
 
 
-def _check_redirections(command, line):
+def _check_redirections(command, words, line):
+    words = _unwrap(words)
+    program = _program(words[0]) if words else ""
     for operator, target in command.redirections:
-        if operator == "<<" or operator == "<<<":
-            words = [one for word in command.words for one in expand_word(word.text, line.variables)]
-            words = _unwrap(words)
-            if words and _reads_code(_program(words[0]), list(map(unquote, words[1:]))):
+        if operator in ("<<", "<<<"):
+            if _reads_code(program, list(map(unquote, words[1:]))):
                 yield from _find(unquote(target.text), line.depth + 1)
-            elif words and DATABASES.match(_program(words[0])) and STATEMENTS.search(target.text):
-                yield "deletes data of a database"
+            elif DATABASES.match(program) and STATEMENTS.search(target.text):
+                yield LOST_DATA
+        elif program in SHELLS and target.text.startswith(("/dev/tcp/", "/dev/udp/")):
+            yield "opens a shell for another machine"
         elif operator in (">", ">>"):
             for path in expand_word(target.text, line.variables):
                 yield from _check_written(path, line, appends=operator == ">>")
 
 
-def _check_written(path, line, appends=False):
+def _check_written(path, line, appends=False, in_trees=True):
     if DEVICE.match(path):
         yield f"writes directly to a device ({_show(path)})"
     elif not appends:
-        if file := find_critical_file(path, line.folder):
+        if file := find_critical_file(path, line.folder, in_trees):
             yield f"overwrites {_show(file)}"
-        elif re.match(r"/(private/)?var/log/.", normalize_path(path, line.folder) if path else ""):
+        elif re.match(r"/(private/)?var/log(/|$)", normalize_path(path, line.folder) if path else ""):
             yield f"empties a log of the system ({_show(path)})"
 
 
@@ -458,9 +500,9 @@ def _check_rm(arguments, line):
 
 def _check_permissions(arguments, line):
     options, operands = _split_arguments(arguments)
-    mode, paths = operands[0] if operands else "", operands[1:]
-    is_open = re.fullmatch(r"0*|[0-7]*[2367]|.*\b[oa]*\+\w*w\w*|[oa]=\w*w\w*|a?-[rwx]+", mode) is not None
-    for path in paths:
+    mode = operands[0] if operands else ""
+    is_open = re.fullmatch(r"0+|[0-7]*[2367]|([ugo]*[oa][ugoa]*|)[+=]\w*w\w*|a?-[rwx]+", mode) is not None
+    for path in operands:
         found = find_critical_path(path, line.folder)
         if found and found.kind in ("system", "home") and (_has(options, "R", "recursive") or is_open):
             yield f"changes permissions of {found.label}"
@@ -470,7 +512,7 @@ def _check_permissions(arguments, line):
 
 def _check_owner(arguments, line):
     options, operands = _split_arguments(arguments)
-    for path in operands[1:] if "reference" not in options else operands:
+    for path in operands:
         found = find_critical_path(path, line.folder)
         if found and found.kind == "system" and _has(options, "R", "recursive"):
             yield f"changes the owner of {found.label}"
@@ -488,21 +530,14 @@ def _check_find(arguments, line):
         elif word in ("-exec", "-execdir"):
             stop = next((i for i, one in enumerate(tests) if i > number and unquote(one) in (";", "+")), len(tests))
             command = _unwrap(tests[number + 1 : stop])
-            if command and _program(command[0]) in ("rm", "unlink", "shred"):
+            if command and _program(command[0]) in DELETERS and "{}" in command:
                 yield from _check_found(roots, is_filtered, line)
             elif command:
-                words = [one for word in command for one in _replace_braces(word, roots)]
-                yield from _check_command(
-                    words, _Line(line.depth + 1, [], variables=line.variables, folder=line.folder)
-                )
-        is_filtered |= (
-            re.match(
-                r"-(i?name|i?path|i?regex|i?wholename|size|[acm]time|[acm]min|newer|empty|perm|user|"
-                r"group|uid|gid|inum|links|samefile|i?lname|nouser|nogroup|used)",
-                word,
-            )
-            is not None
-        )
+                words = [one for word in command for one in _replace_braces(word, ["x"] if is_filtered else roots)]
+                yield from _check_command(words, _inner(line))
+        is_filtered |= FILTERS.match(word) is not None and [
+            unquote(one) for one in tests[number + 1 : number + 2]
+        ] != ["*"]
 
 
 def _replace_braces(word, roots):
@@ -512,15 +547,20 @@ def _replace_braces(word, roots):
 def _check_found(roots, is_filtered, line):
     for root in roots:
         found = find_critical_path(root, line.folder)
-        if found and (not is_filtered or found.label.startswith(("the whole", "the home folder"))):
+        if found and (not is_filtered or found.label.startswith(("the whole file system", "the whole home folder"))):
             yield f"deletes files in {found.label}"
+
+
+def _inner(line):
+    """What is known to a command that another one runs."""
+    return _Line(line.text, line.depth + 1, variables=line.variables, folder=line.folder)
 
 
 def _check_xargs(arguments, line):
     command = _unwrap(_skip_options(arguments, XARGS_OPTIONS))
     if not command:
         return
-    inner = _Line(line.depth + 1, [], variables=line.variables, folder=line.folder)
+    inner = _inner(line)
     yield from _check_command(command, inner)
     producer = _unwrap(line.upstream[0]) if line.upstream else []
     name = _program(producer[0]) if producer else ""
@@ -530,7 +570,7 @@ def _check_xargs(arguments, line):
         if name == "ls":
             words = [f"{word.rstrip('/')}/*" for word in words if not re.search(r"[*?]", word)] or words or ["*"]
         yield from _check_command([*(word for word in command if word not in ("{}", "%")), *words], inner)
-    elif name == "find" and _program(command[0]) in ("rm", "unlink", "shred"):
+    elif name == "find" and _program(command[0]) in DELETERS:
         tests = [*producer[1:], *(["-name"] if len(line.upstream) > 1 else []), "-delete"]
         yield from _check_find(tests, inner)
 
@@ -551,7 +591,7 @@ def _check_mv(arguments, line):
 def _check_copy(arguments, line):
     operands = _split_arguments(arguments, "tS")[1]
     if len(operands) > 1:
-        yield from _check_written(operands[-1], line)
+        yield from _check_written(operands[-1], line, in_trees=operands[:-1] == ["/dev/null"])
 
 
 def _check_tee(arguments, line):
@@ -571,11 +611,19 @@ def _check_dd(arguments, line):
             yield from _check_written(word[3:], line)
 
 
-def _check_partitioning(arguments, line):
+def _check_partitioning(arguments, line, letters="lLhVJv"):
     options, operands = _split_arguments(arguments)
-    is_reading = _has(options, "lLdhVJpiv", "list", "dump", "json", "help", "version", "print", "info", "verify")
+    is_reading = _has(options, letters, "list", "dump", "json", "help", "version", "print", "info", "verify")
     if operands and not is_reading and "print" not in operands:
         yield f"changes the partitions of a device ({_show(operands[0])})"
+
+
+def _check_rsync(arguments, line):
+    options, operands = _split_arguments(arguments, "e")
+    found = find_critical_path(operands[-1], line.folder) if operands else None
+    deletes = any(option.startswith("del") for option in options) and not _has(options, "n", "dry-run")
+    if found and found.kind != "here" and deletes:
+        yield f"deletes files in {found.label}"
 
 
 def _check_git(arguments, line):
@@ -591,8 +639,10 @@ def _check_git(arguments, line):
     elif name == "push" and ("f" in options or {"force", "mirror"} & options or any(o[:1] == "+" for o in operands)):
         yield "overwrites the history of a remote branch (git push --force)"
     elif name in ("checkout", "restore") and any(path in (".", ":/", "*") for path in operands):
-        if not _has(options, "", "staged"):
+        if not _has(options, "S", "staged") or _has(options, "W", "worktree"):
             yield f"discards changes that are not committed (git {name} .)"
+    elif name in ("checkout", "switch") and _has(options, "f", "force", "discard-changes"):
+        yield f"discards changes that are not committed (git {name} --force)"
     elif (name == "stash" and operands[:1] == ["clear"]) or (name == "reflog" and operands[:1] == ["expire"]):
         yield f"deletes saved changes (git {name} {operands[0]})"
     elif name in ("filter-branch", "filter-repo"):
@@ -609,7 +659,10 @@ CHECKS = {
     **{"rm": _check_rm, "unlink": _check_rm, "find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
     **dict.fromkeys(("chown", "chgrp", "chattr", "setfacl"), _check_owner),
     **{"mv": _check_mv, "cp": _check_copy, "install": _check_copy, "tee": _check_tee, "truncate": _check_truncate},
-    **dict.fromkeys(("cfdisk", "cgdisk", "fdisk", "gdisk", "parted", "sfdisk", "sgdisk"), _check_partitioning),
+    **dict.fromkeys(("cfdisk", "cgdisk", "fdisk", "gdisk", "parted"), _check_partitioning),
+    "sfdisk": functools.partial(_check_partitioning, letters="lLhVJvd"),
+    "sgdisk": functools.partial(_check_partitioning, letters="lLhVvpi"),
+    **{"rsync": _check_rsync, "ddrescue": _check_copy},
     **{"dd": _check_dd, "git": _check_git, "cd": _check_cd, "pushd": _check_cd},
 }
 
