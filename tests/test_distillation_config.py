@@ -19,6 +19,7 @@ OUR_DEFAULTS = {
     "teacher_cache": None,
     "token_alignment": "same",
     "predict_with_generate": False,
+    "packing": False,
 }
 
 

@@ -40,8 +40,9 @@ def rows_file(tmp_path_factory):
 def run(rows_file):
     """Fine-tune for two steps, with options of all three kinds of arguments."""
 
-    def run(folder, model=None, model_options=None, streaming=False, preset="tiny", **options):
+    def run(folder, model=None, model_options=None, streaming=False, preset="tiny", packing=False, **options):
         args = FinetuneArguments(
+            packing=packing,
             preset=preset,
             train_file=rows_file,
             **{name: rows_file for name in ("validation_file", "test_file") if streaming},
@@ -251,6 +252,24 @@ def test_models_and_arguments_that_do_not_fit_are_refused(run, tmp_path):
         run(tmp_path / "run", preset="2m")
     with pytest.raises(ValueError, match=r"`train_file`.*`dataset_name`"):
         FinetuneArguments(train_file="a.jsonl", dataset_name="b")
+
+
+def test_a_packed_run_learns_what_a_padded_run_learns(finished, run, tmp_path):
+    expected, found = finished[1].saved, run(tmp_path, packing=True).saved
+    assert found.metrics["loss"].value == pytest.approx(expected.metrics["loss"].value, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"packed_source_length": 512}, "packed_source_length"),
+        ({"packing": True, "packed_source_length": 128, "max_source_length": 256}, "packed_source_length"),
+        ({"packing": True, "packed_target_length": 8}, "packed_target_length"),
+    ],
+)
+def test_packs_without_room_for_the_longest_row_are_refused(fields, name):
+    with pytest.raises(ValueError, match=name):
+        FinetuneArguments(**fields)
 
 
 def test_weights_are_trained_in_float32_by_default(finished, run, tmp_path):

@@ -40,6 +40,9 @@ class Seq2SeqDistillationConfig(DistillationConfig):
             where a token of both starts at the same byte of the target; see
             [`~encdec_slm.trainers.token_alignment.TokenAlignment`]. With `kd_ratio=0` they are compared in evaluation
             only.
+        packing (`bool`, *optional*, defaults to `False`): Pack the rows of a training batch into fewer sequences for
+            the student, no longer than the longest row, instead of padding them. For text students that take
+            `segment_ids`.
         predict_with_generate (`bool`, *optional*, defaults to `False`): Generate a completion for each row in
             evaluation, greedily, with `repetition_penalty` and `generation_kwargs`, for `compute_metrics`.
 
@@ -58,6 +61,7 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     token_alignment: str = field(
         default="same", metadata={"help": "'same' tokens, or 'byte_spans' for a teacher with another tokenizer."}
     )
+    packing: bool = field(default=False, metadata={"help": "Pack rows of a batch into fewer sequences."})
     predict_with_generate: bool = field(default=False, metadata={"help": "Generate completions in evaluation."})
 
     def __post_init__(self):

@@ -62,6 +62,7 @@ from .distillation_models import (
     load_teacher_cache,
 )
 from .output_heads import HeadReader
+from .packing import assign_rows, check_packing, locate_rows, pack_ids
 from .resuming import STATE_NAME, find_checkpoint, last_complete_checkpoint, refuse_non_finite_weights
 from .row_encoding import LABELS_PADDING, encode_rows, pad_ids
 from .teacher_cache import TeacherCache
@@ -147,6 +148,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
         cache = load_teacher_cache(teacher_cache, teacher_model, args)
         teacher, teacher_location = (None, {}) if cache is not None else load_teacher(teacher_model, args)
         check_roles(student, teacher)
+        if args.packing:
+            check_packing(student)
         processing_class, self.teacher_processing_class = load_processing_classes(
             student,
             teacher,
@@ -516,6 +519,8 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             `dict`: For `target` and `gold`: hidden states of shape (N, D) that predict tokens, these tokens, their
             rows, and their indices in the target.
         """
+        if self.args.packing and self.model.training:
+            return self._run_packed_student(student, inputs)
         source_ids, source_mask = trim_padding(inputs["source_ids"], inputs["source_mask"])
         images = self._image_inputs(inputs.get("student_images"))
         encoded = student.get_encoder()(input_ids=source_ids, attention_mask=source_mask, **images).last_hidden_state
@@ -539,6 +544,37 @@ class Seq2SeqDistillationTrainer(DistillationTrainer):
             part = slice(number * num_rows, (number + 1) * num_rows)
             rows, indices = mask[part].nonzero(as_tuple=True)
             positions[name] = (hidden[part][rows, indices], ids[part][rows, indices], rows, indices)
+        return positions
+
+    def _run_packed_student(self, student, inputs):
+        """As [`_run_student`], with several rows in one sequence."""
+        names = [name for name in ("target", "gold") if f"{name}_ids" in inputs]
+        ids = {name: to_lists(inputs[f"{name}_ids"], inputs[f"{name}_mask"]) for name in ("source", *names)}
+        target_lengths = [max(map(len, targets)) for targets in zip(*(ids[name] for name in names), strict=True)]
+        packs = assign_rows([len(source) for source in ids["source"]], target_lengths)
+        width = max(sum(target_lengths[row] for row in pack) for pack in packs)
+        start_id, padding = self._generation_configs.student.decoder_start_token_id, self._tokenizer.pad_token_id
+        shifted = {name: [[start_id, *target][: len(target)] for target in ids[name]] for name in names}
+        packed = [pack_ids(ids["source"], packs, padding)]
+        packed += [pack_ids(shifted[name], packs, padding, width) for name in names]
+        (source_ids, segment_ids), *targets = ((each.to(self.accelerator.device) for each in pair) for pair in packed)
+        encoded = student.get_encoder()(input_ids=source_ids, segment_ids=segment_ids).last_hidden_state
+        decoder_input_ids, decoder_segment_ids = (torch.cat(parts) for parts in zip(*targets, strict=True))
+        hidden = self._student_reader(
+            student,
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat(len(names), 1, 1)),
+            segment_ids=segment_ids.repeat(len(names), 1),
+            decoder_input_ids=decoder_input_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            use_cache=False,
+        )
+        positions = {}
+        for number, name in enumerate(names):
+            mask = inputs[f"{name}_mask"]
+            rows, indices = mask.nonzero(as_tuple=True)
+            pack_numbers, starts = (each.to(mask.device) for each in locate_rows(packs, mask.sum(-1).tolist()))
+            found = hidden[number * len(packs) + pack_numbers[rows], starts[rows] + indices]
+            positions[name] = (found, inputs[f"{name}_ids"][rows, indices], rows, indices)
         return positions
 
     def _run_teacher(self, inputs, rows, indices):

@@ -23,6 +23,7 @@ from .jobs import (
     train,
 )
 from .new_models import build_text_model
+from .packing import DataCollatorWithPacking
 from .resuming import prepare_output_dir
 from .row_encoding import RowEncoder, encode_rows
 from .seq2seq_data import DataArguments, load_splits
@@ -45,12 +46,35 @@ class FinetuneArguments(DataArguments):
         max_source_length (`int`, *optional*, defaults to 256): In tokens; longer sources are truncated and counted.
         max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also the longest completion of the
             saved model.
+        packing (`bool`, *optional*, defaults to `False`): Pack the rows of a training batch into fewer sequences
+            instead of padding them, by [`~encdec_slm.trainers.packing.DataCollatorWithPacking`].
+        packed_source_length (`int`, *optional*): Most source tokens of such a sequence. `None` means the longest
+            source of a batch.
+        packed_target_length (`int`, *optional*): Most target tokens, likewise.
+
+    Raises:
+        ValueError: Packs are shorter than the rows may be, or `packing` is not set.
     """
 
     preset: str = field(default="tiny", metadata={"help": "Size of a new model."})
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
     max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
     max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
+    packing: bool = field(default=False, metadata={"help": "Pack rows of a batch into fewer sequences."})
+    packed_source_length: int | None = field(default=None, metadata={"help": "Most source tokens of a pack."})
+    packed_target_length: int | None = field(default=None, metadata={"help": "Most target tokens of a pack."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for kind in ("source", "target"):
+            packed_length, length = getattr(self, f"packed_{kind}_length"), getattr(self, f"max_{kind}_length")
+            if packed_length is not None and not self.packing:
+                raise ValueError(f"`packed_{kind}_length` has no effect without `packing`. Set `packing` to true.")
+            if packed_length is not None and packed_length < length:
+                raise ValueError(
+                    f"`packed_{kind}_length` is {packed_length}, but rows may have up to `max_{kind}_length` = "
+                    f"{length} tokens. Raise the first, or lower the second."
+                )
 
 
 def finetune(
@@ -89,11 +113,16 @@ def finetune(
     encoder = RowEncoder(tokenizer, args.max_source_length, args.max_target_length, start_id)
     counts = {split: Counter() for split in splits}
     encoded = {split: encode_rows(rows, encoder, f"{split} rows", counts[split]) for split, rows in splits.items()}
+    packing_collator = None
+    if args.packing:
+        limits = args.packed_source_length, args.packed_target_length
+        packing_collator = DataCollatorWithPacking(tokenizer, start_id, *limits)
     trainer = build_trainer(
         model,
         training_args,
         args.max_target_length,
         inherited_from=name,
+        packing_collator=packing_collator,
         data_collator=encoder.collate,
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],

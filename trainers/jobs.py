@@ -35,6 +35,7 @@ from ..run_results import Metric, RunResults, comparison_table, format_table
 from .evaluation.metrics import text_scores
 from .evaluation.results import mean_with_interval
 from .figures import draw_losses
+from .packing import DataCollatorWithPacking, PackingSeq2SeqTrainer
 from .resuming import RESULTS_NAME, contains_checkpoint, remove_checkpoints
 
 
@@ -119,6 +120,7 @@ def build_trainer(
     training_args: Seq2SeqTrainingArguments,
     max_target_length: int,
     inherited_from: str | None = None,
+    packing_collator: DataCollatorWithPacking | None = None,
     **kwargs: Any,
 ) -> Seq2SeqTrainer:
     """Build a [`~transformers.Seq2SeqTrainer`] that generates in evaluation, as the saved model will.
@@ -129,6 +131,7 @@ def build_trainer(
             decide how the model generates.
         max_target_length (`int`): In tokens, with the end-of-text token.
         inherited_from (`str`, *optional*): As in [`set_generation_config`].
+        packing_collator ([`DataCollatorWithPacking`], *optional*): Packs the training rows.
         kwargs: Passed to the Trainer.
     """
     training_args = copy.copy(training_args)
@@ -139,7 +142,10 @@ def build_trainer(
         settings["num_beams"] = training_args.generation_num_beams
     training_args.generation_config = set_generation_config(model, max_target_length, settings, inherited_from)
     training_args.predict_with_generate, training_args.generation_max_length = True, max_target_length + 1
-    trainer = Seq2SeqTrainer(model, training_args, **kwargs)
+    if packing_collator is None:
+        trainer = Seq2SeqTrainer(model, training_args, **kwargs)
+    else:
+        trainer = PackingSeq2SeqTrainer(model, training_args, packing_collator=packing_collator, **kwargs)
     show_losses(trainer)
     logger.info(f"{model.num_parameters():,} parameters, {count_trainable(model):,} of them are trained.")
     return trainer
