@@ -18,7 +18,7 @@ import torch
 from export_fixtures import build_ascii_tokenizer
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import encdec_slm
@@ -27,6 +27,7 @@ from encdec_slm.export import export_ctranslate2
 from encdec_slm.hub_cards import fresh_process, publish
 from encdec_slm.hub_cards.fresh_process import check_in_fresh_process
 from encdec_slm.hub_cards.repository_checks import find_problem
+from encdec_slm.vocabulary import old_token_ids, trim_tokenizer
 
 
 # huggingface_hub hands file objects to its HTTP client in a way that the client no longer likes.
@@ -111,6 +112,17 @@ def test_a_model_in_memory_is_published_with_the_tokenizer_of_its_folder_or_a_gi
         publish(model, output_dir=tmp_path / "none")
     given = publish(model, output_dir=tmp_path / "given", processing_class=build_byte_tokenizer())
     assert names_in(given) == TEXT_FILES
+
+
+def test_the_map_of_a_trimmed_tokenizer_is_published(source, tmp_path, checked):
+    tokenizer, old_ids = trim_tokenizer(build_byte_tokenizer(), ["text"])
+    model = build_model(vocab_size=len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(source)
+    publish(source, output_dir=tmp_path / "folder")
+    publish(model, output_dir=tmp_path / "memory", processing_class=tokenizer)
+    for name in ("folder", "memory"):
+        assert old_token_ids(AutoTokenizer.from_pretrained(tmp_path / name)) == old_ids
 
 
 def test_a_vision_model_is_published_with_its_processor_and_all_code(vision_folder, tmp_path, checked):
