@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,11 +17,13 @@ import pytest
 import torch
 from encdec_slm_cli import main, shell_model
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
+from encdec_slm_cli.shell_syntax import is_complete
 
 from conftest import build_model, build_tokenizer
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
 
 
+ROOT = Path(__file__).parent.parent
 PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 REQUEST = "w7 w9 w4"
 SURE = Calibration(slope=0.0, intercept=2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
@@ -72,7 +75,8 @@ def run(capfd):
 def test_answers_are_those_of_beam_search(run, shell_export):
     model, tokenizer = CT2EncDecSLM.from_pretrained(shell_export), build_tokenizer()
     ids = tokenizer(REQUEST, return_tensors="pt").input_ids
-    expected = tokenizer.decode(model.generate(ids, num_beams=5, num_return_sequences=5), skip_special_tokens=True)
+    sequences = model.generate(ids, num_beams=5, num_return_sequences=5, length_penalty=0.0)
+    expected = tokenizer.decode(sequences, skip_special_tokens=True)
     assert run(REQUEST, "--model", shell_export, "-n", 5) == (0, expected, [])
     assert run(*REQUEST.split(), "--model", shell_export) == (0, expected[:1], [])
 
@@ -112,6 +116,44 @@ def test_dangerous_answers_are_warned_of(run, tmp_path):
     code, commands, messages = run("delete everything", "--model", folder, "-q")
     assert code == 0 and "rm -rf /" in commands[0]
     assert [line.partition(":")[0] for line in messages[1:]] == ["Warning"] and "whole file system" in messages[1]
+
+
+def test_incomplete_commands_come_last(run, tmp_path):
+    words = [f"w{number}" + "'" * (number % 2) for number in range(93)]
+    folder = save_shell_folder(tmp_path / "model", words=words)
+    commands = run("w7 w9 w4", "--model", folder, "-n", 20)[1]
+    is_open = [command.count("'") % 2 for command in commands]
+    assert set(is_open) == {0, 1} and is_open == sorted(is_open)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        *((line, True) for line in ("ls", "ls | wc", "(ls)", "echo 'a' \"b $(c) `d`\"", "sleep 1 &", r"ls \(")),
+        *((line, False) for line in ("ls 'a", 'ls "a', "ls $'a", "ls `a", "ls $(a", "ls ${a", "(ls", "ls)", "ls |")),
+        *((line, False) for line in ("ls &&", "ls ||", "ls \\", 'ls "$(a"')),
+        ("case a in a) b;; esac", True),
+    ],
+)
+def test_completeness_of_commands(line, expected):
+    assert is_complete(line) == expected
+
+
+def test_the_script_calibrates_a_model(shell_export, tmp_path, capsys):
+    folder = shutil.copytree(shell_export, tmp_path / "model")
+    model = shell_model.load_shell_model(str(folder))
+    requests = [f"w{number} w{number + 1}" for number in range(4, 34)]
+    rows = [
+        {"source": request, "target": model.answer(request)[0].command if number % 3 else "ls"}
+        for number, request in enumerate(requests)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    script = runpy.run_path(str(ROOT / "examples" / "calibrate_shell.py"))
+    script["main"]([str(folder), "--validation", str(path), "--test", str(path), "--threshold", "0.3"])
+    calibration = Calibration.load(folder)
+    assert calibration.num_examples == 30 and calibration.threshold == 0.3
+    assert capsys.readouterr().out.count("66.7% right") == 2
 
 
 # Requests

@@ -16,6 +16,7 @@ from typing import Any
 
 from .calibration import Calibration
 from .console import print_status
+from .shell_syntax import is_complete
 
 
 # The file and the folder of exports, as in `encdec_slm.export_manifest`, which imports torch.
@@ -102,13 +103,14 @@ class ShellModel:
     def answer(self, request: str, num_answers: int = 1) -> list[Answer]:
         """Return up to `num_answers` different commands, the most probable first.
 
+        Commands with open quotation marks or brackets come last.
+
         Args:
             request (`str`): In English.
             num_answers (`int`, *optional*, defaults to 1): At least 1.
         """
         num_beams = max(NUM_BEAMS, num_answers)
-        penalty = self._settings.get("length_penalty")
-        penalty = 1.0 if penalty is None else penalty
+        penalty = self._settings.get("length_penalty") or 0.0  # 0 orders answers by their probability
         (result,) = self._translator.translate_batch(
             [self.encode(request)[0]],
             beam_size=num_beams,
@@ -127,7 +129,7 @@ class ShellModel:
             if command:
                 confidence = None if self.calibration is None else self.calibration.confidence(log_probability)
                 answers.setdefault(command, Answer(command, log_probability, confidence))
-        return list(answers.values())[:num_answers]
+        return sorted(answers.values(), key=lambda answer: not is_complete(answer.command))[:num_answers]
 
     def _max_new_tokens(self):
         limit = self._settings.get("max_new_tokens") or (self._settings.get("max_length") or MAX_NEW_TOKENS) - 1

@@ -62,6 +62,13 @@ def parse_commands(line: str) -> list[Command]:
     return _Parser(PRIVATE.sub("\ufffd", line)).parse()
 
 
+def is_complete(line: str) -> bool:
+    """Return whether all quotation marks and brackets of a command line are closed, and no operator ends it."""
+    parser = _Parser(PRIVATE.sub("\ufffd", line))
+    parser.parse()
+    return not parser.is_open and (parser.depth == 0 or "case" in line) and not re.search(r"(\||&&)\s*$", line)
+
+
 def unquote(text: str) -> str:
     """Return the plain text of a word."""
     return text.translate(PLAIN)
@@ -72,6 +79,8 @@ class _Parser:
         self.line, self.position = line, 0
         self.commands = [Command()]
         self.here_documents = []
+        self.is_open = False  # a quotation mark or an expansion is not closed
+        self.depth = 0  # of subshells; -1 after a bracket that closes none
 
     def parse(self):
         while self.position < len(self.line):
@@ -101,6 +110,8 @@ class _Parser:
     def _begin_command(self, operator):
         current = self.commands[-1]
         is_bracket = operator in ("(", ")")
+        if is_bracket and self.depth >= 0:
+            self.depth += 1 if operator == "(" else -1
         if current.words or current.redirections:
             self.commands.append(Command("" if is_bracket else operator))
         elif not is_bracket:
@@ -154,17 +165,23 @@ class _Parser:
             word.text += match[0]
         elif match := self._skip(r"\\(.|\n|$)"):
             word.text += "" if match[1] == "\n" else _quote(match[1])
-        elif match := self._skip(r"'([^']*)'?"):
+            self.is_open |= not match[1]
+        elif match := self._skip(r"'([^']*)('?)"):
             word.text += _quote(match[1])
-        elif match := self._skip(r"\$'((?:[^'\\]|\\.)*)'?"):
+            self.is_open |= not match[2]
+        elif match := self._skip(r"\$'((?:[^'\\]|\\.)*)('?)"):
             word.text += _quote(_decode_escapes(match[1]))
+            self.is_open |= not match[2]
         elif self._skip(r"\$?\""):
             self._read_double_quoted(word)
         else:
             self._read_expansion(word, "$")
 
     def _read_double_quoted(self, word):
-        while self.position < len(self.line) and not self._skip('"'):
+        while not self._skip('"'):
+            if self.position == len(self.line):
+                self.is_open = True
+                return
             if match := self._skip(r"[^\\\"$`]+"):
                 word.text += _quote(match[0])
             elif match := self._skip(r"\\([$`\"\\\n])"):
@@ -181,8 +198,9 @@ class _Parser:
             word.text += "0"
         elif self._skip(r"\$\("):
             self._substitute(word, self._read_balanced("(", ")"), dollar)
-        elif match := self._skip(r"`((?:[^`\\]|\\.)*)`?"):
+        elif match := self._skip(r"`((?:[^`\\]|\\.)*)(`?)"):
             self._substitute(word, re.sub(r"\\([`$\\])", r"\1", match[1]), dollar)
+            self.is_open |= not match[2]
         elif self._skip(r"\$\{"):
             word.text += f"{dollar}{{{self._read_balanced('{', '}')}}}"
         else:
@@ -205,6 +223,7 @@ class _Parser:
             depth += (character == opening) - (character == closing)
             if depth == 0:
                 return self.line[start : self.position - 1]
+        self.is_open = True
         return self.line[start:]
 
 
@@ -278,4 +297,4 @@ def _values(expression, variables):
     return [unquote(default[1])] if default else [f"\ue007{name or expression}\ue008"]
 
 
-__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "parse_commands", "unquote"]
+__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "is_complete", "parse_commands", "unquote"]
