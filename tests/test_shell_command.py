@@ -286,8 +286,10 @@ def test_a_new_process_answers_without_torch(shell_export):
     assert finished.stdout.splitlines()[1:] == ["0 set()"], finished
 
 
-def test_closed_output_ends_with_one_line(shell_export):
-    command = f"set -o pipefail; {shlex.join([PROGRAM, 'shell', REQUEST, '--model', str(shell_export)])} | true"
+@pytest.mark.parametrize("redirection", ["| true", ">&-", "> /dev/full"])
+def test_output_that_cannot_be_written_ends_with_one_line(redirection, shell_export):
+    words = shlex.join([PROGRAM, "shell", REQUEST, "--model", str(shell_export)])
+    command = f"set -o pipefail; (sleep 0.1; {words}) {redirection}"
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 1 and len(finished.stderr.splitlines()) == 1, finished
 

@@ -61,7 +61,7 @@ def shell(
     for number, answer in enumerate(answers):
         if dangers := find_dangers(answer.command):
             print_status(f"Warning: the next command {'; '.join(dangers)}.")
-        print(answer.command, flush=True)
+        print(answer.command)
         _print_confidence(answer.confidence, shell_model.calibration, is_best=number == 0, quiet=quiet)
 
 
