@@ -10,7 +10,7 @@ before training alone. The teacher reads each row once, and a study that was sto
 Writes one JSON file per run and study.md: losses in nats per held-out target token.
 
 A source that follows instructions needs some: for Qwen2.5-Coder-0.5B-Instruct, `--prompt "Write the first sentence of
-the docstring of this Python function.\n\n{source}"`. A step with it takes 4 seconds on a CPU with bfloat16 units.
+the docstring of this Python function.\n\n{source}"`.
 """
 
 import argparse
