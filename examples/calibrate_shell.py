@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a shell model")
     parser.add_argument("--validation", required=True, help="rows for the fit")
     parser.add_argument("--test", nargs="*", default=[], help="rows for checks")
-    parser.add_argument("--threshold", type=float, default=0.5, help="confidence below which an answer is not sure")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="confidence below which an answer is not sure; default: the share of right ones",
+    )
     args = parser.parse_args(arguments)
 
     model = load_shell_model(args.model)

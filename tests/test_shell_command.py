@@ -316,6 +316,7 @@ def test_calibration_recovers_the_probabilities(tmp_path):
 @pytest.mark.parametrize("labels", [[True] * 20, [False] * 20, [True, False] * 10])
 def test_calibration_of_answers_that_scores_do_not_tell_apart(labels):
     fitted = fit_calibration([-1.0] * 20, labels)
+    assert fitted.threshold == sum(labels) / 20
     assert fitted.confidence(-1.0) == pytest.approx(sum(labels) / 20, abs=0.06)
     separated = fit_calibration([-1.0, -9.0] * 10, [True, False] * 10)
     assert separated.confidence(-9.0) < 0.1 < 0.9 < separated.confidence(-1.0)

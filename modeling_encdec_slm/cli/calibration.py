@@ -68,13 +68,16 @@ class Calibration:
             ) from error
 
 
-def fit_calibration(scores: Sequence[float], is_correct: Sequence[bool], threshold: float = 0.5) -> Calibration:
+def fit_calibration(
+    scores: Sequence[float], is_correct: Sequence[bool], threshold: float | None = None
+) -> Calibration:
     """Fit the confidence to the answers of a validation file.
 
     Args:
         scores (`Sequence[float]`): Log-probability of each answer, in nats.
         is_correct (`Sequence[bool]`): Whether the answer is right.
-        threshold (`float`, *optional*, defaults to 0.5): Confidence below which an answer is not sure, from 0 to 1.
+        threshold (`float`, *optional*): Confidence below which an answer is not sure, from 0 to 1. `None` is the share
+            of right answers: such an answer is less likely right than the average one.
 
     Raises:
         ValueError: There are fewer than 10 rows, the lengths differ, a score is not finite, or `threshold` is outside
@@ -88,6 +91,8 @@ def fit_calibration(scores: Sequence[float], is_correct: Sequence[bool], thresho
         )
     if not all(map(math.isfinite, scores)):
         raise ValueError("`scores` has a value that is not finite. Give log-probabilities.")
+    if threshold is None:
+        threshold = sum(labels) / len(labels)
     if not 0 <= threshold <= 1:
         raise ValueError(f"`threshold` must be between 0 and 1, got {threshold}.")
     slope, intercept = _fit_platt(scores, labels)

@@ -42,6 +42,7 @@ LONG_OPTIONS_WITH_VALUE = frozenset({"adjustment", "chdir", "group", "interval",
 SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
 XARGS_OPTIONS = "EILPadns"
 DELETERS = ("rm", "shred", "unlink")
+SYSTEM_LOG = re.compile(r"/var/log/(auth\.log|btmp|dmesg|kern\.log|lastlog|messages|secure|syslog|wtmp)$")
 # Tests of `find` that leave files out.
 FILTERS = re.compile(
     r"-(i?name|i?path|i?regex|i?wholename|i?lname|size|[acm]time|[acm]min|newer|empty|perm|user|group|uid|gid|inum|links"
@@ -50,26 +51,28 @@ FILTERS = re.compile(
 # Lines of one command that are recognized by their text alone: what matches first, and what does not matter then.
 LINES = [
     (
-        r"(shutdown|reboot|poweroff|halt)\b|(init|telinit) [06]\b|systemctl (-\S+ )*((start|isolate) )?"
+        r"(shutdown|reboot|poweroff|halt)\b|(init|telinit) [06]\b|(systemctl|loginctl) (-\S+ )*((start|isolate) )?"
         r"(poweroff|reboot|halt|kexec|rescue|emergency)\b",
         r"--help|--version|--show|--wtmp-only| -[a-z]*[ckw]\b",
         "shuts down or restarts the machine",
     ),
     (r"crontab (.*-[a-z]*r|/dev/null)", r"--help", "deletes all scheduled jobs of a user (crontab -r)"),
     (
-        r"ip6?tables .*(-F\b|--flush\b|(-P|--policy) \w+ DROP\b)|nft flush ruleset|ufw (--force )?(reset|disable)\b",
+        r"ip6?tables .*(-[FX]\b|--flush\b|(-P|--policy) \w+ DROP\b)|nft (flush|delete) "
+        r"(ruleset|table)|ufw (--force )?(reset|disable)\b",
         r"--help",
         "removes firewall rules or blocks all connections",
     ),
     (r"(userdel|deluser) .*(-[a-z]*r[a-z]*\b|--remove)", r"--help", "deletes a user with the home folder"),
     (
-        r"kill .*(?<=\s)-1$|kill (-9|-KILL|-SIGKILL|-s \w+) (.* )?1$|killall5",
+        r"kill .*(?<=\s)-1$|kill (-9|-KILL|-SIGKILL|-s \w+) (.* )?1$|killall5|(pkill|killall) .*(-u ?root$| \.\*?$|"
+        r" (init|systemd)$)",
         r"kill -1$|kill -[ls] -1$",
         "ends every process that it may end",
     ),
     (
         r"(docker|podman) (system|volume|builder|container|image|network) prune|docker(-| )compose .*down .*(-v\b|"
-        r"--volumes)|(docker|podman) ((container )?rm|rmi|volume rm) .*\ue007",
+        r"--volumes)|(docker|podman) ((container )?rm|rmi|volume rm) (.*\ue007|-[a-z]*a|--all)",
         r"--help",
         "deletes containers, images or volumes with their data",
     ),
@@ -88,6 +91,18 @@ LINES = [
         r"partition)\w+",
         r"--help|--test",
         "erases a device or volume",
+    ),
+    (
+        r"(apt|apt-get|aptitude|yum|dnf|zypper|pacman) .*(remove|purge|erase|-R\w*) (.* )?(apt|bash|coreutils|dpkg|"
+        r"glibc|kernel|libc6|linux|linux-image\S*|systemd|\ue001|\*)( |$)|rpm .*--nodeps|dpkg .*--force-(all|remove-"
+        r"essential)",
+        r"--help|--simulate|--dry-run",
+        "removes packages that the system needs",
+    ),
+    (
+        r"sed .*-[a-zA-Z]*i\S* .*/etc/(passwd|shadow|group|gshadow|sudoers)( |$)",
+        r"--help",
+        "overwrites a file that accounts depend on",
     ),
     (r"dropdb \S|mysqladmin .*\bdrop\b", r"--help", "deletes a database"),
     (r"(nc|ncat|netcat) .*(-[a-z]*[ec] |--exec|--sh-exec)", r"--help", "opens a shell for another machine"),
@@ -124,11 +139,12 @@ class _Line:
     downloads: set[str] = field(default_factory=set)  # names of files and variables
 
 
-def _find(text: str, depth: int = 0, upstream: list[list[str]] | None = None) -> Iterator[str]:
+def _find(text: str, depth: int = 0, upstream=None, positional=()) -> Iterator[str]:
     if depth > MAX_DEPTH:
         return
     yield from _find_endless_processes(text)
     line = _Line(text, depth, upstream or [], variables={"HOME": ["~"], "PWD": ["."], "IFS": [" "]})
+    line.variables |= {str(number): [word] for number, word in enumerate(positional)}
     commands = parse_commands(text)
     for number, command in enumerate(commands):
         if number and command.operator != "|":
@@ -193,6 +209,8 @@ def _unwrap(words):
         name = _program(words[0])
         if name not in WRAPPERS:
             return words
+        if name == "env" and words[1:2] == ["-S"]:
+            words = [words[0], *unquote(" ".join(words[2:3])).split(), *words[3:]]
         with_value, num_positional = WRAPPERS[name]
         words = _skip_options(words[1:], with_value)
         while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
@@ -227,8 +245,11 @@ def _check_strings(program, arguments, line):
     """Look into strings that are commands for another shell or code of another language."""
     plain = [unquote(word) for word in arguments]
     if program in SHELLS:
-        codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if re.match(r"-[a-z]*c$", word)]
-    elif program == "eval":
+        for number, word in enumerate(plain[:-1]):
+            if re.match(r"-[a-z]*c$", word):
+                yield from _find(plain[number + 1], line.depth + 1, line.upstream, arguments[number + 2 :])
+        return
+    if program == "eval":
         codes = [" ".join(plain)]
     elif program == "trap":
         codes = plain[:1]
@@ -390,7 +411,9 @@ def _note_download(words, command, line):
         elif match := re.match(r"--output(?:-document)?=(.+)", word):
             names.append(match[1])
         elif "://" in word or not word.startswith("-"):
-            names.append(word.partition("?")[0].rpartition("/")[2])
+            name = word.partition("?")[0].rpartition("/")[2]
+            folders = [words[i + 1] for i, one in enumerate(words[:-1]) if one in ("-P", "--directory-prefix")]
+            names += [name, *(f"{folder}/{name}" for folder in folders)]
     line.downloads |= {name.removeprefix("./") for name in names if name not in ("", "-", "/dev/null")}
 
 
@@ -494,7 +517,7 @@ def _check_rm(arguments, line):
             yield f"deletes {found.label}"
         elif file := find_critical_file(path, line.folder):
             yield f"deletes {_show(file)}"
-        elif DEVICE.match(path):
+        elif DEVICE.match(path) or SYSTEM_LOG.match(path):
             yield f"deletes {_show(path)}"
 
 
@@ -566,7 +589,7 @@ def _check_xargs(arguments, line):
     name = _program(producer[0]) if producer else ""
     if name in ("echo", "printf", "ls") and len(line.upstream) == 1:
         operands = [word for word in producer[1:] if not word.startswith("-")]
-        words = [word.strip() for word in operands]
+        words = [word.replace("\\n", "").strip() for word in operands]
         if name == "ls":
             words = [f"{word.rstrip('/')}/*" for word in words if not re.search(r"[*?]", word)] or words or ["*"]
         yield from _check_command([*(word for word in command if word not in ("{}", "%")), *words], inner)

@@ -210,7 +210,8 @@ class _Parser:
     def _substitute(self, word, command, dollar):
         word.substitutions.append(command)
         output = re.fullmatch(r"\s*(?:which|type -p|command -v|echo|printf)\s+([\w./ ~*-]+?)\s*", command)
-        word.text += output[1] if output else f"{dollar}{{}}"
+        is_folder = re.fullmatch(r"\s*pwd(\s+-[LP])?\s*", command)
+        word.text += output[1] if output else "." if is_folder else f"{dollar}{{}}"
 
     def _read_balanced(self, opening, closing):
         """Return the text up to the bracket that closes the last one, and skip that bracket."""
