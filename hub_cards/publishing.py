@@ -53,7 +53,11 @@ VISION_CODE = (
     *("configuration_encdec_vlm.py", "modeling_encdec_vlm.py", "pipeline_encdec_slm.py"),
     *("image_processing_encdec_vlm.py", "processing_encdec_vlm.py"),
 )
-PROCESSING_FILES = (*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json")
+# `shell_calibration.json` is read by `encdec-slm shell`.
+PROCESSING_FILES = (
+    *(*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json"),
+    "shell_calibration.json",
+)
 BUNDLES = tuple(dict.fromkeys(FORMAT_FOLDERS.values()))
 # License of the weights, if it differs from that of the code.
 WEIGHTS_LICENSE = "LICENSE-weights"

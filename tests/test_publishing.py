@@ -154,6 +154,12 @@ def export_source(export_model, tmp_path_factory):
     return folder
 
 
+def test_the_calibration_of_a_shell_model_is_copied(source, tmp_path, checked):
+    (source / "shell_calibration.json").write_text("{}")
+    published = publish(source, output_dir=tmp_path / "out")
+    assert (published.folder / "shell_calibration.json").is_file() and not published.left_out
+
+
 def test_exports_are_copied_into_the_repository(source, ct2_folder, tmp_path, checked):
     names = names_in(publish(source, output_dir=tmp_path / "given", bundles=[ct2_folder]))
     assert {"ctranslate2/model.bin", "ctranslate2/export_manifest.json"} <= names
