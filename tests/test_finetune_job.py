@@ -117,12 +117,14 @@ def test_the_saved_model_generates_what_was_measured(finished, run, tmp_path, op
     base = tmp_path / "base"
     shutil.copytree(finished[0], base)
     model, _ = load_checkpoint(base)
-    model.generation_config.update(max_length=5, no_repeat_ngram_size=3, num_beams=3, min_length=4)
+    model.generation_config.update(
+        max_length=5, no_repeat_ngram_size=3, num_beams=3, min_length=4, suppress_tokens=[7]
+    )
     model.save_pretrained(base)
     with caplog.at_level(logging.WARNING, logger="encdec_slm"):
         run(tmp_path / "run", base, **options)
     assert "top_k" not in caplog.text
-    for setting in ("no_repeat_ngram_size=3", "num_beams=3", "max_length=5", "min_length=4"):
+    for setting in ("no_repeat_ngram_size=3", "num_beams=3", "max_length=5", "min_length=4", "suppress_tokens=[7]"):
         assert setting in caplog.text
     saved = load_checkpoint(tmp_path / "run")[0].generation_config
     assert (saved.max_length, saved.no_repeat_ngram_size or 0, saved.min_length or 0) == (9, 0, 0)

@@ -105,7 +105,8 @@ def set_generation_config(
     removed = [
         f"{name}={value!r}"
         for name, value in before.items()
-        if name in neutral and value not in (getattr(model.generation_config, name), neutral[name])
+        if name not in (*token_ids, "transformers_version", "_from_model_config")
+        and value not in (getattr(model.generation_config, name, None), neutral.get(name), None, False, [])
     ]
     if inherited_from is not None and removed:
         logger.warning(
