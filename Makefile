@@ -43,8 +43,10 @@ demo-vision: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
+# All slow tests, or those of some files: make test-slow TESTS="tests/test_docs.py tests/test_lm_eval.py"
+TESTS ?=
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto -m slow $(TESTS)
 
 # The same tests with the oldest transformers, in an environment of its own.
 $(OLDEST_READY): setup.cfg pyproject.toml constraints.txt Makefile
