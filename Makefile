@@ -54,6 +54,7 @@ $(OLDEST_READY): setup.cfg pyproject.toml constraints.txt Makefile
 	sed 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
 	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c $(OLDEST_VENV)/constraints.txt "setuptools>=77"
 	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c $(OLDEST_VENV)/constraints.txt --no-build-isolation -e ".[dev]"
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) -c $(OLDEST_VENV)/constraints.txt --no-deps $(PAGE)
 	@touch $@
 
 test-oldest: $(OLDEST_READY)

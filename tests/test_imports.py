@@ -121,7 +121,7 @@ def test_importing_the_package_loads_no_optional_package():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {module.partition(".")[0] for module in run.stdout.split()}
     # Those that torch and transformers load where they are installed.
-    known = {"accelerate", "pandas", "sklearn", "torchao"}
+    known = {"accelerate", "pandas", "pyarrow", "sklearn", "torchao"}
     assert loaded & (TRAIN | EXPORT | {"gradio"}) <= known
 
 
