@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from encdec_slm.checkpoints import check_no_overlap
 from encdec_slm.trainers.row_encoding import iterate_texts
 from encdec_slm.trainers.tasks.docstrings import build_docstring_task
 from encdec_slm.vocabulary import report_trim, trim_tokenizer
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=40, help="Held-out rows for the kept mass; 0 loads no weights.")
     parser.add_argument("--output_dir", help="Folder for the smallest tokenizer.")
     args = parser.parse_args(arguments)
+    if args.output_dir:
+        check_no_overlap(args.output_dir, [args.teacher])
 
     splits = build_docstring_task()
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)

@@ -9,7 +9,6 @@ import torch
 from encdec_slm.benchmarks.machine import (
     Worker,
     describe_machine,
-    matmul_rate,
     memory_bandwidth,
     peak_bytes,
     run_in_new_process,
@@ -54,7 +53,7 @@ def test_a_killed_process_is_named_with_the_likely_reason():
 
 def test_rates_are_positive_and_the_machine_is_described():
     assert run_in_new_process(os.getpid) != os.getpid()
-    assert memory_bandwidth(torch.ones(1000)) > 0 and matmul_rate(torch.ones(10, 10)) > 0
+    assert memory_bandwidth(torch.ones(1000)) > 0
     described = describe_machine("cpu")
     assert described["cpu"] and described["cores"] == os.cpu_count() and described["gpu"] is None
     assert described["torch"] == torch.__version__

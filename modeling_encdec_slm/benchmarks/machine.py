@@ -104,19 +104,10 @@ def peak_bytes(device: str) -> int:
 
 def memory_bandwidth(buffer: torch.Tensor) -> float:
     """Return the bytes per second at which all threads read `buffer`, which must be larger than all caches."""
-    return buffer.numel() * buffer.itemsize / _time(buffer.sum)
-
-
-def matmul_rate(matrix: torch.Tensor) -> float:
-    """Return the floating point operations per second of a product of square matrices."""
-    return 2 * matrix.shape[0] ** 3 / _time(lambda: matrix @ matrix)
-
-
-def _time(function):
     start = time.perf_counter()
-    if function().is_cuda:
+    if buffer.sum().is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return buffer.numel() * buffer.itemsize / (time.perf_counter() - start)
 
 
 def has_bfloat16_units() -> bool:
@@ -148,7 +139,6 @@ __all__ = [
     "Worker",
     "describe_machine",
     "has_bfloat16_units",
-    "matmul_rate",
     "memory_bandwidth",
     "peak_bytes",
     "run_in_new_process",

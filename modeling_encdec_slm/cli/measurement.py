@@ -104,8 +104,8 @@ def bench(
     Random weights, batch 1, greedy search, caches on both sides, all texts of the same length. Each contender runs in
     its own process; those of one engine, and the baseline in transformers, take turns, so that a busy moment of the
     machine affects all of them. First token: seconds from source ids to the first generated id. Decode rate: the
-    other new tokens per second. End to end: everything. Medians and quartiles are reported, beside what the memory
-    bandwidth and matrix products of this machine, measured in between, would allow.
+    other new tokens per second. End to end: everything. Medians and quartiles are reported, and the share of the
+    memory bandwidth that is used, which is measured in between.
 
     Prints a table per setting and which of the paper's claims held, and writes benchmark.json (with every raw
     time) and benchmark.png. Models for the engines are written to --models once (about 12 GB for 330m). Batches,
