@@ -71,7 +71,7 @@ def test_examples_in_the_help_parse(command, capsys):
     lines = [line.strip() for line in re.split(r"^\S", shown, flags=re.MULTILINE)[0].splitlines() if line.strip()]
     assert lines
     for line in lines:
-        program, name, *words = shlex.split(line.partition("| ")[2] or line)
+        program, name, *words = shlex.split(line.partition("| ")[2] or line, comments=True)
         assert (program, name) == ("encdec-slm", command)
         parse(command, *words)
 

@@ -22,7 +22,6 @@ def run_snippets(workspace, tiny_config, **environment):
     EncDecSLMForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     snippets = [snippet for snippet in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL) if "cuda" not in snippet]
-    assert len(snippets) == 5
     return subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)],
         cwd=workspace,

@@ -127,9 +127,9 @@ def bench(
     _check_output(output)
     lengths = sorted(_parse_setting(text) for text in settings)
     contenders = list_contenders(preset, devices.split(","), only)
+    output.mkdir(parents=True, exist_ok=True)  # before hours of measurements that could not be written
     report = run_benchmark(contenders, lengths, repetitions, threads or torch.get_num_threads(), models)
     print(f"\n{build_tables(report)}\n\n{build_verdict(report)}\n")
-    output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": " ".join(sys.argv), "preset": preset, **report}, indent=2)
     write_file(output / "benchmark.json", text + "\n")
     write_file(output / "benchmark.png", lambda path: build_figure(report).savefig(path, format="png", dpi=110))
