@@ -20,7 +20,8 @@ and accumulation, several processes, half precision and adapters are not measure
 With `--teacher`, the labels of a real teacher are measured instead, on rows of the docstring task that fit the source
 length: how many tokens per second each engine labels, and whole steps of a student with the teacher's trimmed
 vocabulary that learns from the teacher in the step, from its labels, or by cross-entropy alone, with the peak memory
-of a process for each of them. Writes `benchmark_teacher_cache.json`.
+of a process for each of them. With one thread (OMP_NUM_THREADS=1), seconds are CPU time. Writes
+`benchmark_teacher_cache.json`.
 """
 
 import argparse
@@ -334,9 +335,14 @@ def prepare_labels(arguments):
 
 
 def time_call(function):
-    start = time.perf_counter()
+    """Return the seconds of a call: of one thread its CPU time, which other processes do not change."""
+    is_alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if is_alone else time.perf_counter
+    start = clock()
     function()
-    return time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def build_step(name, arguments):

@@ -14,6 +14,7 @@ import time
 
 import ray
 
+from encdec_slm.trainers.prompt_templates import read_prompt_template
 from encdec_slm.trainers.teacher_cache import DistributionSpec, TeacherCache
 from encdec_slm.trainers.teacher_engines import CompletionSettings
 from encdec_slm.trainers.teacher_labels import LabelSettings, build_engine, label_dataset, load_label_rows
@@ -25,7 +26,8 @@ class LabelRange:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
         self.engine = build_engine(arguments.engine, arguments.teacher, batch_tokens=arguments.batch_tokens)
-        self.rows = _load_rows(arguments, self.engine)
+        self.chat = self.engine.tokenizer.chat_template is not None
+        self.rows = _load_rows(arguments, self.chat)
 
     def __call__(self, batch: dict) -> dict:
         """Label a batch of ranges, which have the columns `start` and `stop`."""
@@ -38,14 +40,16 @@ class LabelRange:
                 settings,
                 teacher=self.arguments.teacher,
                 rows=(start, stop),
+                # As `encdec-slm label` describes it, so that both continue each other's labels.
+                prompt_template=f"{self.chat} {read_prompt_template(self.arguments.prompt_template)}",
             )
         return batch
 
 
-def _load_rows(arguments, engine=None):
-    chat = engine is not None and engine.tokenizer.chat_template is not None
+def _load_rows(arguments, chat=False):
     targets = None if arguments.completions else arguments.target_column
-    return load_label_rows(arguments.data, arguments.source_column, targets, chat=chat)
+    options = {"prompt_template": arguments.prompt_template, "chat": chat}
+    return load_label_rows(arguments.data, arguments.source_column, targets, **options)
 
 
 def _settings(arguments):
@@ -86,6 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", default="transformers", choices=("transformers", "ctranslate2", "vllm"))
     parser.add_argument("--source_column", default="source")
     parser.add_argument("--target_column", default="target")
+    parser.add_argument("--prompt_template", help="Jinja template of the teacher's prompt")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_tokens", type=int, default=2048)
     parser.add_argument("--rows_per_shard", type=int, default=256)

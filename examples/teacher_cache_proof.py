@@ -78,9 +78,9 @@ ARMS = {
     "teacher's completions": ("completions", 0.0),
     "teacher's distributions": ("distributions", 0.9),
 }
-VOCABULARY_SIZE, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 8000, 112, 40
+VOCABULARY_SIZE, MAX_SOURCE_LENGTH, MAX_TARGET_LENGTH = 8000, 80, 40
 TRAINING = {
-    **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 50, "learning_rate": 1e-3},
+    **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 50, "learning_rate": 2e-3},
     **{"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "weight_decay": 0.01, "adam_beta2": 0.98},
     **{"max_source_length": MAX_SOURCE_LENGTH, "max_completion_length": MAX_TARGET_LENGTH},
     **{"lmbda": 0.0, "beta": 0.0, "generation_kwargs": {"no_repeat_ngram_size": 3}, "predict_with_generate": True},

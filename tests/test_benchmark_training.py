@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import build_byte_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +17,7 @@ ARGUMENTS = (
     "--preset tiny --teacher-preset tiny --vocab-size 128 --batch-size 2 --source-length 8 --padded-source-length 12 "
     "--new-tokens 4 --repetitions 2 --positions 110,220"
 )
+LABEL_ARGUMENTS = "--preset tiny --vocab-size 300 --batch-size 2 --source-length 200 --repetitions 2 --positions 110"
 
 
 @pytest.mark.slow
@@ -47,6 +51,28 @@ def test_steps_and_the_memory_of_the_loss_are_measured(tmp_path):
     assert dense_peaks[1] - dense_peaks[0] > 3 * logits_bytes
     # Hidden states and their gradients grow by 28 KB; the rest is how pages happen to be used.
     assert abs(our_peaks[1] - our_peaks[0]) < logits_bytes / 5
+
+
+@pytest.mark.slow
+def test_steps_with_labels_of_a_teacher_are_measured(tmp_path):
+    tokenizer = build_byte_tokenizer(ends_sources=False)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, bos_token_id=1, eos_token_id=2))
+    for part in (teacher, tokenizer):
+        part.save_pretrained(tmp_path / "teacher")
+    command = [sys.executable, "examples/benchmark_training.py", "--teacher", str(tmp_path / "teacher")]
+    process = subprocess.run(
+        [*command, *LABEL_ARGUMENTS.split(), "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads((tmp_path / "out" / "benchmark_teacher_cache.json").read_text(encoding="utf-8"))
+    assert set(report["tokens_per_second"]) == {"cross_entropy", "topk", "sampled", "teacher"}
+    assert all(seconds > 0 for values in report["seconds"].values() for seconds in values)
+    assert len(report["labels_per_second"]) == 3 and len(report["ratios"]) == 4
 
 
 def test_numbers_that_do_not_fit_are_refused(capsys):

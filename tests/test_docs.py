@@ -28,7 +28,10 @@ TRAINING_ARGUMENTS = (
     *(DistillArguments, Seq2SeqDistillationConfig, VisionArguments),
 )
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
-NAMES = ("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq")
+NAMES = (
+    *("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq"),
+    "scale",
+)
 DOCS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
 # Runs the snippets of each page, page by page, with a namespace for each.
 RUNNER = """

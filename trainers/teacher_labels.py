@@ -133,10 +133,8 @@ def label_dataset(
         num_rows += len(batch)
         num_tokens += sum(len(example.target_ids or ()) for example in examples)
         seconds = time.perf_counter() - started
-        logger.info(
-            f"Labeled rows {start:,} to {span[1] - 1:,}: {num_rows / seconds:.1f} rows/s, {num_tokens / seconds:.0f} "
-            "target tokens/s."
-        )
+        speed = f", {num_tokens / seconds:.0f} target tokens/s" if num_tokens else ""
+        logger.info(f"Labeled rows {start:,} to {span[1] - 1:,}: {num_rows / seconds:.1f} rows/s{speed}.")
     if engine.tokenizer is not None:
         save_tokenizer(engine.tokenizer, folder)
     return TeacherCache(folder) if rows is None else None
