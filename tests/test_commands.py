@@ -25,7 +25,7 @@ from encdec_slm.configuration import list_presets
 PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 GROUP = typer.main.get_command(app)
 COMMANDS = GROUP.commands
-TRAINING = ("finetune", "distill")
+TRAINING = ("finetune", "distill", "pretrain")
 
 
 def run_program(*arguments, **options):
@@ -76,7 +76,7 @@ def test_examples_in_the_help_parse(command, capsys):
         parse(command, *words)
 
 
-@pytest.mark.parametrize("command", ["finetune", "distill"])
+@pytest.mark.parametrize("command", TRAINING)
 def test_keys_in_the_help_and_its_examples_exist(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out

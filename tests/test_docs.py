@@ -19,14 +19,16 @@ from encdec_slm.configuration.recipe_files import list_recipes
 from encdec_slm.trainers import Seq2SeqDistillationConfig
 from encdec_slm.trainers.distill_job import DistillArguments
 from encdec_slm.trainers.finetune_job import FinetuneArguments
+from encdec_slm.trainers.pretrain_job import PretrainArguments
 from encdec_slm.trainers.vision_job import VisionArguments
 
 
 ROOT = Path(__file__).parent.parent
 TRAINING_ARGUMENTS = (
     *(FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig),
-    *(DistillArguments, Seq2SeqDistillationConfig, VisionArguments),
+    *(DistillArguments, Seq2SeqDistillationConfig, VisionArguments, PretrainArguments),
 )
+WITH_KEYS = ("finetune", "distill", "pretrain", "adapt")
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
 NAMES = (
     *("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq"),
@@ -82,7 +84,7 @@ def test_links_files_and_recipes_exist(path):
         assert (path.parent / target).exists(), target
     for name in re.findall(r"(?:examples|checkpoints|configuration)/[\w/.-]*\w", text):
         assert (ROOT / name).exists(), name
-    for recipe in re.findall(r"--(?:config|distill|finetune) ([a-z_]+)\b", text):
+    for recipe in re.findall(r"--(?:config|distill|finetune) ([a-z_0-9]+)\b", text):
         assert recipe in list_recipes(), recipe
 
 
@@ -96,4 +98,4 @@ def test_commands_and_their_options_exist(path):
         options = {option for parameter in commands[name].params for option in parameter.opts}
         for word in words:
             if word.startswith("--"):
-                assert word in options or (name in ("finetune", "distill", "adapt") and word[2:] in keys), line
+                assert word in options or (name in WITH_KEYS and word[2:] in keys), line

@@ -44,7 +44,8 @@ def test_every_recipe_parses_into_its_config_classes(name, tmp_path):
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_opens_with_its_command_and_its_limits(name):
     head = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
-    assert f"encdec-slm {'distill' if name.startswith('distill') else 'finetune'} --config {name}" in head
+    command = name.split("_")[0] if name.startswith(("distill", "pretrain")) else "finetune"
+    assert f"encdec-slm {command} --config {name}" in head
     assert "Not supported" in head or "not supported" in head
 
 

@@ -33,7 +33,7 @@ from .measurement import bench, evaluate, presets
 from .models import adapt, convert, export
 from .publication import demo, publish
 from .shell import shell
-from .training import distill, finetune
+from .training import distill, finetune, pretrain
 
 
 if multiprocessing.current_process().name != "MainProcess":  # in a worker of a command
@@ -56,7 +56,7 @@ app = typer.Typer(
         "max_content_width": 110,
     },
 )
-for function in (finetune, distill, adapt):  # their keys of a recipe are parsed by TRL
+for function in (finetune, distill, pretrain, adapt):  # their keys of a recipe are parsed by TRL
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(function)
 for function in (label, convert, evaluate, export, bench, generate, shell, publish, demo, presets):
     app.command()(function)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`finetune` and `distill`: runs by a recipe, whose keys can also be given on the command line."""
+"""`finetune`, `distill` and `pretrain`: runs by a recipe, whose keys can also be given on the command line."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -9,7 +9,10 @@ import typer
 from .console import UsageError, print_status
 
 
-DEFAULT_RECIPES = {"text": "finetune_docstrings", "vision": "vqa_synthetic", "distill": "distill_docstrings"}
+DEFAULT_RECIPES = {
+    **{"text": "finetune_docstrings", "vision": "vqa_synthetic", "distill": "distill_docstrings"},
+    "pretrain": "pretrain_26m",
+}
 
 Recipe = Annotated[
     str | None,
@@ -94,6 +97,34 @@ def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fal
     run_distill(None if list_keys else _with_recipe(config, "distill", ctx.args))
 
 
+def pretrain(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = False):
+    """Pre-train an encoder-decoder on plain text, by span corruption, prefix language modeling or UL2's mixture.
+
+    The model, its card, results.json and loss.png are saved to output_dir. About 1 % of the documents are held out to
+    measure the loss. The default recipe, pretrain_26m, trains 26M parameters on Python's standard library.
+
+    Keys of the recipe follow as --key VALUE and override it. The most used ones:
+
+    \b
+      sources              text or Parquet files, folders, or data sets on the Hub, each NAME or NAME=WEIGHT
+      preset, vocab_size   size of a new model and of its tokenizer
+      objective            span, prefix or ul2
+      optimizer            adamw or muon
+      output_dir           folder of the run
+      max_steps, learning_rate, lr_scheduler_type, per_device_train_batch_size, max_length, seed
+      use_cpu, bf16, torch_compile         where and how
+      resume_from_checkpoint   true, or the path of a checkpoint
+
+    \b
+    Examples:
+      encdec-slm pretrain --preset 1m --max_steps 300
+      encdec-slm pretrain --sources corpus.txt articles/=2 --output_dir outputs/mine
+      encdec-slm pretrain --optimizer muon --objective ul2 --lr_scheduler_type warmup_stable_decay
+      encdec-slm pretrain --list-keys
+    """
+    run_pretrain(None if list_keys else _with_recipe(config, "pretrain", ctx.args))
+
+
 def _recipe_task(config):
     if config is None:
         return "text"
@@ -146,6 +177,16 @@ def run_distill(arguments: Sequence[str] | None) -> None:
     _report(distill(args, training_args), training_args)
 
 
+def run_pretrain(arguments: Sequence[str] | None) -> None:
+    """Pre-train a text model, as [`run_finetune`]."""
+    from transformers import Seq2SeqTrainingArguments
+
+    from encdec_slm.trainers.pretrain_job import PretrainArguments, pretrain
+
+    args, training_args = _parse((PretrainArguments, Seq2SeqTrainingArguments), arguments)
+    _report(pretrain(args, training_args), training_args)
+
+
 def _report(results, training_args):
     from encdec_slm.hub_cards.model_cards import write_card
     from encdec_slm.trainers.jobs import describe_run
@@ -167,4 +208,4 @@ def _parse(dataclass_types, arguments):
         raise UsageError(str(error)) from error
 
 
-__all__ = ["distill", "finetune", "run_distill", "run_finetune"]
+__all__ = ["distill", "finetune", "pretrain", "run_distill", "run_finetune", "run_pretrain"]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-training of tiny models in a few optimizer steps."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from ddp_worker import build
+from transformers import Seq2SeqTrainingArguments
+
+from encdec_slm.checkpoints import load_checkpoint
+from encdec_slm.trainers.muon import MuonWithAdamW
+from encdec_slm.trainers.pretrain_job import PretrainArguments, pretrain
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.parquet"
+    texts = [f"The number {number} is followed by {number + 1}." for number in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    return str(path)
+
+
+def run(folder, corpus, objective="span", optimizer="adamw", **options):
+    args = PretrainArguments([corpus], preset="tiny", vocab_size=300, objective=objective, optimizer=optimizer)
+    args.max_length = 32
+    defaults = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "use_cpu": True}
+    defaults |= {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": True, "report_to": "none"}
+    return pretrain(args, Seq2SeqTrainingArguments(str(folder), **{**defaults, **options}))
+
+
+def losses(folder):
+    return json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_continues_at_the_next_row(corpus, tmp_path, optimizer):
+    results = run(tmp_path / "whole", corpus, optimizer=optimizer)
+    before, after = results["before training"].metrics["loss"], results.saved.metrics["loss"]
+    assert after.value < before.value and results.train_steps == 4
+    model, tokenizer = load_checkpoint(tmp_path / "whole")
+    assert len(tokenizer) == model.config.vocab_size > tokenizer.convert_tokens_to_ids("<extra_id_99>") > 0
+    run(tmp_path / "parts", corpus, optimizer=optimizer, max_steps=2, lr_scheduler_type="constant")
+    run(tmp_path / "parts", corpus, optimizer=optimizer, lr_scheduler_type="constant", resume_from_checkpoint="true")
+    run(tmp_path / "constant", corpus, optimizer=optimizer, lr_scheduler_type="constant")
+    parts, whole = (
+        [entry["loss"] for entry in losses(tmp_path / name) if "loss" in entry] for name in ("parts", "constant")
+    )
+    assert parts == whole
+
+
+def test_another_corpus_cannot_continue_a_run(corpus, tmp_path):
+    run(tmp_path / "run", corpus, max_steps=2)
+    with pytest.raises(ValueError, match="sources"):
+        run(tmp_path / "run", "python", resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="objective"):
+        run(tmp_path / "run", corpus, "prefix", resume_from_checkpoint="true")
+
+
+def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path):
+    for fields, name in (
+        ({"objective": "mask"}, "objective"),
+        ({"optimizer": "sgd"}, "optimizer"),
+        ({"max_length": 1}, "max_length"),
+        ({"sources": []}, "sources"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            PretrainArguments(**fields)
+    with pytest.raises(ValueError, match="`max_steps`"):
+        run(tmp_path, corpus, max_steps=-1)
+    with pytest.raises(ValueError, match="`dataloader_num_workers`"):
+        run(tmp_path, corpus, dataloader_num_workers=2)
+    (tmp_path / "small.txt").write_text("one document")
+    with pytest.raises(ValueError, match="held-out"):
+        run(tmp_path / "run", str(tmp_path / "small.txt"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_updates_matrices_and_adamw_all_other_weights(tied):
+    model = build(tie_word_embeddings=tied, attention_bias=True)
+    optimizer = MuonWithAdamW(model, lr=0.1, weight_decay=0.1)
+    muon, adamw = ({id(w) for group in part.param_groups for w in group["params"]} for part in optimizer.parts)
+    for name, weight in model.named_parameters():
+        is_matrix = weight.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+        assert (id(weight) in muon, id(weight) in adamw) == (is_matrix, not is_matrix), name
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert all(group["lr"] == 0.05 for part in optimizer.parts for group in part.param_groups)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[8, 9, 2]])).loss.backward()
+    optimizer.step()
+    scheduler.step()
+    assert all((weight != before[name]).any() for name, weight in model.named_parameters())

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-train a text model by denoising documents, and measure the loss on held-out documents."""
+
+import itertools
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+from ..checkpoints import find_source_folders, load_checkpoint, write_file
+from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
+from ..run_results import DataSource, ModelResults, RunResults
+from .corpora import HELD_OUT, STANDARD_LIBRARY, DenoisingDataset, Source, describe_sources, mix_documents
+from .denoising import NUM_SENTINELS, OBJECTIVES, add_sentinel_tokens
+from .jobs import AFTER, BEFORE, count_trainable, describe_training, loss_metric, save_run, show_losses, train
+from .muon import MuonWithAdamW
+from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
+from .packing import DataCollatorWithPacking
+from .resuming import prepare_output_dir
+
+
+logger = logging.getLogger(__name__)
+
+KIND = "pre-training"
+# What a run was trained on; a run that is continued must have the same.
+CORPUS_NAME = "corpus.json"
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass
+class PretrainArguments:
+    """Corpus, model and objective of a pre-training run.
+
+    Args:
+        sources (`list[str]`, *optional*, defaults to `["python"]`): Parts of the corpus, each as `NAME` or
+            `NAME=WEIGHT`; see [`~encdec_slm.trainers.corpora.Source`].
+        text_column (`str`, *optional*, defaults to `"text"`): Of Parquet files and data sets.
+        model_name_or_path (`str`, *optional*): A model to train further, whose tokenizer has sentinel tokens. `None`
+            builds a new model.
+        preset (`str`, *optional*, defaults to `"26m"`): Size of a new model.
+        vocab_size (`int`, *optional*, defaults to 8192): Upper bound for the tokenizer of a new model, without its
+            sentinels.
+        objective (`str`, *optional*, defaults to `"span"`): `"span"` for T5's span corruption, `"prefix"` for prefix
+            language modeling, `"ul2"` for the mixture of UL2.
+        max_length (`int`, *optional*, defaults to 512): Most tokens of a piece of a document.
+        optimizer (`str`, *optional*, defaults to `"adamw"`): Or `"muon"`, for the matrices of the layers.
+        max_eval_samples (`int`, *optional*, defaults to 200): Pieces of held-out documents that are measured.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    sources: list[str] = field(
+        default_factory=lambda: [STANDARD_LIBRARY], metadata={"help": "Files, folders or data sets, as NAME=WEIGHT."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Text column of Parquet files and data sets."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train further."})
+    preset: str = field(default="26m", metadata={"help": "Size of a new model."})
+    vocab_size: int = field(default=8192, metadata={"help": "Upper bound for a newly trained tokenizer."})
+    objective: str = field(default="span", metadata={"help": "span, prefix or ul2."})
+    max_length: int = field(default=512, metadata={"help": "Most tokens of a piece of a document."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
+    max_eval_samples: int = field(default=200, metadata={"help": "Pieces of held-out documents that are measured."})
+
+    def __post_init__(self):
+        for name, values in (("objective", tuple(OBJECTIVES)), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+        if not self.sources:
+            raise ValueError("`sources` is empty, but at least one file, folder or data set is required.")
+
+
+def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -> RunResults:
+    """Pre-train a text model, and save it with its tokenizer and the results to `training_args.output_dir`.
+
+    Args:
+        args ([`PretrainArguments`]): Corpus, model and objective.
+        training_args ([`~transformers.Seq2SeqTrainingArguments`]): The run, with `max_steps`.
+            `resume_from_checkpoint` is `"true"` for the last complete checkpoint in the output folder, or the path of
+            a checkpoint; the run continues with the row that came next.
+
+    Returns:
+        [`~encdec_slm.run_results.RunResults`]: `"before training"` and `"after training"` with the loss on held-out
+        documents, which are about 1 % of all.
+
+    Raises:
+        ValueError: The corpus cannot be read or is another one than that of the run to continue, or arguments do not
+            fit.
+    """
+    _check_arguments(training_args)
+    sources = [Source.parse(text) for text in args.sources]
+    corpus = {"sources": describe_sources(sources), "objective": args.objective, "max_length": args.max_length}
+    corpus |= {"seed": training_args.seed, "batch_size": training_args.per_device_train_batch_size}
+    folders = [*find_source_folders(args.model_name_or_path), *(source.name for source in sources)]
+    checkpoint = prepare_output_dir(training_args, KIND, [name for name in folders if Path(name).exists()])
+    _check_corpus(corpus, checkpoint, training_args)
+    set_seed(training_args.seed)
+    model, tokenizer = _build_model(args, sources, training_args.seed)
+    sentinel_ids = add_sentinel_tokens(tokenizer)
+    options = {"max_length": args.max_length, "seed": training_args.seed, "text_column": args.text_column}
+    data = (sources, tokenizer, sentinel_ids, OBJECTIVES[args.objective])
+    held_out = list(itertools.islice(DenoisingDataset(*data, split=HELD_OUT, **options), args.max_eval_samples))
+    if not held_out:
+        raise ValueError("The corpus has no held-out documents, since it is too small. Add more text to `sources`.")
+    optimizer = None
+    if args.optimizer == "muon":
+        betas = training_args.adam_beta1, training_args.adam_beta2
+        optimizer = MuonWithAdamW(model, training_args.learning_rate, training_args.weight_decay, betas)
+    trainer = Seq2SeqTrainer(
+        model,
+        training_args,
+        data_collator=DataCollatorWithPacking(tokenizer, model.config.decoder_start_token_id),
+        train_dataset=DenoisingDataset(*data, **options),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+    show_losses(trainer)
+    logger.info(f"{model.num_parameters():,} parameters, {count_trainable(model):,} of them are trained.")
+    before = loss_metric(trainer.evaluate()["eval_loss"])
+    if trainer.is_world_process_zero():
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_file(Path(training_args.output_dir) / CORPUS_NAME, json.dumps(corpus))
+    train_seconds = train(trainer, checkpoint)
+    after = loss_metric(trainer.evaluate()["eval_loss"])
+    num_parameters = model.num_parameters()
+    results = RunResults(
+        kind=KIND,
+        task=f"{args.objective} denoising",
+        models=[
+            ModelResults(BEFORE, {"loss": before}, num_parameters),
+            ModelResults(AFTER, {"loss": after}, num_parameters, train_seconds),
+        ],
+        saved_model=AFTER,
+        dataset=DataSource(", ".join(source.name for source in sources), split="held-out"),
+        base_model=args.model_name_or_path or args.preset,
+        **describe_training(
+            trainer, {}, max_length=args.max_length, objective=args.objective, optimizer=args.optimizer
+        ),
+    )
+    generation_config = GenerationConfig.from_model_config(model.config)
+    save_run(trainer, generation_config, results)
+    return results
+
+
+def _check_arguments(training_args):
+    if training_args.max_steps <= 0:
+        raise ValueError("`max_steps` is required, because the length of a corpus is not known before it is read.")
+    if training_args.dataloader_num_workers:
+        raise ValueError("`dataloader_num_workers` must be 0, or each worker would read the whole corpus.")
+    # Each process reads the corpus and keeps its own rows; batches of different sizes cannot be sent.
+    training_args.accelerator_config.dispatch_batches = False
+    training_args.prediction_loss_only = True
+
+
+def _check_corpus(corpus, checkpoint, training_args):
+    """Check that a run is continued with what it was started with."""
+    path = Path(training_args.output_dir) / CORPUS_NAME
+    if checkpoint is None or not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in corpus if corpus[name] != earlier.get(name)]:
+        raise ValueError(
+            f"The run in {training_args.output_dir!r} was started with other {', '.join(changed)}, so it cannot be "
+            "continued at the same row. Restore them, or set `output_dir` to another folder."
+        )
+
+
+def _build_model(args, sources, seed):
+    """Load a model, or build one with a tokenizer that is trained on the first documents."""
+    if args.model_name_or_path is not None:
+        model, tokenizer = load_checkpoint(args.model_name_or_path)
+        add_sentinel_tokens(tokenizer)
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer))
+        return model, tokenizer
+    documents = itertools.islice(mix_documents(sources, seed, args.text_column), TOKENIZER_ROWS)
+    tokenizer = train_tokenizer(documents, args.vocab_size, args.max_length + NUM_SENTINELS)
+    add_sentinel_tokens(tokenizer)
+    return EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer)), tokenizer
+
+
+__all__ = ["PretrainArguments", "pretrain"]
