@@ -110,12 +110,11 @@ class ShellModel:
             num_answers (`int`, *optional*, defaults to 1): At least 1.
         """
         num_beams = max(NUM_BEAMS, num_answers)
-        penalty = self._settings.get("length_penalty") or 0.0  # 0 orders answers by their probability
         (result,) = self._translator.translate_batch(
             [self.encode(request)[0]],
             beam_size=num_beams,
             num_hypotheses=num_beams,
-            length_penalty=penalty,
+            length_penalty=0,  # answers are ordered by their probability, not by its mean per token
             max_decoding_length=self._max_new_tokens(),
             max_input_length=0,
             return_scores=True,
@@ -123,8 +122,7 @@ class ShellModel:
             **self._end_tokens(),
         )
         answers: dict[str, Answer] = {}
-        for tokens, score in zip(result.hypotheses, result.scores, strict=True):
-            log_probability = score * len(tokens) ** penalty
+        for tokens, log_probability in zip(result.hypotheses, result.scores, strict=True):
             command = self._decode(tokens)
             if command:
                 confidence = None if self.calibration is None else self.calibration.confidence(log_probability)
