@@ -7,8 +7,9 @@
 Padded batches have rows in random order; length-grouped ones are those of `train_sampling_strategy: group_by_length`;
 packed ones are random batches whose rows [`~encdec_slm.trainers.packing.DataCollatorWithPacking`] packs. Contenders
 take turns; a turn is the loss and its gradients for all batches. Prints, and writes to `benchmark_packing.json`, the
-tokens per second (source and target, without padding; median and quartiles) and the share of padding. Loading data,
-making batches and the optimizer are not measured, since they are the same or take little time.
+tokens per second (source and target, without padding; median and quartiles) and the share of padding. On a CPU these
+are seconds of one processor core, which other processes do not distort. Loading data, making batches and the optimizer
+are not measured, since they are the same or take little time.
 """
 
 import argparse
@@ -70,14 +71,15 @@ def build(arguments):
 
 
 def time_batches(model, batches):
-    """Return the seconds of the losses and gradients of all batches."""
-    start = time.perf_counter()
+    """Return the seconds of the losses and gradients of all batches, on a CPU those of all threads of this process."""
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+    start = clock()
     for batch in batches:
         model.zero_grad()
         model(**batch).loss.backward()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def count_tokens(batches):
