@@ -31,7 +31,7 @@ from encdec_slm.run_results import format_table
 from encdec_slm.trainers import Seq2SeqDistillationConfig, Seq2SeqDistillationTrainer
 from encdec_slm.trainers.evaluation.metrics import text_scores
 from encdec_slm.trainers.evaluation.results import mean_with_interval
-from encdec_slm.trainers.jobs import decode
+from encdec_slm.trainers.jobs import decode, show_losses
 from encdec_slm.trainers.new_models import preset_config
 from encdec_slm.trainers.prompt_templates import load_prompt_template
 from encdec_slm.trainers.row_encoding import iterate_texts
@@ -129,6 +129,7 @@ def train(args: argparse.Namespace, arm: str, seed: int, rows: dict[str, Dataset
         processing_class=tokenizer,
         teacher_cache=None if cache is None else TeacherCache(args.output_dir / cache),
     )
+    show_losses(trainer)
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
