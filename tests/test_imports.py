@@ -147,6 +147,7 @@ COMMANDS = {
         "export {model} {out} --format onnx --quantization int8",
         (TRAIN | EXPORT | OTHERS) - {"onnx", "onnxscript", "onnxruntime"},
     ),
+    "shell": ("shell text --model {model}", (TRAIN | EXPORT | OTHERS) - {"ctranslate2"}),
     "finetune": ("finetune --output_dir {out} --report_to none " + TRAINING, EXPORT | OTHERS),
     "evaluate": ("evaluate {model} --task text --dataset-name {rows} --max-samples 1", EXPORT | OTHERS),
 }
