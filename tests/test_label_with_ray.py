@@ -41,7 +41,7 @@ def test_two_workers_label_all_rows_although_one_is_killed(tmp_path):
             assert _wait_for(lambda: len(list((tmp_path / "out").glob("*.parquet"))) >= 3, process)
             worker = next(one for one in _children(process) if "MapWorker" in " ".join(one.cmdline()))
             worker.kill()
-            assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+            assert process.wait(timeout=600) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
             process.wait()
@@ -53,7 +53,7 @@ def _children(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def _wait_for(is_done, process, seconds=180):
+def _wait_for(is_done, process, seconds=600):
     end = time.monotonic() + seconds
     while not is_done() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
