@@ -20,11 +20,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr (`float`): Learning rate.
         weight_decay (`float`, *optional*, defaults to 0.0): Not applied to norms and biases.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`): Of AdamW.
+
+    Raises:
+        ValueError: torch has no Muon.
     """
 
     def __init__(
         self, model: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)
     ):
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"Muon requires torch 2.9 or newer, but this is {torch.__version__}. Use AdamW.")
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         if (head := model.get_output_embeddings()) is not None:
             embeddings.add(id(head.weight))
