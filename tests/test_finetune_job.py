@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import ByT5Tokenizer, Seq2SeqTrainingArguments
+from transformers import ByT5Tokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import ModelConfig
 
-from conftest import build_model, save_vision_folder
+from conftest import build_model, build_tokenizer, save_vision_folder
 from encdec_slm.checkpoints import load_checkpoint
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.finetune_job import LORA_TARGET_MODULES, FinetuneArguments, finetune
-from encdec_slm.trainers.jobs import describe_run
+from encdec_slm.trainers.jobs import describe_run, predict
+from encdec_slm.trainers.row_encoding import RowEncoder
 
 
 ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(40)]
@@ -110,6 +112,16 @@ def test_two_steps_lower_the_loss_and_all_results_are_there(finished):
     assert results.settings["num_trainable_parameters"] == after.num_parameters > 0
     report = describe_run(results, "folder")
     assert "after training" in report and "folder" in report and "prediction:" in report
+
+
+def test_predictions_are_in_the_order_of_the_rows_though_training_groups_by_length(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [4] * (1 + 7 * n % 5), "labels": [5 + n, 2]} for n in range(8)])
+    options = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    args = Seq2SeqTrainingArguments(str(tmp_path), train_sampling_strategy="group_by_length", **options)
+    collate = RowEncoder(build_tokenizer(), decoder_start_token_id=1).collate
+    trainer = Seq2SeqTrainer(build_model(), args, data_collator=collate)
+    assert predict(trainer, rows).label_ids[:, 0].tolist() == [5 + n for n in range(8)]
+    assert trainer.args.train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize("options", [{}, {"generation_num_beams": 2}], ids=["greedy", "beams"])

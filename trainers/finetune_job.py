@@ -18,6 +18,7 @@ from .jobs import (
     decode,
     describe_training,
     loss_metric,
+    predict,
     save_run,
     text_metrics,
     train,
@@ -205,6 +206,6 @@ def load_model(model_args: ModelConfig) -> tuple[PreTrainedModel | PeftModel, Pr
 
 def _measure(trainer, encoded, rows):
     """Return loss and scores of held-out rows, and the completions."""
-    output = trainer.predict(encoded)
+    output = predict(trainer, encoded)
     completions = decode(trainer.processing_class, output.predictions, len(rows))
     return {"loss": loss_metric(output.metrics["test_loss"]), **text_metrics(completions, rows["target"])}, completions

@@ -168,6 +168,15 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
     return round(time.perf_counter() - started, 1)
 
 
+def predict(trainer: Trainer, rows: Any) -> Any:
+    """Return `trainer.predict(rows)` in the order of the rows, which `group_by_length` changes in evaluation, too."""
+    strategy, trainer.args.train_sampling_strategy = trainer.args.train_sampling_strategy, "random"
+    try:
+        return trainer.predict(rows)
+    finally:
+        trainer.args.train_sampling_strategy = strategy
+
+
 def decode(tokenizer: Any, predicted_ids: np.ndarray, num_rows: int) -> list[str]:
     """Decode completions of a Trainer, without special tokens and surrounding spaces.
 

@@ -23,6 +23,7 @@ from .jobs import (
     decode,
     describe_training,
     loss_metric,
+    predict,
     save_run,
     train,
 )
@@ -198,7 +199,7 @@ def _freeze(model, names):
 
 def _measure(trainer, rows):
     """Return the loss and the exact answers of each task in percent, and the completions."""
-    output = trainer.predict(rows)
+    output = predict(trainer, rows)
     completions = decode(trainer.processing_class.tokenizer, output.predictions, len(rows))
     return {"loss": loss_metric(output.metrics["test_loss"]), **score_answers(rows, completions)}, completions
 
