@@ -87,7 +87,7 @@ def test_log_probability_is_that_of_all_tokens(shell_export):
     for answer in model.answer(REQUEST, 3):
         ids = tokenizer(answer.command, add_special_tokens=False).input_ids
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        (scored,) = model._translator.score_batch([model.encode(REQUEST)[0]], [tokens])
+        (scored,) = model.translator.score_batch([model.encode(REQUEST)[0]], [tokens])
         # The answers stop at 8 tokens, without an end token, which `score_batch` adds. Its int8 sums differ a little.
         assert answer.log_probability == pytest.approx(sum(scored.log_probs[: len(ids)]), abs=0.05)
 

@@ -63,6 +63,9 @@ class ShellModel:
         folder (`Path`): CTranslate2 export of this package.
         calibration ([`Calibration`], *optional*): Turns log-probabilities into confidences.
 
+    Attributes:
+        translator (`ctranslate2.Translator`): Runs the model.
+
     Raises:
         ValueError: The export has no tokenizer, or a file is damaged.
         ImportError: CTranslate2 is not installed.
@@ -83,7 +86,7 @@ class ShellModel:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._tokens = json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
-            self._translator = ctranslate2.Translator(str(folder), intra_threads=NUM_THREADS)
+            self.translator = ctranslate2.Translator(str(folder), intra_threads=NUM_THREADS)
         except Exception as error:  # tokenizers raises nothing more specific
             raise ValueError(f"{str(folder)!r} cannot be loaded ({error}). Export the model again.") from error
         self._tokenizer.no_padding()
@@ -110,7 +113,7 @@ class ShellModel:
             num_answers (`int`, *optional*, defaults to 1): At least 1.
         """
         num_beams = max(NUM_BEAMS, num_answers)
-        (result,) = self._translator.translate_batch(
+        (result,) = self.translator.translate_batch(
             [self.encode(request)[0]],
             beam_size=num_beams,
             num_hypotheses=num_beams,
