@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-FUNCTION ?= textwrap.shorten
+export ASK ?=
 SOURCE := def is_empty(items): return len(items) == 0
 
 # The oldest transformers that setup.cfg allows.
@@ -12,7 +12,7 @@ OLDEST_TRANSFORMERS := 5.18.0
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.installed
 
-.PHONY: demo docstring demo-vision test test-slow test-oldest style quality benchmark clean
+.PHONY: demo demo-vision test test-slow test-oldest style quality benchmark clean
 
 # Built with the setuptools of .venv, so that a second run needs no network: everything it asks for is there.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -27,15 +27,12 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 	$(PIP) --no-deps $(PAGE)
 	@touch $@
 
-# Threads of so small a model mostly wait for each other: one is faster on a busy machine.
+# Answers of the shell model to six requests, or to ASK; then a distillation, whose result transformers alone loads.
+# Threads of so small models mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_docstrings
-	$(BIN)/encdec-slm generate outputs/distill_docstrings "$(SOURCE)"
-	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
-
-# The second part alone, for any function: make docstring FUNCTION=json.dumps, or FUNCTION=file.py:name
-docstring: $(READY)
-	$(BIN)/python examples/write_docstring.py checkpoints/docstring-writer $(FUNCTION)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/shell_demo.py $${ASK:+"$$ASK"}
+	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_demo
+	OMP_NUM_THREADS=1 $(BIN)/python examples/use_pipeline.py outputs/distill_demo "$(SOURCE)"
 
 demo-vision: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/encdec-slm finetune --config vqa_synthetic

@@ -4,8 +4,8 @@
     python examples/shell_data.py OUT --nl2bash NL2BASH/train.jsonl --held-out NL2BASH/test.jsonl ... \\
         --tldr TLDR --fig FIG --tokenizer Qwen/Qwen2.5-Coder-0.5B-Instruct
 
-`docs/shell.md` says where the sources are. Writes OUT/train.jsonl and the folder OUT/student. No training request is
-near a held-out request.
+`docs/shell.md` says where the sources are. Writes OUT/train.jsonl, the rows of NL2Bash among them in
+OUT/nl2bash.jsonl, and the folder OUT/student. No training request is near a held-out one.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main():
         arguments.copies,
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
-    write_file(arguments.output_dir / "train.jsonl", "\n".join(lines) + "\n")
+    write_rows(arguments.output_dir / "train.jsonl", rows)
+    write_rows(arguments.output_dir / "nl2bash.jsonl", [row for row in rows if row.origin == "nl2bash"])
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     texts = (text for row in rows for text in (row.source, row.target))
     tokenizer, _ = trim_tokenizer(tokenizer, texts, max_size=arguments.vocabulary_size)
@@ -46,6 +46,11 @@ def main():
     tokenizer.save_pretrained(arguments.output_dir / "student")
     counts = ", ".join(f"{count} of {origin}" for origin, count in Counter(row.origin for row in rows).items())
     print(f"{len(rows)} rows ({counts}); {model.num_parameters():,} parameters, {len(tokenizer)} tokens.")
+
+
+def write_rows(path, rows):
+    lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def parse_arguments():

@@ -13,13 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import ctranslate2
-import torch
+from encdec_slm_cli.console import set_up_logging
 from encdec_slm_cli.destructive import find_dangers
 from encdec_slm_cli.shell_model import find_model_folder, load_shell_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from encdec_slm.configuration import decoder_only_twin
 
 
 REQUESTS = (
@@ -34,6 +30,7 @@ NUM_TOKENS, NUM_RUNS = 20, 15
 
 
 def main(request=None):
+    set_up_logging(debug=False)
     model = load_shell_model()
     for text in REQUESTS if request is None else [request]:
         started = time.perf_counter()
@@ -49,11 +46,10 @@ def main(request=None):
 def print_speed(model):
     """Print the milliseconds of an answer of 20 tokens, medians of runs that take turns."""
     folder = find_model_folder(None)
-    config = AutoConfig.from_pretrained(folder)
     prompts = [model.encode(text)[0] for text in REQUESTS]
     lengths = {"min_decoding_length": NUM_TOKENS, "max_decoding_length": NUM_TOKENS}
     with tempfile.TemporaryDirectory() as temporary:
-        baseline, num_parameters = build_baseline(config, folder, Path(temporary))
+        baseline, num_parameters = build_baseline(folder, Path(temporary))
 
         def answer_with_model(tokens):
             model.translator.translate_batch([tokens], beam_size=1, **lengths)
@@ -75,10 +71,16 @@ def print_speed(model):
     )
 
 
-def build_baseline(config, folder, temporary):
-    """Convert the decoder-only baseline of a config to CTranslate2; return it and its number of parameters."""
+def build_baseline(folder, temporary):
+    """Convert the decoder-only baseline of a model to CTranslate2; return it and its number of parameters."""
+    import ctranslate2
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from encdec_slm.configuration import decoder_only_twin
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(decoder_only_twin(config))
+    model = AutoModelForCausalLM.from_config(decoder_only_twin(AutoConfig.from_pretrained(folder)))
     model.save_pretrained(temporary / "model")
     AutoTokenizer.from_pretrained(folder).save_pretrained(temporary / "model")
     converter = ctranslate2.converters.TransformersConverter(str(temporary / "model"))

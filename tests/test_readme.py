@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.fixture
 def demo_folder(tmp_path, tiny_config):
     """A folder as `make demo` leaves it, with random weights."""
-    folder = tmp_path / "outputs" / "distill_docstrings"
+    folder = tmp_path / "outputs" / "distill_demo"
     tokenizer = train_tokenizer(["def area(width, height): return width * height"], 300, 64)
     config = EncDecSLMConfig(**{**tiny_config.to_dict(), "vocab_size": len(tokenizer)})
     student, teacher = EncDecSLMForConditionalGeneration(config), decoder_only_twin(config)
@@ -54,7 +54,7 @@ def write_vision_folder(folder, picture):
 
 def test_every_snippet_runs(demo_folder):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 3
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], cwd=demo_folder.parents[1], capture_output=True, text=True
     )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shell model in this repository, and the script that shows it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from encdec_slm_cli.shell_model import load_shell_model
+from huggingface_hub import ModelCard
+
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "shell"
+WITHOUT_PACKAGE = """
+import runpy, sys
+sys.modules["encdec_slm"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_checkpoint_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()}
+    assert files["model.safetensors"] <= 20_000_000
+    assert {"config.json", "generation_config.json", "LICENSE", "README.md", "tokenizer.json"} <= set(files)
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".py", ".md", ".yaml", ".jinja", ""}
+
+
+def test_the_code_files_equal_those_of_the_package():
+    shipped = sorted(CHECKPOINT.glob("*.py"))
+    assert shipped
+    for path in shipped:
+        expected = ROOT / "modeling_encdec_slm" / path.name
+        assert path.read_bytes() == expected.read_bytes(), f"copy {path.name} to checkpoints/shell"
+
+
+def test_the_card_has_data_results_and_limits():
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    assert card.data.pipeline_tag == "text2text-generation" and card.data.license == "apache-2.0"
+    for part in ("NL2Bash", "CC-BY-4.0", "## Results", "nlc2cmd_top5", "Limits"):
+        assert part in card.content
+
+
+def test_common_requests_have_the_right_program(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = load_shell_model()
+    for request, program in (
+        ("find all files larger than 100 MB in /var", "find"),
+        ("count the lines of notes.txt", "wc"),
+        ("delete all empty files below the current directory", "find"),
+        ("create a symbolic link named a to b", "ln"),
+    ):
+        assert program in model.answer(request)[0].command.split()
+
+
+def test_transformers_alone_runs_it(tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    script = ROOT / "examples" / "use_pipeline.py"
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(script), str(CHECKPOINT), "find all empty files"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("find ")
+
+
+def test_the_demo_answers_a_request_without_noise(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "examples" / "shell_demo.py"), "count the lines of notes.txt"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("> count the lines of notes.txt\n  ") and " ms]" in run.stdout
+    assert run.stderr.count("\n") <= 1  # that the model is converted
