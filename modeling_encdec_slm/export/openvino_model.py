@@ -74,7 +74,10 @@ class Compiler:
     """
 
     def __init__(self, device: str, precision: str):
-        self._core = import_engine("openvino").Core()
+        openvino = import_engine("openvino")
+        # The first call builds OpenVINO's table of dtypes; two threads that make it at once block each other forever.
+        openvino.Type.f32.to_dtype()
+        self._core = openvino.Core()
         if device.split(".")[0] not in (available := self._core.available_devices):
             raise ValueError(
                 f"`device` is {device!r}, but OpenVINO finds {', '.join(available)} on this machine. Choose one of "
