@@ -533,6 +533,8 @@ def test_a_function_is_scored_on_shell_commands(tmp_path):
         .value
         == 100
     )
+    with pytest.raises(ValueError, match=r"`num_beams`, `dtype`"):
+        evaluate_checkpoint(answer, "shell", dataset_name=rows, num_beams=5, dtype="float32", **options)
     with pytest.raises(ValueError, match="1 answers to 3"):
         evaluate_checkpoint(lambda sources: ["ls"], "shell", dataset_name=rows, **options)
 

@@ -3,9 +3,9 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -20,11 +20,16 @@ from .tasks import find_task
 
 
 CONFIDENCE = 0.95
+# Arguments that are for a model, and not for a function.
+MODEL_OPTIONS = (
+    *("processing_class", "model_revision", "max_source_length", "max_new_tokens", "num_beams", "prompt_template"),
+    *("device", "dtype"),
+)
 COUNTS = ("batch_size", "num_bootstrap", "num_beams", "max_samples", "max_new_tokens", "max_source_length")
 
 
 def evaluate_checkpoint(
-    model_or_path: str | Path | PreTrainedModel,
+    model_or_path: str | Path | PreTrainedModel | Callable[[list[str]], Sequence[str | Sequence[str]]],
     task: str,
     *,
     output_dir: str | Path | None = None,
@@ -113,14 +118,7 @@ def evaluate_checkpoint(
         max_samples=max_samples,
         seed=seed,
     )
-    if not isinstance(model_or_path, PreTrainedModel | PeftModel) and callable(model_or_path):
-        generator = FunctionGenerator(model_or_path)
-    else:
-        model, processing_class = load_model(model_or_path, processing_class, model_revision, dtype, device)
-        check_model_fits_task(model, task, found)
-        limits = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "max_source_length": max_source_length}
-        limits |= {"num_answers": found.num_answers, "prompt_template": read_prompt_template(prompt_template)}
-        generator = AnswerGenerator(model, processing_class, found.max_new_tokens, **limits)
+    generator = _build_generator(arguments, task, found)
     settings = generator.settings()
     run = {"task": task, "model": generator.compute_digest(), "data": compute_data_digest(examples), **settings}
     if output_dir is not None:
@@ -157,6 +155,28 @@ def evaluate_checkpoint(
     if folder is not None:
         results.save(folder / RESULT_NAME)
     return results
+
+
+def _build_generator(arguments, task_name, task):
+    """Return the generator of a model or of a function."""
+    model = arguments["model_or_path"]
+    if callable(model) and not hasattr(model, "generate"):
+        if given := [name for name in MODEL_OPTIONS if arguments[name] is not None]:
+            raise ValueError(f"{', '.join(f'`{name}`' for name in given)} has no effect on a function. Leave it out.")
+        return FunctionGenerator(model)
+    options = (arguments[name] for name in ("processing_class", "model_revision", "dtype", "device"))
+    model, processing_class = load_model(model, *options)
+    check_model_fits_task(model, task_name, task)
+    limits = {name: arguments[name] for name in ("max_new_tokens", "num_beams", "max_source_length")}
+    return AnswerGenerator(
+        model,
+        processing_class,
+        task.max_new_tokens,
+        num_answers=task.num_answers,
+        parse_answer=task.parse_answer,
+        prompt_template=read_prompt_template(arguments["prompt_template"]),
+        **limits,
+    )
 
 
 def _check_replaceable(path):

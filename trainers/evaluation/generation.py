@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from ...checkpoints import MODEL_TYPES, has_vision, load_checkpoint, load_processing_class, move_to_device
 from ..row_encoding import build_row_encoder
 from .decoder_only import PromptEncoder, is_decoder_only, load_decoder_only
-from .shell_metrics import parse_command
 from .tasks import EvaluationTask, Example
 
 
@@ -103,8 +102,9 @@ class AnswerGenerator:
         num_beams (`int`, *optional*): 1 is greedy. `None` takes the number of the generation config.
         max_source_length (`int`, *optional*): Longest source, in tokens. `None` takes the limit of tokenizer and
             config.
-        num_answers (`int`, *optional*, defaults to 1): Answers per source, at most as many as beams; they are joined
-            by line ends.
+        num_answers (`int`, *optional*, defaults to 1): Answers per source, joined by line ends. There are at least as
+            many beams.
+        parse_answer (`Callable`, *optional*): Extracts an answer from a generated text.
         prompt_template (`str` or `Path`, *optional*): Jinja template of the prompt of a decoder-only model.
 
     Raises:
@@ -121,10 +121,11 @@ class AnswerGenerator:
         num_beams=None,
         max_source_length=None,
         num_answers=1,
+        parse_answer=str.strip,
         prompt_template=None,
     ):
         self.model, self.processing_class = model, processing_class
-        self.num_answers, self.prompt_template = num_answers, prompt_template
+        self.num_answers, self.parse_answer, self.prompt_template = num_answers, parse_answer, prompt_template
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.max_source_length = max_source_length or self._declared_source_length()
@@ -150,11 +151,9 @@ class AnswerGenerator:
             ids = self.model.generate(**inputs, **self._generate_arguments)
         if not self.model.config.is_encoder_decoder:
             ids = ids[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        if self.num_answers > 1:
-            texts = [parse_command(text) for text in texts]
-            starts = range(0, len(texts), self.num_answers)
-            texts = ["\n".join(dict.fromkeys(texts[start : start + self.num_answers])) for start in starts]
+        answers = [self.parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        starts = range(0, len(answers), self.num_answers)
+        texts = ["\n".join(dict.fromkeys(answers[start : start + self.num_answers])) for start in starts]
         return texts, [source.is_cut for source in sources]
 
     def settings(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .metrics import (
     text_scores,
     vqa_scores,
 )
-from .shell_metrics import shell_metrics
+from .shell_metrics import parse_command, shell_metrics
 
 
 DEFAULT_VISUAL_ROWS = 200
@@ -64,8 +64,10 @@ class EvaluationTask:
         score (`Callable`): Computes metrics from 0 to 1 from an answer and its references.
         max_new_tokens (`int`): Longest answer if neither the caller nor the checkpoint has a limit.
         needs_images (`bool`, *optional*, defaults to `False`): Whether the task is for vision-text models.
-        num_answers (`int`, *optional*, defaults to 1): Answers of a model to each row, the best first. Several are
-            one-line texts that are joined by line ends.
+        num_answers (`int`, *optional*, defaults to 1): Answers to each row, the best first. Several answers are joined
+            by line ends.
+        parse_answer (`Callable`, *optional*): Extracts the answer from the text of a model. Must return one line if
+            there are several answers.
         build (`Callable`, *optional*): Builds rows from the name of a split, a number of rows and a seed.
         dataset_name (`str`, *optional*): Data set on the Hub.
         dataset_config (`str`, *optional*): Configuration of the data set.
@@ -82,6 +84,7 @@ class EvaluationTask:
     max_new_tokens: int
     needs_images: bool = False
     num_answers: int = 1
+    parse_answer: Callable[[str], str] = str.strip
     build: Callable[[str, int | None, int], Sequence[Mapping[str, Any]]] | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
@@ -222,6 +225,7 @@ TASKS = {
         score=_shell_scores,
         max_new_tokens=96,
         num_answers=5,
+        parse_answer=parse_command,
         columns_can_be_named=True,
     ),
     "squad_v2": EvaluationTask(

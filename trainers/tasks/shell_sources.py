@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of the sources of the shell task: tldr-pages (CC-BY-4.0), Fig's completion specs and NL2Bash (both MIT)."""
 
-import gzip
 import json
 import re
 import subprocess
@@ -10,6 +9,8 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..data_files import read_data_file
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,6 @@ class ShellRow:
     origin: str
 
 
-def read_json_lines(path: str | Path) -> list[dict]:
-    """Read rows from a JSON Lines file, gzipped or not."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
-
-
 def read_tldr(path: str | Path) -> list[dict]:
     """Read the examples of all English tldr pages.
 
@@ -48,7 +42,7 @@ def read_tldr(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     if ".jsonl" in path.name:
-        return read_json_lines(path)
+        return list(read_data_file(path))
     rows = []
     for name, text in sorted(_read_pages(path)):
         platform, page = name.split("/")[-2:]
@@ -125,7 +119,7 @@ def read_fig(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     if ".jsonl" in path.name:
-        return read_json_lines(path)
+        return list(read_data_file(path))
     folder = path / "build" if (path / "build").is_dir() else path
     command = ["node", "--input-type=module", "--eval", FIG_SCRIPT, str(folder.resolve())]
     try:
@@ -151,7 +145,7 @@ def read_nl2bash(path: str | Path) -> list[ShellRow]:
             raise ValueError(f"all.nl of {str(path)!r} has {len(sources)} lines, but all.cm has {len(targets)}.")
         pairs = zip(sources, targets, strict=True)
     else:
-        pairs = ((row["source"], row["target"]) for row in read_json_lines(path))
+        pairs = ((row["source"], row["target"]) for row in list(read_data_file(path)))
     return [ShellRow(_one_line(source), _one_line(target), "nl2bash") for source, target in pairs]
 
 
