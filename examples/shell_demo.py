@@ -19,12 +19,12 @@ from encdec_slm_cli.shell_model import find_model_folder, load_shell_model
 
 
 REQUESTS = (
-    "compress the logs directory into a tarball",
     "find all files larger than 100 MB in /var",
     "count the lines of notes.txt",
     "show the 10 largest files in the current directory",
     "replace foo with bar in all .txt files",
     "delete all empty files below the current directory",
+    "compress the logs directory into a tarball",
 )
 NUM_TOKENS, NUM_RUNS = 20, 15
 
