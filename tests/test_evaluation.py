@@ -508,6 +508,9 @@ def test_other_encoder_decoders_and_decoder_only_models_are_evaluated(text_folde
         results = evaluate_checkpoint(checkpoint, "text", dataset_name=rows_file, **options)
         assert results.models[0].num_parameters == model.num_parameters()
         assert results.settings["max_new_tokens"] == 4
+    model.model.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="causal language model"):
+        evaluate_checkpoint(tmp_path / "backbone", "text", dataset_name=rows_file, **options)
 
 
 # Shell commands

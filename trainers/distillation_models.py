@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
@@ -18,11 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import is_peft_available
 
-from ..checkpoints import check_hub_name, check_shapes, load_checkpoint
+from ..checkpoints import check_hub_name, load_checkpoint
 from ..errors import summarize_error
+from .causal_models import LOCATION_ARGUMENTS, load_causal_model, not_causal_message
 from .distillation_config import Seq2SeqDistillationConfig
 from .teacher_cache import TeacherCache
 from .token_alignment import TokenAlignment
@@ -31,8 +27,6 @@ from .vocabulary import count_common_tokens, find_teacher_token_ids
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `from_pretrained` that also say where the config and the tokenizer of a model are.
-LOCATION_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
@@ -145,25 +139,10 @@ def load_teacher(
         kwargs["local_files_only"] = not check_hub_name(teacher, kwargs.get("revision"))
     location = {name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs}
     try:
-        model = _load_causal_model(teacher, location, _without_device_map(kwargs, args))
+        model = load_causal_model(teacher, **_without_device_map(kwargs, args))
     except (OSError, KeyError, ImportError, RuntimeError) as error:
         raise ValueError(f"The teacher {teacher!r} could not be loaded ({summarize_error(error)}).") from error
     return model, {"pretrained_model_name_or_path": teacher, **location}
-
-
-def _load_causal_model(name, location, kwargs):
-    config = _load_config(name, location)
-    if config.is_encoder_decoder:
-        raise ValueError(_wrong_teacher(name))
-    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto_class = AutoModelForImageTextToText if has_images and not is_causal else AutoModelForCausalLM
-    kwargs = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = auto_class.from_pretrained(name, **kwargs)
-    check_shapes(name, model, info)
-    if info["missing_keys"]:  # a backbone without its head, which would be initialized randomly
-        raise ValueError(_wrong_teacher(name))
-    return model
 
 
 def load_teacher_cache(
@@ -192,23 +171,6 @@ def load_teacher_cache(
             "other divergences label with `topk`."
         )
     return cache
-
-
-def _load_config(name, location):
-    """Load the config of a model, or of the base model of an adapter."""
-    if is_peft_available():
-        from transformers.utils.peft_utils import find_adapter_config_file
-
-        options = {key: value for key, value in location.items() if key != "trust_remote_code"}
-        if find_adapter_config_file(name, **options) is not None:
-            from peft import PeftConfig
-
-            adapter = PeftConfig.from_pretrained(name, **options)
-            if not adapter.base_model_name_or_path:
-                raise ValueError(f"The adapter {name!r} does not name its base model. Set `base_model_name_or_path`.")
-            name = adapter.base_model_name_or_path
-            location = {key: value for key, value in location.items() if key not in ("revision", "subfolder")}
-    return AutoConfig.from_pretrained(name, **location)
 
 
 def _rename_dtype(kwargs):
@@ -241,7 +203,7 @@ def check_roles(student: PreTrainedModel, teacher: PreTrainedModel | None) -> No
     # Encoders such as BERT, which read what they would predict, have `is_decoder=False`.
     is_other = getattr(teacher.config, "is_encoder_decoder", False) or not getattr(teacher.config, "is_decoder", True)
     if is_other or not _can_generate(teacher):
-        raise ValueError(_wrong_teacher(type(teacher).__name__))
+        raise ValueError(not_causal_message(type(teacher).__name__))
     if any(getattr(config, "is_prompt_learning", False) for config in _adapters_of(teacher).values()):
         raise ValueError(
             "The teacher is tuned by virtual tokens (prompt or prefix tuning), which would shift its positions. Use a "
@@ -255,13 +217,6 @@ def _adapters_of(model):
 
 def _can_generate(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).can_generate()
-
-
-def _wrong_teacher(name):
-    return (
-        f"The teacher {name!r} must be a causal language model, because it reads source and target in one row. Use a "
-        "decoder-only model that `AutoModelForCausalLM` loads."
-    )
 
 
 # Tokenizers

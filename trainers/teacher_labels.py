@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from ..checkpoints import check_hub_name, check_no_adapter, check_shapes, find_checkpoint_folder
+from ..checkpoints import check_hub_name, check_no_adapter, find_checkpoint_folder
 from ..errors import summarize_error
 from ..vocabulary import tokenizer_fingerprint
+from .causal_models import load_causal_model
 from .data_files import load_hub_dataset, read_data_file
 from .prompt_templates import load_prompt_template
 from .row_encoding import RowEncoder
@@ -364,9 +365,7 @@ def build_engine(
             return CTranslate2Engine(find_checkpoint_folder(teacher), loaded, batch_tokens)
         if name == "vllm":
             return VLLMEngine(teacher, loaded)
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": local_files_only}
-        model, info = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype, **options)
-        check_shapes(teacher, model, info)
+        model = load_causal_model(teacher, dtype=dtype, local_files_only=local_files_only)
     except (OSError, KeyError, ValueError) as error:
         reason = summarize_error(error).partition(" for this kind of AutoModel")[0]  # a list of all classes follows
         raise ValueError(

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ...checkpoints import MODEL_TYPES, has_vision, load_checkpoint, load_processing_class, move_to_device
+from ...checkpoints import (
+    MODEL_TYPES,
+    check_hub_name,
+    has_vision,
+    load_checkpoint,
+    load_processing_class,
+    move_to_device,
+)
+from ..causal_models import is_causal_model, load_causal_model
 from ..row_encoding import build_row_encoder
-from .decoder_only import PromptEncoder, is_decoder_only, load_decoder_only
+from .prompts import PromptEncoder
 from .tasks import EvaluationTask, Example
 
 
@@ -58,10 +66,14 @@ def load_model(
         model = move_to_device(model_or_path.eval(), device)
         model = model if dtype is None else model.to(getattr(torch, dtype))
     else:
-        if is_decoder_only(model_or_path, revision):
-            model, found = move_to_device(load_decoder_only(model_or_path, revision, dtype), device), None
+        location = {"revision": revision or "main"}
+        if not Path(model_or_path).is_dir():
+            location["local_files_only"] = not check_hub_name(model_or_path, revision)
+        if is_causal_model(str(model_or_path), **location):
+            model = load_causal_model(str(model_or_path), dtype=dtype or "auto", **location).eval()
+            model, found = move_to_device(model, device), None
             if processing_class is None:
-                found = load_processing_class(str(model_or_path), model, revision=revision)
+                found = load_processing_class(model_or_path, model, **location)
         else:
             model, found = load_checkpoint(model_or_path, revision=revision, dtype=dtype or "auto", device=device)
         processing_class = found if processing_class is None else processing_class

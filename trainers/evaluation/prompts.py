@@ -1,34 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder-only models as contenders of an evaluation: loading, and prompts."""
+"""Prompts of decoder-only models in an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ...checkpoints import check_hub_name
 from ..prompt_templates import load_prompt_template
 from ..row_encoding import EncodedSource, Messages, RowEncoder, pad_ids
-
-
-def is_decoder_only(name_or_path: str | Path, revision: str | None = None) -> bool:
-    """Return whether a folder or a name on the Hub is a decoder-only model."""
-    if not Path(name_or_path).is_dir() and not check_hub_name(name_or_path, revision):
-        return False
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main")
-    except (OSError, ValueError):
-        return False
-    return not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def load_decoder_only(name_or_path: str | Path, revision: str | None, dtype: str | None) -> PreTrainedModel:
-    """Load a decoder-only model in evaluation mode."""
-    name, revision = str(name_or_path), revision or "main"
-    return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype or "auto").eval()
 
 
 @dataclass
