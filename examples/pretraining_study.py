@@ -29,11 +29,10 @@ from trl import ModelConfig
 from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.checkpoints import load_checkpoint, write_file
 from encdec_slm.run_results import format_table
-from encdec_slm.trainers.corpora import HELD_OUT, DenoisingDataset, Source
-from encdec_slm.trainers.denoising import OBJECTIVES, add_sentinel_tokens
+from encdec_slm.trainers.corpora import HELD_OUT, CorpusDataset, Source
+from encdec_slm.trainers.denoising import OBJECTIVES, DataCollatorForDenoising
 from encdec_slm.trainers.evaluation.shell_metrics import nlc2cmd_score, parse_command
 from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
-from encdec_slm.trainers.packing import DataCollatorWithPacking
 from encdec_slm.trainers.pretrain_job import OPTIMIZERS, PretrainArguments, pretrain
 
 
@@ -99,9 +98,9 @@ def held_out_loss(args: argparse.Namespace, folder: Path, objective: str) -> flo
     """Return the loss on held-out documents, which are denoised in the same way for all models with a tokenizer."""
     model, tokenizer = load_checkpoint(folder)
     sources = [Source.parse(text) for text in args.sources]
-    data = (sources, tokenizer, add_sentinel_tokens(tokenizer), OBJECTIVES[objective], MAX_LENGTH)
-    rows = list(itertools.islice(DenoisingDataset(*data, split=HELD_OUT), args.eval_rows))
-    collate, total, num_tokens = DataCollatorWithPacking(tokenizer), 0.0, 0
+    dataset = CorpusDataset(sources, MAX_LENGTH, HELD_OUT, shuffle_buffer=args.eval_rows)
+    rows = list(itertools.islice(dataset, args.eval_rows))
+    collate, total, num_tokens = DataCollatorForDenoising(tokenizer, OBJECTIVES[objective], MAX_LENGTH), 0.0, 0
     for start in range(0, len(rows), 100):
         batch = collate(rows[start : start + 100])
         count = int((batch["labels"] >= 0).sum())

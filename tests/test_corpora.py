@@ -6,19 +6,20 @@ import itertools
 import pyarrow
 import pyarrow.parquet
 import pytest
+from accelerate.data_loader import IterableDatasetShard
+from datasets import Dataset
+from torch.utils.data import DataLoader
 
-from conftest import build_byte_tokenizer
 from encdec_slm.trainers.corpora import (
     HELD_OUT,
     TRAIN,
-    DenoisingDataset,
+    CorpusDataset,
     Source,
     describe_sources,
     is_held_out,
     mix_documents,
     read_documents,
 )
-from encdec_slm.trainers.denoising import OBJECTIVES, add_sentinel_tokens
 
 
 @pytest.fixture
@@ -33,12 +34,8 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def build_dataset(corpus, objective="ul2", **options):
-    tokenizer = build_byte_tokenizer()
-    sentinels = add_sentinel_tokens(tokenizer)
-    return DenoisingDataset(
-        [Source(str(corpus))], tokenizer, sentinels, OBJECTIVES[objective], **{"max_length": 16, **options}
-    )
+def build_dataset(corpus, **options):
+    return CorpusDataset([Source(str(corpus))], **{"max_length": 16, **options})
 
 
 def test_documents_are_read_in_the_order_of_file_names(corpus):
@@ -63,23 +60,47 @@ def test_sources_are_mixed_by_weight_and_go_on_when_one_ends(tmp_path):
     assert documents == list(mix_documents(sources, seed=0)) != list(mix_documents(sources, seed=1))
 
 
-def test_rows_are_the_same_for_a_seed_and_epoch_only(corpus):
-    dataset = build_dataset(corpus)
-    rows = list(dataset)
-    assert rows == list(dataset) == list(build_dataset(corpus))
-    assert all(row["input_ids"][-1] == row["labels"][-1] == 2 and len(row["input_ids"]) <= 17 for row in rows)
-    dataset.set_epoch(1)
-    assert rows != list(dataset) != list(build_dataset(corpus, seed=1))
+def test_an_endless_stream_repeats_the_corpus_in_another_order_and_can_start_at_any_row(corpus):
+    once = list(build_dataset(corpus))
+    stream = list(itertools.islice(build_dataset(corpus, num_epochs=None), 2 * len(once)))
+    assert stream[: len(once)] == once
+    second = stream[len(once) :]
+    assert sorted(row["text"] for row in second) == sorted(row["text"] for row in once)
+    assert [row["text"] for row in second] != [row["text"] for row in once]
+    assert len({row["seed"] for row in stream}) == len(stream)
+    later = build_dataset(corpus, num_epochs=None, start_row=len(once) + 7)
+    assert next(iter(later)) == stream[len(once) + 7]
+    assert [row["seed"] for row in build_dataset(corpus, seed=1)] != [row["seed"] for row in once]
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_processes_and_workers_share_rows_without_duplicates_or_losses(corpus, num_processes):
+    expected = list(itertools.islice(build_dataset(corpus, num_epochs=None), 48))
+    batches = [[] for _ in range(num_processes)]
+    for process in range(num_processes):
+        dataset = build_dataset(corpus, num_epochs=None, global_batch_size=4 * num_processes)
+        shard = IterableDatasetShard(dataset, 4, num_processes=num_processes, process_index=process)
+        for workers in (0, 2):
+            loader = DataLoader(shard, 4, num_workers=workers, collate_fn=list)
+            batches[process].append(list(itertools.islice(loader, 12 // num_processes)))
+        assert batches[process][0] == batches[process][1]
+    rows = [row for step in zip(*(found[0] for found in batches), strict=True) for batch in step for row in batch]
+    assert rows == expected
 
 
 def test_each_document_is_either_trained_on_or_held_out(corpus):
     documents = [text for text in read_documents(Source(str(corpus))) if text]
     held_out = [text for text in documents if is_held_out(text)]
     assert 0 < len(held_out) < 20
-    num_pieces = {
-        split: len(list(build_dataset(corpus, "prefix", split=split, max_length=64))) for split in (TRAIN, HELD_OUT)
-    }
-    assert num_pieces == {TRAIN: len(documents) - len(held_out) + 1, HELD_OUT: len(held_out)}  # 100 bytes are two
+    found = {split: [row["text"] for row in build_dataset(corpus, split=split)] for split in (TRAIN, HELD_OUT)}
+    assert sorted(found[HELD_OUT]) == sorted(held_out)
+    assert sorted(found[TRAIN]) == sorted([*(set(documents) - {*held_out, "ä" * 50}), "ä" * 48, "ää"])
+
+
+def test_an_endless_stream_without_documents_is_refused(tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="sources"):
+        next(iter(build_dataset(tmp_path, num_epochs=None)))
 
 
 def test_the_standard_library_is_a_source_of_every_machine():
@@ -103,17 +124,52 @@ def write_damaged(folder, name):
         path.write_bytes(path.read_bytes()[:-20])
     elif name == "column.parquet":
         pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
+    elif name == "numbers.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), path)
+    elif name == "latin1.parquet":
+        values = pyarrow.array(["café".encode("latin-1")], pyarrow.binary()).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
     elif name == "empty.txt":
         path.touch()
     return path
 
 
 @pytest.mark.parametrize(
-    "name", ["latin1.txt", "cut.txt", "damaged.parquet", "column.parquet", "empty.txt", "missing.txt"]
+    "name",
+    [
+        *("latin1.txt", "cut.txt", "empty.txt", "missing.txt", "damaged.parquet", "column.parquet"),
+        *("numbers.parquet", "latin1.parquet"),
+    ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, name):
+    source = Source(str(write_damaged(tmp_path, name)))
     with pytest.raises(ValueError, match=name):
-        list(read_documents(Source(str(write_damaged(tmp_path, name)))))
+        list(read_documents(source))
+    if name not in ("latin1.txt", "cut.txt", "latin1.parquet"):  # which cannot be seen before they are read
+        with pytest.raises(ValueError, match=name):
+            describe_sources([source])
+
+
+def test_the_byte_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é".encode() * 20 + b"\n" + b"x" * 30 + b"\xff")
+    with pytest.raises(ValueError, match="byte 71"):
+        list(read_documents(Source(str(tmp_path / "a.txt")), max_bytes=7))
+
+
+def test_a_data_set_of_the_hub_is_streamed_with_its_config(monkeypatch):
+    rows = Dataset.from_dict({"text": ["one", None, "two"], "label": [0, 1, 2]}).to_iterable_dataset()
+    names = []
+
+    def load(*name, **options):
+        names.append(name)
+        return {"validation": [], "train": rows}
+
+    monkeypatch.setattr("encdec_slm.trainers.corpora.load_hub_dataset", load)
+    assert list(read_documents(Source("user/data:en"))) == ["one", "", "two"]
+    assert names == [("user/data", "en")]
+    for column in ("body", "label"):
+        with pytest.raises(ValueError, match=f"user/data.*{column}"):
+            list(read_documents(Source("user/data"), column))
 
 
 @pytest.mark.parametrize("text", ["a=0", "a=-1", "a=b", "a=inf", "a="])

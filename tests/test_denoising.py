@@ -3,10 +3,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import build_byte_tokenizer, build_tokenizer
 from encdec_slm.trainers.denoising import (
     OBJECTIVES,
+    DataCollatorForDenoising,
     Denoiser,
     add_sentinel_tokens,
     corrupt_spans,
@@ -98,7 +100,9 @@ def test_sentinels_are_added_once_to_any_tokenizer(build):
     [
         (Denoiser("R", 0.0, 3.0), [1, 2, 3], "noise_density"),
         (Denoiser("R", 1.0, 3.0), [1, 2, 3], "noise_density"),
+        (Denoiser("R", float("nan"), 3.0), [1, 2, 3], "noise_density"),
         (Denoiser("R", 0.15, 0.5), [1, 2, 3], "mean_span_length"),
+        (Denoiser("R", 0.15, float("nan")), [1, 2, 3], "mean_span_length"),
         (Denoiser("R", 0.15, 3.0), [1], "got 1"),
         (Denoiser("R", 0.5, 1.0), list(range(500)), "250 spans"),
     ],
@@ -106,3 +110,23 @@ def test_sentinels_are_added_once_to_any_tokenizer(build):
 def test_what_cannot_be_denoised_is_refused(denoiser, ids, name):
     with pytest.raises(ValueError, match=name):
         denoise(ids, denoiser, SENTINELS, np.random.default_rng(0))
+
+
+def test_a_batch_of_texts_has_every_token_once_and_depends_on_the_seed_only():
+    collate = DataCollatorForDenoising(build_byte_tokenizer(), OBJECTIVES["prefix"], 16, decoder_start_token_id=1)
+    rows = [{"text": "abcdefghijklmnopqrstuvwxyz", "seed": (0, 0, n)} for n in range(3)] + [{"text": "", "seed": 0}]
+    batch = collate(rows)
+    again = collate(rows)
+    assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
+    assert "decoder_input_ids" in batch and not torch.equal(batch["labels"], collate(rows[1:])["labels"])
+    counts = torch.bincount(torch.cat([batch[name][batch[name] > 2] for name in ("input_ids", "labels")]))
+    assert sorted(counts[counts > 0].tolist()) == [3] * 26
+    parts = collate.denoise_text(rows[0]["text"], rows[0]["seed"])
+    assert [len(part["input_ids"]) + len(part["labels"]) - 2 for part in parts] == [16, 10]
+    assert collate([rows[3]])["labels"].tolist() == [[-100]]
+
+
+def test_a_collator_checks_its_numbers():
+    for denoisers, length, name in (([Denoiser("S", 1.5)], 8, "noise_density"), (OBJECTIVES["span"], 1, "max_length")):
+        with pytest.raises(ValueError, match=name):
+            DataCollatorForDenoising(build_byte_tokenizer(), denoisers, length)

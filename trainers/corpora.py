@@ -2,27 +2,31 @@
 """Streams of documents for pre-training, from text files, Parquet files and data sets of the Hub."""
 
 import codecs
+import contextlib
 import hashlib
+import itertools
 import logging
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
+from datasets.exceptions import DatasetsError
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import format_list, summarize_error
 from .data_files import load_hub_dataset
-from .denoising import Denoiser, denoise
 
 
 logger = logging.getLogger(__name__)
 
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
+# Documents are cut into pieces of so many characters per token, so that most are not longer than a row.
+CHARACTERS_PER_TOKEN = 3
 # A text file is a document, or several of this size: files and lines may have no end.
 DOCUMENT_BYTES = 2**14
 # Name of a source that every machine has: Python's standard library, without its tests.
@@ -37,8 +41,8 @@ class Source(NamedTuple):
     """A part of a corpus.
 
     Args:
-        name (`str`): A text or Parquet file, a folder of them, a data set of the Hub, or `"python"` for the standard
-            library of the running Python.
+        name (`str`): A text or Parquet file, a folder of them, a data set of the Hub (`"NAME"` or `"NAME:CONFIG"`),
+            or `"python"` for the standard library of the running Python.
         weight (`float`): Share of its documents, beside those of other sources.
     """
 
@@ -85,8 +89,15 @@ class Source(NamedTuple):
         return files
 
 
-def describe_sources(sources: Sequence[Source]) -> list[list]:
-    """Return what identifies a corpus: names, weights, and the names and sizes of files."""
+def describe_sources(sources: Sequence[Source], text_column: str = "text") -> list[list]:
+    """Return what identifies a corpus: names, weights, and the names and sizes of files.
+
+    Raises:
+        ValueError: A file is missing, or a Parquet file is cut off or has no column of text.
+    """
+    for file in (file for source in sources for file in source.list_files() if file.suffix == ".parquet"):
+        with _name_damaged(file):
+            _check_text_column(pyarrow.parquet.read_schema(file), text_column, file)
     return [
         [source.name, source.weight, [[str(file), file.stat().st_size] for file in source.list_files()]]
         for source in sources
@@ -119,9 +130,11 @@ def _read_text(file, max_bytes):
             try:
                 parts.append(decoder.decode(line, final=is_ended))
             except UnicodeDecodeError as error:
+                # `error.object` begins with the bytes that were left over from the line before.
+                position = stream.tell() - len(error.object) + error.start
                 raise ValueError(
-                    f"{file} is not UTF-8 text: it cannot be read near byte {stream.tell() - len(line)}. Convert it, "
-                    "or remove it from the source."
+                    f"{file} is not UTF-8 text: byte {position} cannot be read. Convert it, or remove it from the "
+                    "source."
                 ) from error
             size += len(line)
             if size >= max_bytes or is_ended:
@@ -130,28 +143,49 @@ def _read_text(file, max_bytes):
 
 
 def _read_parquet(file, text_column):
-    try:
+    with _name_damaged(file):
         table = pyarrow.parquet.ParquetFile(file)
-        if text_column not in table.schema_arrow.names:
-            raise ValueError(
-                f"{file} has the columns {format_list(table.schema_arrow.names)}, but `text_column` is "
-                f"{text_column!r}. Set it to one of them."
-            )
+        _check_text_column(table.schema_arrow, text_column, file)
         for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=[text_column]):
-            yield from (str(text) for text in batch[0].to_pylist() if text is not None)
-    except (pyarrow.ArrowException, OSError) as error:
+            yield from (text for text in batch[0].to_pylist() if text is not None)
+
+
+@contextlib.contextmanager
+def _name_damaged(file):
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{file} is damaged ({summarize_error(error)}). Copy it again, or remove it from the source."
         ) from error
 
 
+def _check_text_column(schema: pyarrow.Schema, text_column: str, file: Path) -> None:
+    if text_column not in schema.names:
+        raise ValueError(
+            f"{file} has the columns {format_list(schema.names)}, but `text_column` is {text_column!r}. Set it to one "
+            "of them."
+        )
+    kind = schema.field(text_column).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
+        raise ValueError(f"The column {text_column!r} of {file} has values of type {kind}, but text is required.")
+
+
 def _read_hub_dataset(name, text_column):
-    dataset = load_hub_dataset(name, None, streaming=True)
-    rows = dataset["train" if "train" in dataset else next(iter(dataset))]
-    for row in rows:
-        if text_column not in row:
-            raise ValueError(f"{name} has the columns {format_list(row)}. Set `text_column` to one of them.")
-        yield str(row[text_column])
+    repository, _, config = name.partition(":")
+    try:
+        dataset = load_hub_dataset(repository, config or None, streaming=True)
+        rows = dataset["train" if "train" in dataset else next(iter(dataset))]
+        for row in rows:
+            if not isinstance(text := row.get(text_column, row), str | None):
+                raise ValueError(f"it has the columns {format_list(row)}, and `text_column` is {text_column!r}")
+            yield text or ""
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"The source {name!r} could not be read ({summarize_error(error)}). Give a file, a folder or a data set "
+            "on the Hub with a column of text."
+        ) from error
 
 
 def mix_documents(sources: Sequence[Source], seed: int, text_column: str = "text") -> Iterator[str]:
@@ -179,62 +213,66 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(digest) % 100 < HELD_OUT_PERCENT
 
 
-class DenoisingDataset(IterableDataset):
-    """Rows of `input_ids` and `labels` for pre-training, which are the same for the same seed and epoch.
+class CorpusDataset(IterableDataset):
+    """Rows of `text`, a piece of a document, and `seed`, which is the same for the same seed, epoch and row.
 
-    Documents are shuffled within a buffer and cut into pieces of at most `max_length` tokens; each piece is denoised
-    by a denoiser that is drawn for it.
+    Documents are shuffled within a buffer and cut into pieces. Reading is cheap: tokens are made by the collator, so
+    that each process makes only those of its own rows.
 
     Args:
         sources (`Sequence[Source]`): The corpus.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the model, with sentinels.
-        sentinel_ids (`Sequence[int]`): From [`~encdec_slm.trainers.denoising.add_sentinel_tokens`].
-        denoisers (`Sequence[Denoiser]`): Drawn evenly.
-        max_length (`int`): Most tokens of a piece, at least 2.
+        max_length (`int`): Most tokens of a row; pieces have `CHARACTERS_PER_TOKEN` characters for each of them.
         split (`str`, *optional*): `"train"` or `"held-out"` documents.
+        num_epochs (`int`, *optional*): Passes over the corpus. `None` never ends.
         seed (`int`, *optional*, defaults to 0): Of everything that is drawn.
         text_column (`str`, *optional*, defaults to `"text"`): Of Parquet files and data sets.
         shuffle_buffer (`int`, *optional*, defaults to 1000): Documents among which the next one is drawn.
+        start_row (`int`, *optional*, defaults to 0): Rows to skip, which an earlier run has learned from.
+        global_batch_size (`int`, *optional*, defaults to 1): Rows of a batch over all processes. Workers of a data
+            loader take turns with such batches, so that their number does not change the order of rows.
+
+    Raises:
+        ValueError: While iterating: a source cannot be read, or has no text for an endless stream.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        tokenizer: PreTrainedTokenizerBase,
-        sentinel_ids: Sequence[int],
-        denoisers: Sequence[Denoiser],
         max_length: int,
         split: str = TRAIN,
+        num_epochs: int | None = 1,
         seed: int = 0,
         text_column: str = "text",
         shuffle_buffer: int = 1000,
+        start_row: int = 0,
+        global_batch_size: int = 1,
     ):
-        self.sources, self.tokenizer, self.sentinel_ids, self.denoisers = sources, tokenizer, sentinel_ids, denoisers
-        self.max_length, self.split, self.seed = max_length, split, seed
-        self.text_column, self.shuffle_buffer = text_column, shuffle_buffer
-        self.epoch = 0
+        self.sources, self.split, self.num_epochs = sources, split, num_epochs
+        self.piece_length = max_length * CHARACTERS_PER_TOKEN
+        self.seed, self.text_column, self.shuffle_buffer = seed, text_column, shuffle_buffer
+        self.start_row, self.global_batch_size = start_row, global_batch_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which decides the order and the noise; accelerate calls it."""
-        self.epoch = epoch
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for row_number, row in enumerate(itertools.islice(self._iterate_rows(), self.start_row, None)):
+            if row_number // self.global_batch_size % count == number:
+                yield row
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        eos_token_id = self.tokenizer.eos_token_id
-        for number, document in enumerate(self._shuffle()):
-            ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            rng = np.random.default_rng((self.seed, self.epoch, number))
-            for start in range(0, len(ids), self.max_length):
-                piece = ids[start : start + self.max_length]
-                if len(piece) < 2:
-                    continue
-                denoiser = self.denoisers[rng.integers(len(self.denoisers))]
-                source, target = denoise(piece, denoiser, self.sentinel_ids, rng)
-                yield {"input_ids": [*source, eos_token_id], "labels": [*target, eos_token_id]}
+    def _iterate_rows(self):
+        for epoch in itertools.count() if self.num_epochs is None else range(self.num_epochs):
+            number = 0
+            for document in self._shuffle(epoch):
+                for start in range(0, len(document), self.piece_length):
+                    yield {"text": document[start : start + self.piece_length], "seed": (self.seed, epoch, number)}
+                    number += 1
+            if number == 0 and self.num_epochs is None:
+                raise ValueError("The corpus has no documents to train on. Add more text to `sources`.")
 
-    def _shuffle(self):
+    def _shuffle(self, epoch):
         """Yield the documents of the split, each drawn among those of a buffer."""
-        rng, buffer = np.random.default_rng((self.seed, self.epoch)), []
-        for document in mix_documents(self.sources, self.seed + self.epoch, self.text_column):
+        rng, buffer = np.random.default_rng((self.seed, epoch)), []
+        for document in mix_documents(self.sources, self.seed + epoch, self.text_column):
             if is_held_out(document) != (self.split == HELD_OUT):
                 continue
             buffer.append(document)
@@ -244,4 +282,4 @@ class DenoisingDataset(IterableDataset):
             yield buffer.pop(int(rng.integers(len(buffer))))
 
 
-__all__ = ["DenoisingDataset", "Source", "describe_sources", "mix_documents", "read_documents"]
+__all__ = ["CorpusDataset", "Source", "describe_sources", "mix_documents", "read_documents"]

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoising objectives for pre-training: a list of token ids becomes a source and a target."""
+"""Denoising objectives for pre-training: a list of token ids becomes a source and a target, and texts a batch."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
+
+from .packing import DataCollatorWithPacking
+from .row_encoding import LABELS_PADDING
 
 
 NUM_SENTINELS = 100
@@ -64,8 +69,8 @@ def check_denoiser(denoiser: Denoiser) -> None:
     """
     if not 0.0 < denoiser.noise_density < 1.0:
         raise ValueError(f"`noise_density` must be between 0 and 1, got {denoiser.noise_density}.")
-    if denoiser.mean_span_length is not None and denoiser.mean_span_length < 1.0:
-        raise ValueError(f"`mean_span_length` must be at least 1, got {denoiser.mean_span_length}.")
+    if denoiser.mean_span_length is not None and not 1.0 <= denoiser.mean_span_length < float("inf"):
+        raise ValueError(f"`mean_span_length` must be a number of at least 1, got {denoiser.mean_span_length}.")
 
 
 def denoise(
@@ -147,4 +152,59 @@ def corrupt_spans(
     return source, target
 
 
-__all__ = ["OBJECTIVES", "Denoiser", "add_sentinel_tokens", "corrupt_spans", "denoise", "draw_noise_mask"]
+@dataclass
+class DataCollatorForDenoising:
+    """Tokenize pieces of text, cut them, denoise each part by a denoiser that is drawn for it, and pack them all.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the model, with sentinels.
+        denoisers (`Sequence[Denoiser]`): Drawn evenly, such as `OBJECTIVES["ul2"]`.
+        max_length (`int`): Most tokens of a part, at least 2.
+        decoder_start_token_id (`int`, *optional*): Of the model, to add `decoder_input_ids`.
+
+    Raises:
+        ValueError: A number of a denoiser is out of its range, or `max_length` is too small.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    denoisers: Sequence[Denoiser]
+    max_length: int
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self):
+        for denoiser in self.denoisers:
+            check_denoiser(denoiser)
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}.")
+        self._sentinel_ids = add_sentinel_tokens(self.tokenizer)
+        self._pack = DataCollatorWithPacking(self.tokenizer, self.decoder_start_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of rows of `text` and `seed`, which decides the noise.
+
+        Returns:
+            `dict`: As of [`~encdec_slm.trainers.packing.DataCollatorWithPacking`].
+        """
+        return self._pack([part for row in rows for part in self.denoise_text(row["text"], row["seed"])])
+
+    def denoise_text(self, text: str, seed: int | Sequence[int]) -> list[dict[str, list[int]]]:
+        """Return `input_ids` and `labels` of each part; those of a text that is too short are empty."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rng, eos_token_id, parts = np.random.default_rng(seed), self.tokenizer.eos_token_id, []
+        for start in range(0, len(ids), self.max_length):
+            if len(part := ids[start : start + self.max_length]) >= 2:
+                denoiser = self.denoisers[rng.integers(len(self.denoisers))]
+                source, target = denoise(part, denoiser, self._sentinel_ids, rng)
+                parts.append({"input_ids": [*source, eos_token_id], "labels": [*target, eos_token_id]})
+        return parts or [{"input_ids": [eos_token_id], "labels": [LABELS_PADDING]}]
+
+
+__all__ = [
+    "OBJECTIVES",
+    "DataCollatorForDenoising",
+    "Denoiser",
+    "add_sentinel_tokens",
+    "corrupt_spans",
+    "denoise",
+    "draw_noise_mask",
+]

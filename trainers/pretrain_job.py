@@ -1,30 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-train a text model by denoising documents, and measure the loss on held-out documents."""
 
+import dataclasses
 import itertools
 import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import (
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
+from transformers.trainer_callback import ExportableState
 
 from ..checkpoints import find_source_folders, load_checkpoint, write_file
 from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import DataSource, ModelResults, RunResults
-from .corpora import HELD_OUT, STANDARD_LIBRARY, DenoisingDataset, Source, describe_sources, mix_documents
-from .denoising import NUM_SENTINELS, OBJECTIVES, add_sentinel_tokens
+from .corpora import HELD_OUT, STANDARD_LIBRARY, CorpusDataset, Source, describe_sources, mix_documents
+from .denoising import NUM_SENTINELS, OBJECTIVES, DataCollatorForDenoising, add_sentinel_tokens
 from .jobs import AFTER, BEFORE, count_trainable, describe_training, loss_metric, save_run, show_losses, train
 from .muon import MuonWithAdamW
 from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
-from .packing import DataCollatorWithPacking
-from .resuming import prepare_output_dir
+from .resuming import STATE_NAME, prepare_output_dir
 
 
 logger = logging.getLogger(__name__)
 
 KIND = "pre-training"
-# What a run was trained on; a run that is continued must have the same.
+# Arguments and corpus of a run; a run that is continued must have the same.
 CORPUS_NAME = "corpus.json"
 OPTIMIZERS = ("adamw", "muon")
 
@@ -44,7 +53,7 @@ class PretrainArguments:
             sentinels.
         objective (`str`, *optional*, defaults to `"span"`): `"span"` for T5's span corruption, `"prefix"` for prefix
             language modeling, `"ul2"` for the mixture of UL2.
-        max_length (`int`, *optional*, defaults to 512): Most tokens of a piece of a document.
+        max_length (`int`, *optional*, defaults to 512): Most tokens of a row, before it is denoised.
         optimizer (`str`, *optional*, defaults to `"adamw"`): Or `"muon"`, for the matrices of the layers.
         max_eval_samples (`int`, *optional*, defaults to 200): Pieces of held-out documents that are measured.
 
@@ -60,7 +69,7 @@ class PretrainArguments:
     preset: str = field(default="26m", metadata={"help": "Size of a new model."})
     vocab_size: int = field(default=8192, metadata={"help": "Upper bound for a newly trained tokenizer."})
     objective: str = field(default="span", metadata={"help": "span, prefix or ul2."})
-    max_length: int = field(default=512, metadata={"help": "Most tokens of a piece of a document."})
+    max_length: int = field(default=512, metadata={"help": "Most tokens of a row."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
     max_eval_samples: int = field(default=200, metadata={"help": "Pieces of held-out documents that are measured."})
 
@@ -93,19 +102,23 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
     """
     _check_arguments(training_args)
     sources = [Source.parse(text) for text in args.sources]
-    corpus = {"sources": describe_sources(sources), "objective": args.objective, "max_length": args.max_length}
-    corpus |= {"seed": training_args.seed, "batch_size": training_args.per_device_train_batch_size}
     folders = [*find_source_folders(args.model_name_or_path), *(source.name for source in sources)]
     checkpoint = prepare_output_dir(training_args, KIND, [name for name in folders if Path(name).exists()])
-    _check_corpus(corpus, checkpoint, training_args)
+    run = {**dataclasses.asdict(args), "sources": describe_sources(sources, args.text_column)}
+    run |= {"seed": training_args.seed, "max_eval_samples": None}
+    _check_same_run(run, checkpoint)
     set_seed(training_args.seed)
     model, tokenizer = _build_model(args, sources, training_args.seed)
-    sentinel_ids = add_sentinel_tokens(tokenizer)
-    options = {"max_length": args.max_length, "seed": training_args.seed, "text_column": args.text_column}
-    data = (sources, tokenizer, sentinel_ids, OBJECTIVES[args.objective])
-    held_out = list(itertools.islice(DenoisingDataset(*data, split=HELD_OUT, **options), args.max_eval_samples))
+    start_id = model.config.decoder_start_token_id
+    collator = DataCollatorForDenoising(tokenizer, OBJECTIVES[args.objective], args.max_length, start_id)
+    options = {"seed": training_args.seed, "text_column": args.text_column}
+    # Fewer documents than for training, because they are a hundredth of those that are read.
+    held_out = CorpusDataset(sources, args.max_length, HELD_OUT, shuffle_buffer=args.max_eval_samples, **options)
+    held_out = list(itertools.islice(held_out, args.max_eval_samples))
     if not held_out:
         raise ValueError("The corpus has no held-out documents, since it is too small. Add more text to `sources`.")
+    progress = CorpusProgress(training_args, checkpoint)
+    options |= {"start_row": progress.num_rows, "global_batch_size": progress.global_batch_size}
     optimizer = None
     if args.optimizer == "muon":
         betas = training_args.adam_beta1, training_args.adam_beta2
@@ -113,19 +126,20 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
     trainer = Seq2SeqTrainer(
         model,
         training_args,
-        data_collator=DataCollatorWithPacking(tokenizer, model.config.decoder_start_token_id),
-        train_dataset=DenoisingDataset(*data, **options),
+        data_collator=collator,
+        train_dataset=CorpusDataset(sources, args.max_length, num_epochs=None, **options),
         eval_dataset=held_out,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
+        callbacks=[progress],
     )
     show_losses(trainer)
     logger.info(f"{model.num_parameters():,} parameters, {count_trainable(model):,} of them are trained.")
     before = loss_metric(trainer.evaluate()["eval_loss"])
     if trainer.is_world_process_zero():
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_file(Path(training_args.output_dir) / CORPUS_NAME, json.dumps(corpus))
-    train_seconds = train(trainer, checkpoint)
+        write_file(Path(training_args.output_dir) / CORPUS_NAME, json.dumps(run))
+    train_seconds = _train(trainer, checkpoint)
     after = loss_metric(trainer.evaluate()["eval_loss"])
     num_parameters = model.num_parameters()
     results = RunResults(
@@ -147,27 +161,65 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
     return results
 
 
+class CorpusProgress(TrainerCallback, ExportableState):
+    """Count the rows that a run has learned from, and store their number in its checkpoints.
+
+    Args:
+        training_args ([`~transformers.Seq2SeqTrainingArguments`]): Of the run.
+        checkpoint (`str`, *optional*): That the run continues from, perhaps of another number of processes.
+    """
+
+    def __init__(self, training_args: Seq2SeqTrainingArguments, checkpoint: str | None = None):
+        self.global_batch_size = training_args.train_batch_size * training_args.world_size
+        self.rows_per_step = self.global_batch_size * training_args.gradient_accumulation_steps
+        self.num_rows = 0
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_NAME))
+            saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})["attributes"]
+            self.num_rows = saved.get("num_rows", state.global_step * self.rows_per_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.num_rows += self.rows_per_step
+
+    def state(self) -> dict[str, Any]:
+        """Return what is stored."""
+        return {"args": {}, "attributes": {"num_rows": self.num_rows}}
+
+
 def _check_arguments(training_args):
     if training_args.max_steps <= 0:
         raise ValueError("`max_steps` is required, because the length of a corpus is not known before it is read.")
-    if training_args.dataloader_num_workers:
-        raise ValueError("`dataloader_num_workers` must be 0, or each worker would read the whole corpus.")
     # Each process reads the corpus and keeps its own rows; batches of different sizes cannot be sent.
     training_args.accelerator_config.dispatch_batches = False
+    training_args.remove_unused_columns = False
     training_args.prediction_loss_only = True
+    # The data set skips the rows of a continued run itself, which takes less time.
+    training_args.ignore_data_skip = True
 
 
-def _check_corpus(corpus, checkpoint, training_args):
+def _check_same_run(run, checkpoint):
     """Check that a run is continued with what it was started with."""
-    path = Path(training_args.output_dir) / CORPUS_NAME
-    if checkpoint is None or not path.is_file():
+    if checkpoint is None or not (path := Path(checkpoint).parent / CORPUS_NAME).is_file():
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name in corpus if corpus[name] != earlier.get(name)]:
+    if changed := [name for name in run if run[name] != earlier.get(name, run[name])]:
         raise ValueError(
-            f"The run in {training_args.output_dir!r} was started with other {', '.join(changed)}, so it cannot be "
-            "continued at the same row. Restore them, or set `output_dir` to another folder."
+            f"The run in {str(path.parent)!r} was started with other {', '.join(changed)}, so it cannot be "
+            f"continued at the same row. Restore them, or start a new run in another `output_dir` from its weights, "
+            f"by `model_name_or_path`: {checkpoint}."
         )
+
+
+def _train(trainer, checkpoint):
+    """Train; if a source cannot be read, save a checkpoint before the error is raised."""
+    try:
+        return train(trainer, checkpoint)
+    except ValueError as error:
+        if trainer.state.global_step == 0 or trainer.args.save_strategy == "no":
+            raise
+        trainer._save_checkpoint(trainer.model, trial=None)
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        raise ValueError(f"{error} The run was saved to {folder}: continue it by `resume_from_checkpoint`.") from error
 
 
 def _build_model(args, sources, seed):
