@@ -74,12 +74,12 @@ def test_a_run_whose_corpus_is_damaged_is_saved_and_continued(tmp_path, monkeypa
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet")
     last = folder / "z.txt"
     last.write_bytes(b"\xff" * 40)
-    training = {"max_steps": 20, "save_steps": 15, "per_device_train_batch_size": 100}
+    training = {"max_steps": 8, "save_steps": 7, "per_device_train_batch_size": 100}
     with pytest.raises(ValueError, match=r"z\.txt.*checkpoint-6\b"):  # 1000 documents are read ahead
         run(tmp_path / "run", str(folder), training, max_eval_samples=1)
     last.write_bytes(b"mended  " * 5)
     training["resume_from_checkpoint"] = "true"
-    assert run(tmp_path / "run", str(folder), training, max_eval_samples=1).train_steps == 20
+    assert run(tmp_path / "run", str(folder), training, max_eval_samples=1).train_steps == 8
 
 
 def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path):
