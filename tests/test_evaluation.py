@@ -552,6 +552,8 @@ def test_models_give_five_answers_to_a_shell_request(text_folder, tmp_path):
     answers = [parse_command(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     expected = ["\n".join(dict.fromkeys(answers[5 * row : 5 * row + 5])) for row in range(3)]
     assert texts_in(tmp_path / "out") == expected
+    greedy = evaluate_checkpoint(text_folder, "shell", dataset_name=rows, num_beams=1, **QUIET)
+    assert greedy.saved.metrics["nlc2cmd_top5"] == greedy.saved.metrics["nlc2cmd"]
 
 
 def test_a_decoder_only_model_reads_the_prompt_template_and_its_chat_template(text_folder, tmp_path):

@@ -84,7 +84,8 @@ def evaluate_checkpoint(
         max_new_tokens (`int`, *optional*): Longest answer, in tokens. `None` takes the limit of the generation config,
             or that of the task if it has none.
         num_beams (`int`, *optional*): Beams of the search; 1 is greedy. `None` takes the number of the generation
-            config. A task with several answers, such as `"shell"`, has at least as many beams.
+            config, or the number of answers of a task with several, such as `"shell"`, if that is larger. With fewer
+            beams such a task has as many answers as beams.
         prompt_template (`str` or `Path`, *optional*): Jinja template of the prompt of a decoder-only model, with the
             field `source`: the text itself, or its file. Without it, the prompt is the source. The tokenizer's chat
             template is applied to the prompt.

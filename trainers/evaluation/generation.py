@@ -115,7 +115,7 @@ class AnswerGenerator:
         max_source_length (`int`, *optional*): Longest source, in tokens. `None` takes the limit of tokenizer and
             config.
         num_answers (`int`, *optional*, defaults to 1): Answers per source, joined by line ends. There are at least as
-            many beams.
+            many beams, unless the caller sets `num_beams`: then there are at most as many answers.
         parse_answer (`Callable`, *optional*): Extracts an answer from a generated text.
         prompt_template (`str` or `Path`, *optional*): Jinja template of the prompt of a decoder-only model.
 
@@ -137,7 +137,8 @@ class AnswerGenerator:
         prompt_template=None,
     ):
         self.model, self.processing_class = model, processing_class
-        self.num_answers, self.parse_answer, self.prompt_template = num_answers, parse_answer, prompt_template
+        self.num_answers = min(num_answers, num_beams or num_answers)
+        self.parse_answer, self.prompt_template = parse_answer, prompt_template
         is_processor = isinstance(processing_class, ProcessorMixin)
         self.tokenizer = processing_class.tokenizer if is_processor else processing_class
         self.max_source_length = max_source_length or self._declared_source_length()
