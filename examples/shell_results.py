@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put measurements of the shell model into shell_results.json, and write the tables of README.md and docs/shell.md.
+
+    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--benchmark FILE] [--answers]
+
+FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
+test_random.jsonl). SYSTEM is one of shell, decoder-only, teacher, teacher-examples and nearest. FILE was written by
+examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without options, the tables and
+the plot are written again from shell_results.json.
+"""
+
+import argparse
+import json
+import random
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+from encdec_slm.checkpoints import write_file
+from encdec_slm.run_results import RunResults, format_table
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "examples" / "shell_results.json"
+PLOT = ROOT / "docs" / "shell.png"
+# Name in the tables, and model in the benchmark.
+SYSTEMS = {
+    "shell": ("this model", "encoder-decoder"),
+    "decoder-only": ("decoder-only baseline of the same size", "decoder-only"),
+    "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
+    "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
+    "nearest": ("commands of the nearest training requests", None),
+}
+METRICS = {
+    "nlc2cmd": "NLC2CMD, first answer",
+    "nlc2cmd_top5": "NLC2CMD, five answers",
+    "template": "template",
+    "exact": "exact",
+    "first_utility": "first program",
+    "valid_bash": "valid Bash",
+}
+ENGINES = {"ctranslate2": "CTranslate2", "ctranslate2, five beams": "CTranslate2, five beams"}
+NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
+MISSING = "not measured"
+PLOT_LABEL_WIDTH = 28
+
+
+def load_results():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+# Collect
+
+
+def read_evaluation(folder):
+    """Return the name of the rows, and the metrics of an evaluation; of greedy search only those of one answer."""
+    results = RunResults.load(Path(folder, "evaluation.json"))
+    is_greedy = results.settings.get("num_beams") == 1
+    metrics = {
+        name: [metric.value, metric.low, metric.high]
+        for name, metric in results.saved.metrics.items()
+        if not (is_greedy and name == "nlc2cmd_top5")
+    }
+    return Path(results.dataset.name).stem, {"num_rows": results.num_rows["test"], "metrics": metrics}
+
+
+def find_mistakes(folder):
+    """Count the kinds of answers, and draw ten of the wrong ones that are short enough to read."""
+    lines = Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "prediction" in row]
+    answers = [
+        {
+            "request": row["source"],
+            "expected": row["references"][0],
+            "answer": (row["prediction"].splitlines() or [""])[0],
+        }
+        for row in rows
+    ]
+    for answer in answers:
+        answer["kind"] = classify(answer["answer"], answer["expected"])
+    wrong = [one for one in answers if one["kind"] != "same command"]
+    short = [one for one in wrong if max(map(len, one.values())) <= LONGEST_MISTAKE]
+    kinds = Counter(one["kind"] for one in answers)
+    drawn = random.Random(0).sample(short, min(NUM_MISTAKES, len(short)))
+    return {"kinds": dict(kinds.most_common()), "examples": drawn}
+
+
+def classify(answer, expected):
+    from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
+
+    metrics = shell_metrics([answer], expected)
+    if metrics["exact"]:
+        return "same command"
+    if not metrics["valid_bash"]:
+        return "not valid Bash"
+    if metrics["template"]:
+        return "same programs and flags, other arguments"
+    return "same first program, other flags or programs" if metrics["first_utility"] else "another first program"
+
+
+def answer_requests():
+    from encdec_slm_cli.shell_model import load_shell_model
+    from shell_demo import REQUESTS
+
+    model = load_shell_model()
+    return {request: model.answer(request)[0].command for request in REQUESTS}
+
+
+# Tables
+
+
+def readme_demo(results):
+    request, command = next(iter(results["answers"].items()))
+    return f'```\n$ encdec-slm shell "{request}"\n{command}\n```'
+
+
+def readme_table(results):
+    """Return the table of all systems on test_random, with the fastest engine of each."""
+    header = (
+        "system",
+        "parameters",
+        "weights",
+        "NLC2CMD, first answer",
+        "five answers",
+        "InterCode-ALFA",
+        "ms per answer",
+    )
+    rows = [header]
+    for key, (label, model) in SYSTEMS.items():
+        evaluation = results["evaluations"].get(key, {}).get("test_random")
+        scores = [format_metric(evaluation, name) for name in ("nlc2cmd", "nlc2cmd_top5")]
+        entry = find_fastest(results, model)
+        parameters, size, speed = "-", "-", "-" if model is None else MISSING
+        if entry is not None:
+            parameters, size = f"{entry['num_parameters'] / 1e6:,.3g}M", f"{entry['bytes'] / 1e6:,.0f} MB"
+            speed = f"{entry['milliseconds']:,.0f} ({format_engine(entry)})"
+        rows.append((label, parameters, size, *scores, results["published"].get(key, "-"), speed))
+    rows += [tuple(row) for row in results["published"]["rows"]]
+    table = format_table([list(row) for row in rows], markdown=True)
+    counts = sorted(
+        {one["test_random"]["num_rows"] for one in results["evaluations"].values() if "test_random" in one}
+    )
+    latency = results["latency"]
+    note = (
+        f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests "
+        f"(`test_random`). Times are medians for {latency['num_tokens']} tokens by greedy search on "
+        f"{latency['threads']} threads of an {latency['cpu']}, in the fastest engine. InterCode-ALFA and the last row "
+        "are published figures, of other tests and machines."
+    )
+    return f"{table}\n\n{textwrap.fill(note, 119)}"
+
+
+def score_table(results):
+    tables = []
+    for name in ("test_random", "test"):
+        rows = [[f"`{name}`", "rows", *METRICS.values()]]
+        for key, (label, _) in SYSTEMS.items():
+            evaluation = results["evaluations"].get(key, {}).get(name)
+            num_rows = f"{evaluation['num_rows']:,}" if evaluation else "-"
+            rows.append([label, num_rows, *(format_metric(evaluation, metric) for metric in METRICS)])
+        tables.append(format_table(rows, markdown=True))
+    return "\n\n".join(tables)
+
+
+def latency_table(results):
+    rows = [["model", "engine", "weights", "ms per answer"]]
+    for one in results["latency"]["entries"]:
+        label = next(label for label, model in SYSTEMS.values() if model == one["model"])
+        rows.append([label, format_engine(one), f"{one['bytes'] / 1e6:,.1f} MB", f"{one['milliseconds']:,.1f}"])
+    return format_table(rows, markdown=True)
+
+
+def mistakes_table(results):
+    kinds, examples = results["mistakes"]["kinds"], results["mistakes"]["examples"]
+    total = sum(kinds.values())
+    shares = "\n".join(f"- {kind}: {count / total:.1%}" for kind, count in kinds.items())
+    rows = [["request", "expected", "answer"]]
+    rows += [[one["request"], *(format_code(one[key]) for key in ("expected", "answer"))] for one in examples]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return f"{shares}\n\n{format_table(rows, markdown=True).replace('---:', '---')}"
+
+
+def format_metric(evaluation, name):
+    if evaluation is None:
+        return MISSING
+    if name not in evaluation["metrics"]:
+        return "one answer"
+    value, low, high = evaluation["metrics"][name]
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def format_engine(entry):
+    return f"{ENGINES.get(entry['engine'], entry['engine'])}, {entry['precision']}"
+
+
+def format_code(text):
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def find_fastest(results, model):
+    entries = [one for one in results["latency"]["entries"] if one["model"] == model and "beams" not in one["engine"]]
+    return min(entries, key=lambda one: one["milliseconds"], default=None)
+
+
+BLOCKS = {
+    "README.md": {"answer": readme_demo, "results": readme_table},
+    "docs/shell.md": {"scores": score_table, "latency": latency_table, "mistakes": mistakes_table},
+}
+
+
+def update_blocks(text, blocks, results):
+    """Replace what is between `<!-- NAME: written by examples/shell_results.py -->` and `<!-- end -->`."""
+    for name, build in blocks.items():
+        start = f"<!-- {name}: written by examples/shell_results.py -->\n"
+        pattern = re.compile(re.escape(start) + r".*?\n?<!-- end -->", re.DOTALL)
+        content = f"{start}{build(results)}\n<!-- end -->"
+        text, count = pattern.subn(lambda _, content=content: content, text)
+        if count != 1:
+            raise ValueError(f"{count} blocks {name!r} were found, but 1 is required.")
+    return text
+
+
+def draw_plot(results):
+    """Draw the milliseconds of an answer, and the score of first answers with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    times, scores = figure.subplots(1, 2)
+    for label, model in list(SYSTEMS.values())[2::-1]:
+        if entry := find_fastest(results, model):
+            label = f"{textwrap.fill(label, PLOT_LABEL_WIDTH)}\n{format_engine(entry)}"
+            bars = times.barh(label, entry["milliseconds"], color="tab:blue")
+            times.bar_label(bars, [f"{entry['milliseconds']:,.0f}"], padding=3)
+    times.set_xscale("log")
+    times.set_xlim(1, 3 * times.get_xlim()[1])
+    times.set_title(f"ms per answer of {results['latency']['num_tokens']} tokens")
+    measured = [
+        (label, results["evaluations"][key]["test_random"]["metrics"]["nlc2cmd"])
+        for key, (label, _) in reversed(SYSTEMS.items())
+        if "test_random" in results["evaluations"].get(key, {})
+    ]
+    for label, (value, low, high) in measured:
+        label = textwrap.fill(label, PLOT_LABEL_WIDTH)
+        scores.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
+    scores.margins(y=0.2)
+    scores.grid(axis="x", alpha=0.3)
+    scores.set_title("NLC2CMD, first answer")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluation", nargs="*", default=[], metavar="SYSTEM=FOLDER")
+    parser.add_argument("--benchmark", type=Path, metavar="FILE")
+    parser.add_argument("--answers", action="store_true")
+    arguments = parser.parse_args()
+    results = load_results()
+    for item in arguments.evaluation:
+        system, _, folder = item.partition("=")
+        if system not in SYSTEMS:
+            parser.error(f"--evaluation is {item!r}, but must begin with one of {', '.join(SYSTEMS)} and =")
+        name, evaluation = read_evaluation(folder)
+        results["evaluations"].setdefault(system, {})[name] = evaluation
+        if (system, name) == ("shell", "test_random"):
+            results["mistakes"] = find_mistakes(folder)
+    if arguments.benchmark is not None:
+        report = json.loads(arguments.benchmark.read_text(encoding="utf-8"))
+        entries = [{key: value for key, value in one.items() if key != "seconds"} for one in report["entries"]]
+        results["latency"] = {key: report[key] for key in ("threads", "num_tokens")}
+        results["latency"] |= {"cpu": report["machine"]["cpu"], "entries": entries}
+    if arguments.answers:
+        results["answers"] = answer_requests()
+    write_file(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    for name, blocks in BLOCKS.items():
+        write_file(ROOT / name, update_blocks((ROOT / name).read_text(encoding="utf-8"), blocks, results))
+    figure = draw_plot(results)
+    write_file(PLOT, lambda path: figure.savefig(path, format="png", dpi=120))
+
+
+if __name__ == "__main__":
+    main()

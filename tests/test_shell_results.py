@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables about the shell model in README.md and docs/shell.md, and the file that they are written from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from encdec_slm.trainers.evaluation import evaluate_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import nearest_request  # noqa: E402
+import shell_results  # noqa: E402
+
+
+@pytest.mark.parametrize("name", shell_results.BLOCKS)
+def test_the_pages_state_what_the_results_file_says(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert shell_results.update_blocks(text, shell_results.BLOCKS[name], shell_results.load_results()) == text
+
+
+def test_measurements_are_collected_and_shown(tmp_path, monkeypatch):
+    """The nearest training request is a baseline that evaluation scores as a function."""
+    rows = [("list all files", "ls -a"), ("count the lines of a", "wc -l a"), ("show the disk", "df")]
+    lines = [json.dumps({"source": source, "target": target}) + "\n" for source, target in rows]
+    (tmp_path / "train.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "test_random.jsonl").write_text("".join(lines))
+    answer = nearest_request.build_nearest(tmp_path / "train.jsonl")
+    assert answer(["Count lines"])[0] == ["wc -l a", "ls -a"]
+    options = {"dataset_name": tmp_path / "test_random.jsonl", "output_dir": tmp_path / "out", "num_bootstrap": 10}
+    evaluate_checkpoint(answer, "shell", **options, show_progress=False)
+    pages = {"README.md": shell_results.BLOCKS["README.md"]}
+    start = "<!-- {}: written by examples/shell_results.py -->\n<!-- end -->\n"
+    blocks = "".join(map(start.format, pages["README.md"]))
+    (tmp_path / "README.md").write_text(blocks)
+    (tmp_path / "results.json").write_text(shell_results.RESULTS.read_text(encoding="utf-8"))
+    for name, value in {"ROOT": tmp_path, "BLOCKS": pages, "RESULTS": tmp_path / "results.json"}.items():
+        monkeypatch.setattr(shell_results, name, value)
+    monkeypatch.setattr(shell_results, "PLOT", tmp_path / "plot.png")
+    monkeypatch.setattr(sys, "argv", ["shell_results.py", "--evaluation", f"shell={tmp_path / 'out'}"])
+    shell_results.main()
+    results = shell_results.load_results()
+    assert results["evaluations"]["shell"]["test_random"]["metrics"]["exact"][0] == pytest.approx(66.67, abs=0.01)
+    assert results["mistakes"]["kinds"] == {"same command": 2, "another first program": 1}
+    assert results["mistakes"]["examples"][0]["expected"] == "df"
+    assert "33.3 [" in (tmp_path / "README.md").read_text() and (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("ls -a x", "same command"),
+        ("ls 'x", "not valid Bash"),
+        ("ls -a y", "same programs and flags, other arguments"),
+        ("ls -l x", "same first program, other flags or programs"),
+        ("du x", "another first program"),
+    ],
+)
+def test_mistakes_have_kinds(answer, kind):
+    assert shell_results.classify(answer, "ls -a x") == kind
