@@ -20,7 +20,10 @@ from .errors import format_list, summarize_error
 
 MANIFEST = "export_manifest.json"
 # The folder of each format in a published repository.
-FORMAT_FOLDERS = {"ctranslate2": "ctranslate2", "onnx": "onnx", "onnx-static": "onnx"}
+FORMAT_FOLDERS = {
+    **{"ctranslate2": "ctranslate2", "onnx": "onnx", "onnx-static": "onnx"},
+    "transformers-js": "transformers-js",
+}
 # Config fields that change what a model computes.
 FINGERPRINT_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -109,7 +112,9 @@ def find_foreign_files(folder: str | Path) -> list[str]:
         ours = {MANIFEST, *json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
-    return sorted(path.name for path in Path(folder).iterdir() if path.name not in ours)
+    folders = {str(PurePosixPath(name).parent) for name in ours} - {"."}
+    paths = [*Path(folder).iterdir(), *(path for name in folders for path in Path(folder, name).glob("*"))]
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - ours - folders)
 
 
 # Fingerprints

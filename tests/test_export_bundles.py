@@ -47,6 +47,7 @@ def test_the_public_names_are_all_there():
         "OrtEncDecSLM",
         "export_ctranslate2",
         "export_onnx",
+        "export_transformers_js",
         "load_export",
     }
     assert set(export.__all__) == expected and all(hasattr(export, name) for name in expected)

@@ -17,8 +17,10 @@ TOKENIZER_HELP = (
 )
 QUANTIZATION_HELP = (
     "ctranslate2: int8 (default), float32, int8_float32, ...; onnx: int8, or int8_static with activation ranges "
-    "measured now.  [default for onnx: float32]"
+    "measured now; others: float16, int8 or int4.  [default: float32]"
 )
+# Calls that load an export in engines that this package does not run.
+LOADERS = {"transformers-js": "await pipeline('text2text-generation', {!r}, {{ dtype: 'auto' }})  // JavaScript"}
 
 
 def adapt(
@@ -125,7 +127,8 @@ def export(
     model: options.Model,
     output: options.Output,
     format: Annotated[
-        Literal["ctranslate2", "onnx"], typer.Option(help="ctranslate2 is for text models, onnx for all.")
+        Literal["ctranslate2", "onnx", "transformers-js"],
+        typer.Option(help="onnx is for all models, the others for text models."),
     ] = "ctranslate2",
     quantization: Annotated[str | None, typer.Option(metavar="KIND", help=QUANTIZATION_HELP)] = None,
     static_lengths: Annotated[
@@ -138,24 +141,33 @@ def export(
     overwrite: options.Overwrite = False,
     config: options.Config = None,
 ):
-    """Export a model to CTranslate2 (CPUs, NVIDIA GPUs) or ONNX (onnxruntime, OpenVINO, browsers, NPUs).
+    """Export a model to the format of an engine: on CPUs, GPUs or NPUs, or in a browser.
 
     --agreement generates for held-out Python functions with the model in float32 and with the export, and prints how
-    much is equal and the ROUGE-L of both. It is not available for vision-text models.
+    much is equal and the ROUGE-L of both. It is available for text models in ctranslate2 and onnx.
 
     \b
     Examples:
       encdec-slm export outputs/distill_docstrings outputs/ct2
       encdec-slm export outputs/distill_docstrings outputs/onnx --format onnx --quantization int8 --agreement
       encdec-slm export outputs/distill_docstrings outputs/npu --format onnx --static-lengths 64 --static-lengths 256
+      encdec-slm export checkpoints/shell outputs/js --format transformers-js --quantization int8
     """
-    if format == "ctranslate2" and static_lengths:
+    if format != "onnx" and static_lengths:
         raise UsageError("--static-lengths is for ONNX graphs: add --format onnx.")
+    if agreement and format in LOADERS:
+        raise UsageError(f"--agreement is for ctranslate2 and onnx, but --format is {format}.")
     if format == "ctranslate2":
         from encdec_slm.export import export_ctranslate2
 
-        quantization, loader = quantization or "int8", "CT2EncDecSLM"
+        quantization, call = quantization or "int8", "CT2EncDecSLM.from_pretrained({!r})"
         folder = export_ctranslate2(model, output, quantization, overwrite=overwrite).resolve()
+    elif format in LOADERS:
+        from encdec_slm import export as exporters
+
+        export_model = getattr(exporters, f"export_{format.replace('-', '_')}")
+        folder = export_model(model, output, quantization=quantization, overwrite=overwrite).resolve()
+        call = LOADERS[format]
     else:
         from encdec_slm.export import export_onnx
 
@@ -164,10 +176,10 @@ def export(
             from encdec_slm.trainers.engine_agreement import load_calibration_rows
 
             settings["calibration"] = load_calibration_rows()
-        folder, loader = export_onnx(model, output, **settings).resolve(), "OrtEncDecSLM"
-    size = sum(path.stat().st_size for path in folder.iterdir())
+        folder, call = export_onnx(model, output, **settings).resolve(), "OrtEncDecSLM.from_pretrained({!r})"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"Wrote {size / 1e6:,.1f} MB in {quantization or 'float32'} to {folder}. Load it with\n")
-    print(f"    {loader}.from_pretrained({str(folder)!r})", flush=True)
+    print(f"    {call.format(str(folder))}", flush=True)
     if not any(folder.glob("tokenizer*")):
         print_status(f"{model} has no tokenizer, so the export has none: it generates from token ids only.")
     if agreement:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports to other runtimes: CTranslate2, ONNX Runtime and OpenVINO.
+"""Exports to other runtimes: CTranslate2, ONNX Runtime, OpenVINO and transformers.js.
 
 A new engine is one module here with an exporter ([`~encdec_slm.export.bundles.write_bundle`]) and a model
 ([`~encdec_slm.export.exported_model.ExportedModel`]), its names below, and its format in `FORMAT_FOLDERS` of
@@ -16,6 +16,7 @@ _MODULES = {
     "OrtEncDecSLM": "onnx_model",
     "export_ctranslate2": "ctranslate2_converter",
     "export_onnx": "onnx_export",
+    "export_transformers_js": "transformers_js",
     "load_export": "loading",
 }
 

@@ -111,7 +111,8 @@ def write_bundle(
         if bundle.tokenizer is None and sources:
             logger.warning(f"{sources[0]} has no tokenizer, so the export has none and reads token ids only.")
         manifest["tokenizer_sha256"] = None if bundle.tokenizer is None else hash_tokenizer(bundle.tokenizer)
-        manifest["files"] = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        manifest["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ def load_export(
         ValueError: There is no such export, or a file is missing or damaged.
         ImportError: The engine is not installed.
     """
-    folder, manifest = find_export(name_or_path, revision=revision, subfolder=subfolder)
+    folder, manifest = find_export(name_or_path, tuple(MODEL_CLASSES), revision=revision, subfolder=subfolder)
     model_class = getattr(importlib.import_module(__package__), MODEL_CLASSES[manifest["format"]])
     model = model_class.from_pretrained(folder)
     return model, load_processing_class(folder, model)

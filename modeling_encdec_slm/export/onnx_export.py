@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import has_vision
 from . import onnx_quantization
@@ -85,7 +85,7 @@ def export_onnx(
         import_engine(name)
     format = FORMAT if static_lengths is None else STATIC_FORMAT
     with write_bundle(model_or_path, output_dir, format, tokenizer=tokenizer, overwrite=overwrite) as bundle:
-        _check_rope(bundle.model.config.get_text_config())
+        check_rope(bundle.model.config.get_text_config())
         if static_lengths is not None:
             _export_static(bundle, static_lengths)
         elif quantization is None:
@@ -97,7 +97,12 @@ def export_onnx(
     return Path(output_dir)
 
 
-def _check_rope(config):
+def check_rope(config: PreTrainedConfig) -> None:
+    """Check that the frequencies of a text model's rotary embeddings are constant.
+
+    Raises:
+        ValueError: They depend on the length of the input.
+    """
     rope_type = config.rope_parameters["rope_type"]
     if rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
         raise ValueError(

@@ -21,6 +21,8 @@ from .onnx_graphs import cache_names, flatten_caches
 DYNAMIC, STATIC = QUANTIZATIONS = ("int8", "int8_static")
 CALIBRATED_SOURCE_LENGTH = 512
 CALIBRATED_TARGET_LENGTH = 32
+CONTRIB_DOMAIN = "com.microsoft"
+BLOCK_SIZE = 32
 # Keeps onnxruntime's quantizers from advising a pass that these graphs do not need.
 PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 
@@ -203,3 +205,97 @@ def _quantize_embeddings(graph):
         ir.convenience.replace_nodes_and_values(graph.graph, node, [node], new, node.outputs, product.outputs)
         if not table.uses():
             del graph.graph.initializers[table.name]
+
+
+# Weights that are stored in fewer bits, for computations in float32
+
+
+def compress_weights(model: Any, quantization: str | None) -> None:
+    """Store the weights of a graph (`onnx_ir.Model`) in fewer bits; biases and the weights of norms stay in float32.
+
+    Args:
+        quantization (`str`, *optional*): `"float16"`, or `"int8"` or `"int4"` with one scale per 32 inputs of an
+            output. Embeddings and the output head have 8 bits with `"int4"` too; if they are tied, they are stored
+            once. `None` changes nothing.
+    """
+    if quantization == "float16":
+        _store_as_float16(model)
+    elif quantization is not None:
+        _quantize_blocks(model, {"int8": 8, "int4": 4}[quantization])
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+
+
+def _store_as_float16(model):
+    ir = import_engine("onnx_ir")
+    casts = []
+    for name, value in list(model.graph.initializers.items()):
+        if value.const_value.dtype == ir.DataType.FLOAT and len(value.shape) == 2:
+            half = _add_weight(model, f"{name}_float16", value.const_value.numpy().astype(np.float16))
+            casts.append(ir.node("Cast", [half], {"to": ir.DataType.FLOAT}))
+            casts[-1].outputs[0].name = f"{name}_float32"
+            value.replace_all_uses_with(casts[-1].outputs[0])
+    model.graph.insert_before(model.graph[0], casts)
+
+
+def _quantize_blocks(model, bits):
+    ir = import_engine("onnx_ir")
+    model.graph.opset_imports[CONTRIB_DOMAIN] = 1
+    for node in list(model.graph.all_nodes()):
+        table = node.inputs[node.op_type != "Gather"] if node.op_type in ("MatMul", "Gemm", "Gather") else None
+        if table is None or table.const_value is None or table.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        tape, rows = ir.tape.Tape(), table.const_value.numpy()
+        rows, bits_of_node = (rows.T, bits) if node.op_type == "MatMul" else (rows, 8)
+        arrays = zip(("blocks", "scales"), _round_to_blocks(rows, bits_of_node), strict=True)
+        weights = [_add_weight(model, f"{table.name}_{name}{bits_of_node}", array) for name, array in arrays]
+        if node.op_type == "Gather":
+            output = _gather_blocks(model, tape, *weights, node.inputs[1], rows.shape[1])
+        else:
+            sizes = {"K": rows.shape[1], "N": rows.shape[0], "bits": bits_of_node, "block_size": BLOCK_SIZE}
+            bias = [None, None, node.inputs[2]] if len(node.inputs) == 3 else []
+            options = {"domain": CONTRIB_DOMAIN, "attributes": {**sizes, "accuracy_level": 4}}
+            output = tape.op("MatMulNBits", [node.inputs[0], *weights, *bias], **options)
+        for index, new in enumerate(tape.nodes):
+            new.name = new.outputs[0].name = f"{node.name}.{index}"
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], tape.nodes, node.outputs, [output])
+
+
+def _gather_blocks(model, tape, blocks, scales, ids, width):
+    """Return embeddings from the rows of 8-bit blocks. Browsers do not have the operator GatherBlockQuantized."""
+    ir = import_engine("onnx_ir")
+    zero, last, shape, start, end = (
+        _add_weight(model, f"gather_blocks.{name}", np.array(value, dtype))
+        for name, value, dtype in (
+            *(("zero", 128, np.float32), ("last", [-1], np.int64), ("shape", [0, 0, -1], np.int64)),
+            *(("start", [0], np.int64), (f"width_{width}", [width], np.int64)),
+        )
+    )
+    levels = tape.op("Cast", [tape.op("Gather", [blocks, ids])], {"to": ir.DataType.FLOAT})  # (B, T, blocks, 32)
+    gathered = tape.op("Unsqueeze", [tape.op("Gather", [scales, ids]), last])
+    rows = tape.op("Reshape", [tape.op("Mul", [tape.op("Sub", [levels, zero]), gathered]), shape])
+    return tape.op("Slice", [rows, start, end, last]) if width % BLOCK_SIZE else rows
+
+
+def _round_to_blocks(rows, bits):
+    """Return blocks and scales. Values are unsigned, with a zero point in the middle."""
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK_SIZE))).astype(np.float32)
+    blocks = rows.reshape(len(rows), -1, BLOCK_SIZE)
+    zero = 2 ** (bits - 1)
+    # The value of the largest magnitude becomes the lowest level, of which there is one more.
+    index = np.abs(blocks).argmax(-1, keepdims=True)
+    scales = np.take_along_axis(blocks, index, -1) / -zero
+    scales[scales == 0] = 1
+    levels = np.clip(np.round(blocks / scales) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    if bits == 4:
+        levels = levels[..., ::2] | levels[..., 1::2] << 4
+    return levels, scales[..., 0]
+
+
+def _add_weight(model, name, array):
+    """Add a weight to a graph, or return the one that has this name."""
+    ir = import_engine("onnx_ir")
+    if name not in model.graph.initializers:
+        model.graph.register_initializer(ir.val(name, const_value=ir.tensor(np.ascontiguousarray(array), name=name)))
+    return model.graph.initializers[name]

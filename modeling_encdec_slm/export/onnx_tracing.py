@@ -156,10 +156,11 @@ class SharedWeights:
 
     Args:
         folder (`Path`): Folder of the file and of the graphs.
+        name (`str`, *optional*, defaults to `"model.onnx_data"`): Name of the file.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / WEIGHTS_FILE
+    def __init__(self, folder: Path, name: str = WEIGHTS_FILE):
+        self.path = folder / name
         self._offsets = {}
         self.path.touch()
 
