@@ -27,7 +27,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 	$(PIP) --no-deps $(PAGE)
 	@touch $@
 
-# The shell model answers six requests, or ASK. Then a short distillation; transformers alone loads the result.
+# The shell model answers ASK, if given, and six requests. Then a short distillation; transformers alone loads the result.
 # Threads of so small models mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/shell_demo.py $${ASK:+"$$ASK"}

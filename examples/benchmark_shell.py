@@ -26,7 +26,7 @@ from encdec_slm_cli.shell_model import ShellModel, find_model_folder
 from shell_demo import NUM_TOKENS, REQUESTS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from encdec_slm.benchmarks.contenders import BASELINE, OURS, TORCH_ENGINES, Contender
+from encdec_slm.benchmarks.contenders import BASELINE, ITEM_BYTES, OURS, TORCH_ENGINES, Contender
 from encdec_slm.benchmarks.engines import find_bundle_folder, load, prepare
 from encdec_slm.benchmarks.machine import Worker, describe_machine, run_in_new_process
 from encdec_slm.checkpoints import load_checkpoint, write_file
@@ -113,11 +113,12 @@ def start_workers(arguments, folder, temporary):
         bundle = find_bundle_folder(one, temporary)
         if one.engine not in TORCH_ENGINES:
             run_in_new_process(prepare, one, temporary)
-        files = bundle if bundle.exists() else Path(one.folder)
         entry = {"model": one.model, "engine": one.engine, "precision": one.precision}
-        entry |= {"num_parameters": num_parameters(one.config), "bytes": count_weight_bytes(files)}
-        if one.model == BASELINE and not bundle.exists():
-            entry["bytes"] = 4 * entry["num_parameters"]
+        entry["num_parameters"] = num_parameters(one.config)
+        if bundle.exists():
+            entry["bytes"] = count_weight_bytes(bundle)
+        else:
+            entry["bytes"] = ITEM_BYTES[one.precision] * entry["num_parameters"]
         packages = () if one.engine in TORCH_ENGINES else (one.engine,)
         worker = Worker(one.name, partial(load, one, bundle, arguments.threads), "cpu", packages)
         yield entry, worker, inputs[one.model]
@@ -137,7 +138,7 @@ def start_workers(arguments, folder, temporary):
 
 
 def count_weight_bytes(folder):
-    endings = (".safetensors", ".bin", ".onnx", ".onnx_data", ".data")
+    endings = (".bin", ".onnx", ".onnx_data")
     return sum(path.stat().st_size for path in Path(folder).iterdir() if path.name.endswith(endings))
 
 

@@ -63,10 +63,11 @@ def test_transformers_alone_runs_it(tmp_path):
     assert run.stdout.startswith("find ")
 
 
-def test_the_demo_answers_a_request_without_noise(tmp_path):
+def test_the_demo_answers_requests_and_shows_the_speed_without_noise(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, str(ROOT / "examples" / "shell_demo.py"), "count the lines of notes.txt"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("> count the lines of notes.txt\n  ") and " ms]" in run.stdout
+    assert run.stdout.startswith("> count the lines of notes.txt\n  ") and run.stdout.count(" ms]\n") == 7
+    assert " times as long." in run.stdout
     assert run.stderr.count("\n") <= 1  # that the model is converted

@@ -96,10 +96,10 @@ def test_log_probability_is_that_of_all_tokens(shell_export):
     ("calibration", "options", "expected"),
     [
         (SURE, [], ["confidence 88%"]),
-        (NOT_SURE, [], ["not sure: confidence 12%, below 50%"]),
+        (NOT_SURE, [], ["not sure: confidence 11%, below 50%"]),
         (SURE, ["-q"], []),
-        (NOT_SURE, ["-q"], ["not sure: confidence 12%, below 50%"]),
-        (NOT_SURE, ["-n", 2], ["not sure: confidence 12%, below 50%", "confidence 12%"]),
+        (NOT_SURE, ["-q"], ["not sure: confidence 11%, below 50%"]),
+        (NOT_SURE, ["-n", 2], ["not sure: confidence 11%, below 50%", "confidence 11%"]),
         (None, [], []),
     ],
 )

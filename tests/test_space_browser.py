@@ -150,6 +150,17 @@ def test_type_submit_read_and_compare(visit, text_server):
     assert value_of(page, "baseline_text")
 
 
+def test_the_command_serves_the_shell_model(visit, tmp_path):
+    with Server(["-m", "encdec_slm_cli", "demo"], tmp_path / "server.log") as server:
+        page = visit(server)
+        assert page.title() == "shell"
+        page.get_by_text("find all files").first.click()
+        page.wait_for_function("document.querySelector('#source textarea').value.startsWith('find all')")
+        page.click("#generate")
+        wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
+        assert value_of(page).startswith("find /var")
+
+
 def test_empty_and_very_long_inputs_are_explained(visit, text_server):
     page = visit(text_server)
     page.click("#generate")
@@ -157,8 +168,8 @@ def test_empty_and_very_long_inputs_are_explained(visit, text_server):
     fill(page, "word " * 40_000)
     page.click("#generate")
     wait_for(page, "message", r"The text has [\d,]+ tokens, but this model reads at most 512")
-    page.get_by_text("return width * height").first.click()  # an example
-    page.wait_for_function("document.querySelector('#source textarea').value.startsWith('def area')")
+    page.get_by_text("find all files").first.click()  # an example
+    page.wait_for_function("document.querySelector('#source textarea').value.startsWith('find all')")
     page.click("#generate")
     wait_for(page, "message", r"\d+ tokens in [\d.]+ s")
 

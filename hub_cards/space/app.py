@@ -43,9 +43,9 @@ MODEL_TYPES = ("encdec_slm", "encdec_vlm")
 DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS = 48, 256
 HUB_TIMEOUT_SECONDS = 10
 EXAMPLE_TEXTS = (
-    "def area(width, height):\n    return width * height",
-    "def remove_suffix(path, suffix):\n    if suffix and path.endswith(suffix):\n"
-    "        return path[:-len(suffix)]\n    return path",
+    "find all files larger than 100 MB in /var",
+    "count the lines of notes.txt",
+    "delete all empty files below the current directory",
 )
 CSS = """
 .code textarea {font-family: ui-monospace, Consolas, monospace}
@@ -407,7 +407,7 @@ def _place_inputs(gradio, loaded, parts):
     parts["source"] = gradio.Textbox(
         label="Question" if has_vision else "Text",
         placeholder="What do you want to know?" if has_vision else "Input of the model",
-        lines=1 if has_vision else 10,
+        lines=1 if has_vision else 4,
         max_lines=24,
         elem_id="source",
         elem_classes=[] if has_vision else ["code"],

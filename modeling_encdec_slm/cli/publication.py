@@ -81,7 +81,12 @@ def publish(
 
 
 def demo(
-    model: Annotated[str, typer.Option(metavar="MODEL", help="Folder of a checkpoint, or its name on the Hub.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Folder of a checkpoint, or its name on the Hub.  [default: the shell model]"
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Time the decoder-only baseline too, after each answer.")
     ] = False,
@@ -96,11 +101,14 @@ def demo(
 
     \b
     Examples:
-      encdec-slm demo --model outputs/distill_docstrings
+      encdec-slm demo
       encdec-slm demo --model outputs/vqa_synthetic --compare --port 7861
     """
     from encdec_slm.hub_cards.space.app import serve
 
+    from .shell_model import find_model_folder
+
+    model = str(find_model_folder(None)) if model is None else model
     if revision is None and not Path(model).is_dir():
         print_status("No --revision: the code of the newest commit runs. Pin one that you have read.")
     serve(model, port=port, share=share, compare=compare, revision=revision)

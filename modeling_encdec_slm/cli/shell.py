@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`shell`: a request in English, a shell command out. No command is ever run."""
 
+import math
 import sys
 import unicodedata
 from typing import Annotated
@@ -68,10 +69,11 @@ def shell(
 def _print_confidence(confidence, calibration, is_best, quiet):
     if confidence is None:
         return
+    percent = math.floor(100 * confidence)  # rounded, it could equal the threshold that it is below
     if is_best and confidence < calibration.threshold:
-        print_status(f"  not sure: confidence {confidence:.0%}, below {calibration.threshold:.0%}")
+        print_status(f"  not sure: confidence {percent}%, below {math.ceil(100 * calibration.threshold)}%")
     elif not quiet:
-        print_status(f"  confidence {confidence:.0%}")
+        print_status(f"  confidence {percent}%")
 
 
 def _read_request(words):
