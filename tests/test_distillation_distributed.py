@@ -21,6 +21,7 @@ from distillation_worker import (
     save_folder,
 )
 from safetensors.torch import load_file
+from sharded_on_cpu import FSDP2
 
 from encdec_slm.trainers.teacher_cache import DistributionSpec
 from encdec_slm.trainers.teacher_engines import TransformersEngine
@@ -59,21 +60,13 @@ assert not [name for name, parameter in student.named_parameters() if torch.equa
 trainer.save_model()
 torch.save(history_of(trainer), output_dir + "/losses.pt")
 """
-# accelerate shards on accelerators only, but FSDP2 itself works on a CPU.
-SHARDED_ON_CPU = """
+SHARDED = """
 import json
 import sys
-from accelerate import state
 
-initialize = state.AcceleratorState.__init__
+from sharded_on_cpu import shard_on_cpu
 
-def initialize_sharded(self, *args, **kwargs):
-    initialize(self, *args, **kwargs)
-    self.distributed_type = state.DistributedType.FSDP
-    if "fsdp_plugin" in kwargs:
-        self.fsdp_plugin = kwargs["fsdp_plugin"]
-
-state.AcceleratorState.__init__ = initialize_sharded
+shard_on_cpu()
 
 from distillation_worker import history_of, make_trainer
 from torch.distributed.tensor import DTensor
@@ -89,14 +82,6 @@ if trainer.is_world_process_zero():
     json.dump(results, open(sys.argv[1] + "/result.json", "w"))
 trainer.accelerator.end_training()
 """
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "ACCELERATE_USE_CPU": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
 
 
 def run(*command, **variables):
@@ -142,7 +127,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(name, runs, shared_out
 @pytest.mark.slow
 def test_shards_of_fsdp2_equal_one_process(tmp_path):
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED_ON_CPU)
+    script.write_text(SHARDED)
     names = ("off_policy", "on_policy")
     runs = {name: {**RUNS[name], "per_device_train_batch_size": 2} for name in names}
     run("-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path, json.dumps(runs), **FSDP2)

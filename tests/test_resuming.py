@@ -46,8 +46,9 @@ def test_resume_from_checkpoint_has_one_meaning(tmp_path):
     for value in ("true", True, str(tmp_path / "nowhere")):
         with pytest.raises(ValueError, match="`resume_from_checkpoint`"):
             find_checkpoint(tmp_path, value)
+    assert find_checkpoint(tmp_path, "auto") is None
     path = str(write_checkpoint(tmp_path, 2))
-    assert [find_checkpoint(tmp_path, value) for value in (True, "True", path)] == [path] * 3
+    assert [find_checkpoint(tmp_path, value) for value in (True, "True", "auto", path)] == [path] * 4
     assert [find_checkpoint(tmp_path, value) for value in (None, False, "false")] == [None] * 3
 
 

@@ -233,12 +233,12 @@ def _find_checkpoints(folders, resume_from_checkpoint):
         return dict.fromkeys(folders)
     checkpoints = {name: last_complete_checkpoint(folder) for name, folder in folders.items()}
     has_teacher = TEACHER in folders and _find_teacher(folders[TEACHER]) is not None
-    if str(resume_from_checkpoint).lower() != "true":
+    if str(resume_from_checkpoint).lower() not in ("true", "auto"):
         checkpoint = find_checkpoint(folders[STUDENT], resume_from_checkpoint)
         owners = [name for name, folder in folders.items() if contains_checkpoint(folder, checkpoint)]
         checkpoints[owners[0] if owners else STUDENT] = checkpoint
     elif not has_teacher and not any(checkpoints.values()):
-        find_checkpoint(folders[STUDENT], "true")  # raises
+        find_checkpoint(folders[STUDENT], resume_from_checkpoint)  # raises for true
     if TEACHER in folders and not has_teacher and checkpoints[STUDENT] is not None:
         raise ValueError(
             f"The student would continue from {checkpoints[STUDENT]!r}, but there is no trained teacher in "

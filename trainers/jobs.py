@@ -163,9 +163,18 @@ def train(trainer: Trainer, checkpoint: str | None) -> float:
         logger.info(f"Continuing from {checkpoint}.")
     if not contains_checkpoint(trainer.args.output_dir, checkpoint) and trainer.is_world_process_zero():
         remove_checkpoints(trainer.args.output_dir)
+    _unwrap_evaluated_model(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return round(time.perf_counter() - started, 1)
+
+
+def _unwrap_evaluated_model(trainer):
+    """Let accelerate wrap a model that was evaluated: it takes it for prepared, and trains it without DDP."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False
+        trainer.model_wrapped = trainer.model
 
 
 def predict(trainer: Trainer, rows: Any) -> Any:

@@ -128,21 +128,25 @@ def find_checkpoint(folder: str | Path, resume_from_checkpoint: str | bool | Non
     Args:
         folder (`str` or `Path`): Output folder of the run.
         resume_from_checkpoint (`str` or `bool`, *optional*): `True` or `"true"` for the last complete checkpoint in
-            `folder`; or the path of a checkpoint.
+            `folder`; `"auto"` for the same if there is one, for launchers that restart a run by the same command; or
+            the path of a checkpoint.
 
     Returns:
-        `str`: A complete checkpoint; `None` if none is asked for.
+        `str`: A complete checkpoint; `None` to train from the start.
 
     Raises:
         ValueError: There is no such checkpoint, or it is incomplete.
     """
     if not is_resumed(resume_from_checkpoint):
         return None
+    if str(resume_from_checkpoint).lower() == "auto":
+        return last_complete_checkpoint(folder)
     if str(resume_from_checkpoint).lower() != "true":
         if not _is_complete(Path(resume_from_checkpoint)):
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, but there is no complete checkpoint. "
-                "Give `true` for the last one in the output folder, or the path of a `checkpoint-*` folder."
+                "Give `true` for the last one in the output folder, `auto` to start without one, or the path of a "
+                "`checkpoint-*` folder."
             )
         return str(resume_from_checkpoint)
     checkpoint = last_complete_checkpoint(folder)

@@ -47,7 +47,7 @@ def finetune(
       max_source_length, max_target_length   in tokens
       use_peft, lora_r     LoRA
       use_cpu, bf16        where and in which precision
-      resume_from_checkpoint   true, or the path of a checkpoint
+      resume_from_checkpoint   true, auto (if there is a checkpoint), or the path of a checkpoint
 
     \b
     Examples:
@@ -83,7 +83,7 @@ def distill(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fal
       kd_temperature, beta, lmbda, seq_kd   the objective
       max_source_length, max_completion_length   in tokens
       num_train_epochs, max_steps, learning_rate, per_device_train_batch_size, seed
-      resume_from_checkpoint   true, or the path of a checkpoint
+      resume_from_checkpoint   true, auto (if there is a checkpoint), or the path of a checkpoint
 
     \b
     Examples:
@@ -113,7 +113,7 @@ def pretrain(ctx: typer.Context, config: Recipe = None, list_keys: ListKeys = Fa
       output_dir           folder of the run
       max_steps, learning_rate, lr_scheduler_type, per_device_train_batch_size, max_length, seed
       use_cpu, bf16, torch_compile         where and how
-      resume_from_checkpoint   true, or the path of a checkpoint
+      resume_from_checkpoint   true, auto (if there is a checkpoint), or the path of a checkpoint
 
     \b
     Examples:
