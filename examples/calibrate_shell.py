@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate the confidence of `encdec-slm shell` on a validation file, and check it on other files.
+"""Calibrate the confidence of `encdec-slm shell` on a validation file, and measure its answers.
 
-    python examples/calibrate_shell.py MODEL --validation validation.jsonl [--test test.jsonl ...]
+    python examples/calibrate_shell.py MODEL --validation validation.jsonl [--test test.jsonl ...] [--output-dir OUT]
 
 The files have rows of `source` and `target`. An answer is right if it has the same programs with the same flags as the
-target. Writes shell_calibration.json into the folder MODEL, and prints for each file the share of right answers, the
-expected calibration error without and with calibration, and how often answers of which there is no doubt are right.
+target. Writes shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`,
+which it also saves as OUT/<name of the file>.json, the expected calibration error without and with calibration, and
+how often answers of which there is no doubt are right.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
 from encdec_slm_cli.shell_model import ShellModel, load_shell_model
 
+from encdec_slm.run_results import RunResults
+from encdec_slm.trainers.evaluation import evaluate_checkpoint
 from encdec_slm.trainers.evaluation.shell_metrics import command_template
+
+
+NUM_ANSWERS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Calibrate a model; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a shell model")
-    parser.add_argument("--validation", required=True, help="rows for the fit")
-    parser.add_argument("--test", nargs="*", default=[], help="rows for checks")
+    parser.add_argument("--validation", required=True, type=Path, help="rows for the fit")
+    parser.add_argument("--test", nargs="*", default=[], type=Path, help="rows for checks")
+    parser.add_argument("--output-dir", type=Path, help="folder for the results of each file")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -32,38 +40,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
 
-    model = load_shell_model(args.model)
-    scores, labels = score_answers(model, args.validation)
-    calibration = fit_calibration(scores, labels, args.threshold)
-    calibration.save(args.model)
-    print(
-        f"Wrote {CALIBRATION_FILE} to {args.model}: {calibration.expected_calibration_error:.3f} cross-validated error"
-    )
-    print_check(args.validation, calibration, scores, labels)
-    for path in args.test:
-        print_check(path, calibration, *score_answers(model, path))
+    model, calibration = load_shell_model(args.model), None
+    for path in (args.validation, *args.test):
+        results, scores, labels = evaluate_answers(model, path)
+        if calibration is None:
+            calibration = fit_calibration(scores, labels, args.threshold)
+            calibration.save(args.model)
+            print(f"Wrote {CALIBRATION_FILE} to {args.model}.")
+            print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
+        print(f"{path}: {', '.join(f'{name} {metric}' for name, metric in results.models[0].metrics.items())}")
+        print_check(calibration, scores, labels)
+        if args.output_dir is not None:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            results.save(args.output_dir / f"{path.stem}.json")
 
 
-def score_answers(model: ShellModel, path: str) -> tuple[list[float], list[bool]]:
-    """Return the log-probability of the first answer to each request, and whether it is right."""
+def evaluate_answers(model: ShellModel, path: Path) -> tuple[RunResults, list[float], list[bool]]:
+    """Return the metrics of the answers to all requests, the log-probability of the first answer to each request, and
+    whether it is right.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    answers = {row["source"]: model.answer(row["source"], NUM_ANSWERS) for row in rows}
+
+    def encdec_slm_shell(sources):
+        return [[answer.command for answer in answers[source]] for source in sources]
+
+    results = evaluate_checkpoint(encdec_slm_shell, task="shell", dataset_name=path, show_progress=False)
     scores, labels = [], []
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
     for row in rows:
-        for answer in model.answer(row["source"]):
+        for answer in answers[row["source"]][:1]:
             scores.append(answer.log_probability)
             labels.append(command_template(answer.command) == command_template(row["target"]))
-    return scores, labels
+    return results, scores, labels
 
 
-def print_check(path: str, calibration: Calibration, scores: Sequence[float], labels: Sequence[bool]) -> None:
-    """Print one line about a file."""
+def print_check(calibration: Calibration, scores: Sequence[float], labels: Sequence[bool]) -> None:
+    """Print how well confidences tell right answers from wrong ones."""
     confidences = [calibration.confidence(score) for score in scores]
     sure = [
         label for confidence, label in zip(confidences, labels, strict=True) if confidence >= calibration.threshold
     ]
     print(
-        f"{path}: {len(labels)} answers, {sum(labels) / len(labels):.1%} right; calibration error "
+        f"  {len(labels)} answers, {sum(labels) / len(labels):.1%} right; calibration error "
         f"{expected_calibration_error(list(map(math.exp, scores)), labels):.3f} without and "
         f"{expected_calibration_error(confidences, labels):.3f} with calibration; {len(sure) / len(labels):.1%} "
         f"of the answers are sure, and {sum(sure) / max(1, len(sure)):.1%} of these are right"

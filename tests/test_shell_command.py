@@ -17,7 +17,7 @@ import pytest
 import torch
 from encdec_slm_cli import main, shell_model
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
-from encdec_slm_cli.shell_syntax import is_complete
+from encdec_slm_cli.shell_syntax import is_complete, outline
 
 from conftest import build_model, build_tokenizer
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
@@ -26,11 +26,13 @@ from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 REQUEST = "w7 w9 w4"
+# Most tokens are options, so that commands differ in more than arguments.
+WORDS = [f"w{number}" if number < 10 else f"-w{number}" for number in range(4, 97)]
 SURE = Calibration(slope=0.0, intercept=2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
 NOT_SURE = Calibration(slope=0.0, intercept=-2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
 
 
-def save_shell_folder(folder, words=None):
+def save_shell_folder(folder, words=WORDS):
     model = build_model(seed=3)
     model.generation_config.max_length = 9
     for part in (model, build_tokenizer(words=words)):
@@ -73,23 +75,47 @@ def run(capfd):
 
 
 def test_answers_are_those_of_beam_search(run, shell_export):
-    model, tokenizer = CT2EncDecSLM.from_pretrained(shell_export), build_tokenizer()
+    model, tokenizer = CT2EncDecSLM.from_pretrained(shell_export), build_tokenizer(words=WORDS)
     ids = tokenizer(REQUEST, return_tensors="pt").input_ids
-    sequences = model.generate(ids, num_beams=5, num_return_sequences=5, length_penalty=0.0)
-    expected = tokenizer.decode(sequences, skip_special_tokens=True)
-    assert run(REQUEST, "--model", shell_export, "-n", 5) == (0, expected, [])
-    assert run(*REQUEST.split(), "--model", shell_export) == (0, expected[:1], [])
+    sequences = model.generate(ids, num_beams=20, num_return_sequences=20, length_penalty=0.0)
+    candidates = tokenizer.decode(sequences, skip_special_tokens=True)
+    code, commands, messages = run(REQUEST, "--model", shell_export, "-n", 20)
+    assert code == 0 and messages == [] and len(commands) > 5 and set(commands) <= set(candidates)
+    assert run(*REQUEST.split(), "--model", shell_export) == (0, commands[:1], [])
 
 
-def test_log_probability_is_that_of_all_tokens(shell_export):
-    model = shell_model.load_shell_model(str(shell_export))
-    tokenizer = build_tokenizer()
-    for answer in model.answer(REQUEST, 3):
-        ids = tokenizer(answer.command, add_special_tokens=False).input_ids
-        tokens = tokenizer.convert_ids_to_tokens(ids)
-        (scored,) = model.translator.score_batch([model.encode(REQUEST)[0]], [tokens])
-        # The answers stop at 8 tokens, without an end token, which `score_batch` adds. Its int8 sums differ a little.
-        assert answer.log_probability == pytest.approx(sum(scored.log_probs[: len(ids)]), abs=0.05)
+def test_commands_that_differ_in_arguments_are_one_answer(tmp_path):
+    words = [f"w{number}" if number < 10 else f"a{number}" for number in range(4, 97)]
+    model = shell_model.load_shell_model(str(save_shell_folder(tmp_path / "model", words=words)))
+    source = [model.encode(REQUEST)[0]]
+    (result,) = model.translator.translate_batch(
+        source, beam_size=20, num_hypotheses=20, length_penalty=0, max_decoding_length=8
+    )
+    probabilities = {}
+    for tokens in result.hypotheses:
+        (scored,) = model.translator.score_batch(source, [tokens])
+        # The commands stop at 8 tokens, without an end token, which `score_batch` adds.
+        probability = math.exp(sum(scored.log_probs[: len(tokens)]))
+        probabilities[tokens[0]] = probabilities.get(tokens[0], 0) + probability
+    answers = model.answer(REQUEST, 20)
+    assert len(answers) < 20 and {answer.command.split()[0] for answer in answers} == set(probabilities)
+    for answer in answers:  # int8 sums of the two calls differ a little
+        expected = math.log(probabilities[answer.command.split()[0]])
+        assert answer.log_probability == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "is_equal"),
+    [
+        ("tar -x -f a.tar", "/bin/tar -f b.tar -x", True),
+        ("ls a | wc -l", "ls b c | wc -l", True),
+        ("ls | wc", "ls && wc", False),
+        ("ls -a", "ls -l", False),
+        ("echo $(ls -a)", "echo $(ls -l)", False),
+    ],
+)
+def test_outline_is_programs_and_options(line, other, is_equal):
+    assert (outline(line) == outline(other)) == is_equal
 
 
 @pytest.mark.parametrize(
@@ -119,7 +145,7 @@ def test_dangerous_answers_are_warned_of(run, tmp_path):
 
 
 def test_incomplete_commands_come_last(run, tmp_path):
-    words = [f"w{number}" + "'" * (number % 2) for number in range(93)]
+    words = [word + "'" * (number % 2) for number, word in enumerate(WORDS)]
     folder = save_shell_folder(tmp_path / "model", words=words)
     commands = run("w7 w9 w4", "--model", folder, "-n", 20)[1]
     is_open = [command.count("'") % 2 for command in commands]

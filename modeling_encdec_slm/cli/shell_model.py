@@ -4,6 +4,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from .calibration import Calibration
 from .console import print_status
-from .shell_syntax import is_complete
+from .shell_syntax import is_complete, outline
 
 
 # The file and the folder of exports, as in `encdec_slm.export_manifest`, which imports torch.
@@ -30,7 +31,7 @@ CACHE_VERSION = b"1"
 TEMPORARY_PREFIX = ".incomplete-"
 STALE_SECONDS = 3600
 # The first answer is the same for any number of answers up to this one.
-NUM_BEAMS = 5
+NUM_BEAMS = 20
 # More threads cost more time to start than they save for a model of this size.
 NUM_THREADS = 1
 MAX_NEW_TOKENS = 256
@@ -47,7 +48,7 @@ class Answer:
 
     Args:
         command (`str`): One line.
-        log_probability (`float`): Of all tokens and the end token, in nats.
+        log_probability (`float`): Of all generated commands with the same programs and options, in nats.
         confidence (`float`, *optional*): Calibrated probability that it is right; `None` without a calibration.
     """
 
@@ -104,9 +105,10 @@ class ShellModel:
         return [self._tokens[token_id] for token_id in ids], num_tokens
 
     def answer(self, request: str, num_answers: int = 1) -> list[Answer]:
-        """Return up to `num_answers` different commands, the most probable first.
+        """Return up to `num_answers` commands, the most probable first.
 
-        Commands with open quotation marks or brackets come last.
+        Commands differ in programs or options: of those that differ in arguments alone, the most probable one stands
+        for all, and their probabilities are added. Commands with open quotation marks or brackets come last.
 
         Args:
             request (`str`): In English.
@@ -117,20 +119,27 @@ class ShellModel:
             [self.encode(request)[0]],
             beam_size=num_beams,
             num_hypotheses=num_beams,
-            length_penalty=0,  # answers are ordered by their probability, not by its mean per token
+            length_penalty=0,  # the probability of a command, not its mean per token
             max_decoding_length=self._max_new_tokens(),
             max_input_length=0,
             return_scores=True,
             return_end_token=True,
             **self._end_tokens(),
         )
-        answers: dict[str, Answer] = {}
+        groups: dict[tuple, dict[str, float]] = {}
         for tokens, log_probability in zip(result.hypotheses, result.scores, strict=True):
-            command = self._decode(tokens)
-            if command:
-                confidence = None if self.calibration is None else self.calibration.confidence(log_probability)
-                answers.setdefault(command, Answer(command, log_probability, confidence))
-        return sorted(answers.values(), key=lambda answer: not is_complete(answer.command))[:num_answers]
+            if command := self._decode(tokens):
+                group = groups.setdefault(outline(command), {})
+                group[command] = group.get(command, 0.0) + math.exp(log_probability)
+        answers = [self._build_answer(group) for group in groups.values()]
+        answers.sort(key=lambda answer: (not is_complete(answer.command), -answer.log_probability))
+        return answers[:num_answers]
+
+    def _build_answer(self, probabilities):
+        """Build the answer that stands for commands with these probabilities."""
+        log_probability = math.log(max(math.fsum(probabilities.values()), sys.float_info.min))
+        confidence = None if self.calibration is None else self.calibration.confidence(log_probability)
+        return Answer(max(probabilities, key=probabilities.get), log_probability, confidence)
 
     def _max_new_tokens(self):
         limit = self._settings.get("max_new_tokens") or (self._settings.get("max_length") or MAX_NEW_TOKENS) - 1

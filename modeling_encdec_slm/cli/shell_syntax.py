@@ -69,6 +69,18 @@ def is_complete(line: str) -> bool:
     return not parser.is_open and (parser.depth == 0 or "case" in line) and not re.search(r"(\||&&)\s*$", line)
 
 
+def outline(line: str) -> tuple:
+    """Return the programs of a command line and their options, without arguments and their order."""
+    parts = []
+    for command in parse_commands(line):
+        texts = [word.text for word in command.words]
+        if texts:
+            options = sorted({text for text in texts[1:] if text.startswith("-")})
+            parts.append((command.operator, texts[0].rpartition("/")[2], *options))
+        parts += [outline(text) for word in command.words for text in word.substitutions]
+    return tuple(parts)
+
+
 def unquote(text: str) -> str:
     """Return the plain text of a word."""
     return text.translate(PLAIN)
@@ -298,4 +310,4 @@ def _values(expression, variables):
     return [unquote(default[1])] if default else [f"\ue007{name or expression}\ue008"]
 
 
-__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "is_complete", "parse_commands", "unquote"]
+__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "is_complete", "outline", "parse_commands", "unquote"]
