@@ -5,7 +5,7 @@
 
 The files have rows of `source` and `target`. An answer is right if it has the same programs with the same flags as the
 target. Writes shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`,
-which it also saves as OUT/<name of the file>.json, the expected calibration error without and with calibration, and
+which it also saves in OUT/<name of the file>, the expected calibration error without and with calibration, and
 how often answers of which there is no doubt are right.
 """
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="folder of a shell model")
     parser.add_argument("--validation", required=True, type=Path, help="rows for the fit")
     parser.add_argument("--test", nargs="*", default=[], type=Path, help="rows for checks")
-    parser.add_argument("--output-dir", type=Path, help="folder for the results of each file")
+    parser.add_argument("--output-dir", type=Path, help="folder for the results of the files")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     model, calibration = load_shell_model(args.model), None
     for path in (args.validation, *args.test):
-        results, scores, labels = evaluate_answers(model, path)
+        output_dir = None if args.output_dir is None else args.output_dir / path.stem
+        results, scores, labels = evaluate_answers(model, path, output_dir)
         if calibration is None:
             calibration = fit_calibration(scores, labels, args.threshold)
             calibration.save(args.model)
@@ -50,12 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
         print(f"{path}: {', '.join(f'{name} {metric}' for name, metric in results.models[0].metrics.items())}")
         print_check(calibration, scores, labels)
-        if args.output_dir is not None:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-            results.save(args.output_dir / f"{path.stem}.json")
 
 
-def evaluate_answers(model: ShellModel, path: Path) -> tuple[RunResults, list[float], list[bool]]:
+def evaluate_answers(
+    model: ShellModel, path: Path, output_dir: Path | None
+) -> tuple[RunResults, list[float], list[bool]]:
     """Return the metrics of the answers to all requests, the log-probability of the first answer to each request, and
     whether it is right.
     """
@@ -65,7 +65,8 @@ def evaluate_answers(model: ShellModel, path: Path) -> tuple[RunResults, list[fl
     def encdec_slm_shell(sources):
         return [[answer.command for answer in answers[source]] for source in sources]
 
-    results = evaluate_checkpoint(encdec_slm_shell, task="shell", dataset_name=path, show_progress=False)
+    options = {"dataset_name": path, "output_dir": output_dir, "show_progress": False}
+    results = evaluate_checkpoint(encdec_slm_shell, task="shell", **options)
     scores, labels = [], []
     for row in rows:
         for answer in answers[row["source"]][:1]:
