@@ -44,14 +44,14 @@ class Start:
             their input most, ShortGPT, arXiv 2403.03853).
         decoder (`str`): Layers of the decoder, likewise.
         cross_scale (`float`): Factor of the copied output projection of the cross-attention.
-        fold_norm (`bool`): Move the gain of each decoder layer's input norm into keys and values of its
-            cross-attention, and set the gain of the encoder's final norm to one, instead of the source's final norm.
+        source_norm (`bool`): Copy the source's final norm to the encoder, and keys and values of the cross-attention
+            as they are, instead of multiplying the gain of the layer's input norm into them.
     """
 
     encoder: str = "first"
     decoder: str = "outer"
     cross_scale: float = 0.0
-    fold_norm: bool = False
+    source_norm: bool = False
 
 
 # Targets on which the influence of layers is measured.
@@ -64,7 +64,7 @@ STARTS = {
     "default": Start(),
     "copied cross-attention": Start(cross_scale=1.0),
     "cross-attention scaled by 0.1": Start(cross_scale=0.1),
-    "folded norm": Start(fold_norm=True),
+    "source norm": Start(source_norm=True),
     "contiguous decoder": Start(decoder="contiguous"),
     "even decoder": Start(decoder="even"),
     "last decoder": Start(decoder="last"),
@@ -215,11 +215,11 @@ def build_student(study, start):
         for index, layer in zip(layers[1], student.model.decoder.layers, strict=True):
             original = teacher.model.layers[index]
             layer.cross_attn.o_proj.weight.copy_(start.cross_scale * original.self_attn.o_proj.weight)
-            if start.fold_norm:
-                layer.cross_attn.k_proj.weight.mul_(original.input_layernorm.weight)
-                layer.cross_attn.v_proj.weight.mul_(original.input_layernorm.weight)
-        if start.fold_norm:
-            student.model.encoder.norm.weight.fill_(1.0)
+            if start.source_norm:
+                layer.cross_attn.k_proj.weight.copy_(original.self_attn.k_proj.weight)
+                layer.cross_attn.v_proj.weight.copy_(original.self_attn.v_proj.weight)
+        if start.source_norm:
+            student.model.encoder.norm.weight.copy_(teacher.model.norm.weight)
     return student
 
 

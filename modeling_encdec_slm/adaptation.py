@@ -72,8 +72,9 @@ def from_decoder_only(
     Layers of the source are copied to both stacks, as in T5Gemma (arXiv 2504.06225): bidirectional in the encoder,
     causal in the decoder, where the self-attention and its norm are also copied to the cross-attention. The output
     projection of the cross-attention is zero, so that the decoder starts as a language model of the targets instead of
-    adding noise. Embeddings are shared, and both stacks end with the source's final norm. The result must be trained
-    before it is useful.
+    adding noise. Its keys and values read the encoder's output as they read the layer's input in the source: the gain
+    of that layer's input norm is multiplied into their weights, and the encoder's final norm has a gain of one.
+    Embeddings are shared. The result must be trained before it is useful.
 
     Weights of a folder are read in blocks, so that memory holds the result and one block.
 
@@ -460,6 +461,8 @@ def _copy_weights(source, model, layers, old_ids):
         if ".cross_attn.o_proj." in name:
             parameters[name].zero_()
             missing.remove(name)
+    model.model.encoder.norm.weight.fill_(1.0)
+    missing.remove("model.encoder.norm.weight")
     for name, shape in source_shapes(source.config).items():
         targets = _target_names(name, layers)
         num_rows = max(1, BLOCK_BYTES // (shape[1:].numel() * source.dtype.itemsize))
@@ -471,6 +474,9 @@ def _copy_weights(source, model, layers, old_ids):
             for target in targets:
                 parameters[target][places].copy_(rows)
         missing -= set(targets)
+    for layer in model.model.decoder.layers:
+        for projection in (layer.cross_attn.k_proj, layer.cross_attn.v_proj):
+            projection.weight.mul_(layer.input_layernorm.weight)
     if missing:
         raise RuntimeError(f"No weights were copied to {format_list(sorted(missing))}. Please report this error.")
 
@@ -482,7 +488,7 @@ def _target_names(name: str, layers: tuple[list[int], list[int]]) -> list[str]:
     if name == "model.embed_tokens.weight":
         return ["model.encoder.embed_tokens.weight"]
     if name == "model.norm.weight":
-        return ["model.encoder.norm.weight", "model.decoder.norm.weight"]
+        return ["model.decoder.norm.weight"]
     _, _, index, rest = name.split(".", 3)  # model.layers.<index>.<rest>
     encoder, decoder = ([place for place, layer in enumerate(stack) if layer == int(index)] for stack in layers)
     targets = [f"model.encoder.layers.{place}.{rest}" for place in encoder]

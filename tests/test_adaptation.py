@@ -124,7 +124,8 @@ def test_an_encoder_of_full_depth_with_a_causal_mask_equals_the_source(name, ids
     position_embeddings = encoder.rotary_emb(hidden_states, torch.arange(9)[None])
     for layer in encoder.layers:
         hidden_states = layer(hidden_states, causal, position_embeddings)
-    torch.testing.assert_close(encoder.norm(hidden_states), outputs.hidden_states[-1], **CLOSE)
+    final = encoder.norm(hidden_states) * source.model.norm.weight
+    torch.testing.assert_close(final, outputs.hidden_states[-1], **CLOSE)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, ([0, 2, 4, 5], [3, 1])])
@@ -142,14 +143,22 @@ def test_each_layer_is_a_copy_of_the_one_that_the_strategy_selects(strategy):
     assert model.config.decoder_no_rope_layers == [use_rope[index] for index in selected[1]]
 
 
-def test_cross_attention_is_a_copy_of_self_attention_whose_output_is_zero():
-    model = from_decoder_only(build("qwen3 with biases", tie_word_embeddings=False), encoder_layers=6)
+def test_cross_attention_reads_the_encoder_as_self_attention_reads_a_layer_and_adds_nothing():
+    source = build("qwen3 with biases", tie_word_embeddings=False)
+    for layer in source.model.layers:
+        torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 2.0)
+    model = from_decoder_only(source, encoder_layers=6)
+    assert torch.equal(model.model.encoder.norm.weight, torch.ones(source.config.hidden_size))
+    hidden_states = torch.randn(2, 3, source.config.hidden_size)
     for layer in model.model.decoder.layers:
-        self_attention = dict(layer.self_attn.named_parameters())
-        for name, parameter in layer.cross_attn.named_parameters():
-            expected = torch.zeros_like(parameter) if name.startswith("o_proj.") else self_attention[name]
-            assert torch.equal(parameter, expected), name
-        assert torch.equal(layer.pre_cross_attn_layernorm.weight, layer.input_layernorm.weight)
+        normalized = model.model.encoder.norm(hidden_states)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            expected = getattr(layer.self_attn, name)(layer.input_layernorm(hidden_states))
+            states = normalized if name != "q_proj" else layer.pre_cross_attn_layernorm(hidden_states)
+            torch.testing.assert_close(getattr(layer.cross_attn, name)(states), expected)
+        assert not any(parameter.any() for parameter in layer.cross_attn.o_proj.parameters())
+        for name in ("q_norm", "k_norm"):
+            assert torch.equal(getattr(layer.cross_attn, name).weight, getattr(layer.self_attn, name).weight)
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     assert len(set(pointers)) == len(pointers)
 

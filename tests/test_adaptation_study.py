@@ -47,14 +47,14 @@ def study(tmp_path_factory):
 
 
 def test_a_study_trains_every_start_once(study, monkeypatch, capsys):
-    folder = study.run("default", "even", "folded norm")
+    folder = study.run("default", "even", "source norm")
     runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    assert set(runs) == {"default-0", "even-0", "folded_norm-0"}
+    assert set(runs) == {"default-0", "even-0", "source_norm-0"}
     for run in runs.values():
         assert list(run["losses"]) == ["0", "6", "12"]  # 12 steps read 20 rows more than once
         assert run["losses"]["12"]["loss"] < run["losses"]["0"]["loss"]
     # The cross-attention starts at zero, so that the encoder's norm makes no difference.
-    assert runs["folded_norm-0"]["losses"]["0"] == runs["default-0"]["losses"]["0"]
+    assert runs["source_norm-0"]["losses"]["0"] == runs["default-0"]["losses"]["0"]
     monkeypatch.setattr(study, "train", lambda *args: pytest.fail("it was trained before"))
     monkeypatch.setattr(study, "read_rows", lambda *args: pytest.fail("the teacher has read the rows"))
     study.run("default")
