@@ -4,7 +4,8 @@
     python examples/benchmark_shell.py --teacher FOLDER [--gguf FILE] [--output outputs/benchmark_shell]
 
 Greedy search of 20 tokens for six requests, batch 1, and five beams as `encdec-slm shell` uses them. Each model is
-loaded in its own process, and all take turns at each request. The baseline has random weights: only its speed is
+loaded in its own process, and all take turns at each request. The teacher has --threads; the models of this size have
+one, because more do not make them faster. The baseline has random weights: only its speed is
 measured. The teacher reads the request in examples/shell_prompts/plain.txt. llama.cpp runs a GGUF file of the teacher
 if the package `llama-cpp-python` is installed; it reads the part of the prompt that all requests share only once.
 Prints the medians, and writes them with all times to benchmark_shell.json.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from encdec_slm_cli.console import set_up_logging
-from encdec_slm_cli.shell_model import ShellModel, find_model_folder
+from encdec_slm_cli.shell_model import NUM_THREADS, ShellModel, find_model_folder
 from shell_demo import NUM_TOKENS, REQUESTS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +80,7 @@ def load_llama_cpp(path, num_threads):
 
 
 def load_beams(folder):
-    """Return the function that times `encdec-slm shell`: five beams on one thread; only the end is known."""
+    """Return the function that times `encdec-slm shell`: five beams; only the end is known."""
     model = ShellModel(folder)
 
     def time_tokens(request, num_new_tokens):
@@ -120,7 +121,8 @@ def start_workers(arguments, folder, temporary):
         else:
             entry["bytes"] = ITEM_BYTES[one.precision] * entry["num_parameters"]
         packages = () if one.engine in TORCH_ENGINES else (one.engine,)
-        worker = Worker(one.name, partial(load, one, bundle, arguments.threads), "cpu", packages)
+        num_threads = arguments.threads if one.model == TEACHER else NUM_THREADS
+        worker = Worker(one.name, partial(load, one, bundle, num_threads), "cpu", packages)
         yield entry, worker, inputs[one.model]
     if find_spec("ctranslate2"):
         beams = temporary / "beams"
@@ -147,7 +149,7 @@ def main():
     parser.add_argument("--model", help="folder of a shell model; default: the one of this repository")
     parser.add_argument("--teacher", type=Path, help="folder of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--gguf", type=Path, help="the teacher for llama.cpp, a file such as teacher-Q4_K_M.gguf")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the teacher")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each request")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_shell"))
     arguments = parser.parse_args()
