@@ -3,7 +3,7 @@
 
     python examples/benchmark_shell.py --teacher FOLDER [--gguf FILE] [--output outputs/benchmark_shell]
 
-Greedy search of 20 tokens for six requests, batch 1, and five beams as `encdec-slm shell` uses them. Each model is
+Greedy search of 20 tokens for six requests, batch 1, and the beam search of `encdec-slm shell`. Each model is
 loaded in its own process, and all take turns at each request. The teacher has --threads; the models of this size have
 one, because more do not make them faster. The baseline has random weights: only its speed is
 measured. The teacher reads the request in examples/shell_prompts/plain.txt. llama.cpp runs a GGUF file of the teacher
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from encdec_slm_cli.console import set_up_logging
-from encdec_slm_cli.shell_model import NUM_THREADS, ShellModel, find_model_folder
+from encdec_slm_cli.shell_model import NUM_BEAMS, NUM_THREADS, ShellModel, find_model_folder
 from shell_demo import NUM_TOKENS, REQUESTS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -80,13 +80,14 @@ def load_llama_cpp(path, num_threads):
 
 
 def load_beams(folder):
-    """Return the function that times `encdec-slm shell`: five beams; only the end is known."""
+    """Return the function that times the search of `encdec-slm shell`; only its end is known."""
     model = ShellModel(folder)
 
     def time_tokens(request, num_new_tokens):
         start = time.perf_counter()
+        beams = dict.fromkeys(("beam_size", "num_hypotheses"), NUM_BEAMS)
         lengths = dict.fromkeys(("min_decoding_length", "max_decoding_length"), num_new_tokens)
-        model.translator.translate_batch([model.encode(request)[0]], beam_size=5, num_hypotheses=5, **lengths)
+        model.translator.translate_batch([model.encode(request)[0]], **beams, **lengths)
         return [time.perf_counter() - start]
 
     return time_tokens
@@ -127,16 +128,20 @@ def start_workers(arguments, folder, temporary):
     if find_spec("ctranslate2"):
         beams = temporary / "beams"
         export_ctranslate2(folder, beams, quantization="int8")
-        entry = {"model": OURS, "engine": "ctranslate2, five beams", "precision": "int8"}
-        entry["bytes"] = count_weight_bytes(beams)
-        yield entry, Worker("five beams", partial(load_beams, beams), "cpu"), REQUESTS
+        entry = {"model": OURS, "engine": f"ctranslate2, {NUM_BEAMS} beams", "precision": "int8"}
+        entry |= {"num_parameters": count_parameters(folder), "bytes": count_weight_bytes(beams)}
+        yield entry, Worker("beam search", partial(load_beams, beams), "cpu"), REQUESTS
     if arguments.gguf is not None and find_spec("llama_cpp") is None:
         print("llama.cpp is not timed: the package llama-cpp-python is not installed.")
     elif arguments.gguf is not None:
         entry = {"model": TEACHER, "engine": "llama.cpp", "precision": arguments.gguf.stem.rpartition("-")[2]}
-        entry["bytes"] = arguments.gguf.stat().st_size
+        entry |= {"num_parameters": count_parameters(arguments.teacher), "bytes": arguments.gguf.stat().st_size}
         load_gguf = partial(load_llama_cpp, arguments.gguf, arguments.threads)
         yield entry, Worker("llama.cpp", load_gguf, "cpu"), inputs[TEACHER]
+
+
+def count_parameters(folder):
+    return num_parameters(AutoConfig.from_pretrained(folder))
 
 
 def count_weight_bytes(folder):

@@ -40,7 +40,6 @@ METRICS = {
     "first_utility": "first program",
     "valid_bash": "valid Bash",
 }
-ENGINES = {"ctranslate2": "CTranslate2", "ctranslate2, five beams": "CTranslate2, five beams"}
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
 PLOT_LABEL_WIDTH = 28
@@ -142,11 +141,17 @@ def readme_table(results):
         {one["test_random"]["num_rows"] for one in results["evaluations"].values() if "test_random" in one}
     )
     latency = results["latency"]
+    searches = "".join(
+        f" `encdec-slm shell` takes {one['milliseconds']:,.0f} ms, because it searches with several beams."
+        for one in latency["entries"]
+        if "beams" in one["engine"]
+    )
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests "
-        f"(`test_random`). Times are medians for {latency['num_tokens']} tokens by greedy search on "
-        f"{latency['threads']} threads of an {latency['cpu']}, in the fastest engine. InterCode-ALFA and the last row "
-        "are published figures, of other tests and machines."
+        f"(`test_random`). Times are medians for {latency['num_tokens']} tokens by greedy search on an "
+        f"{latency['cpu']}, in the fastest engine: Qwen with {latency['threads']} threads and the prompt without "
+        f"examples, the small models with one thread.{searches} InterCode-ALFA and the last row are published "
+        "figures, of other tests and machines."
     )
     return f"{table}\n\n{textwrap.fill(note, 119)}"
 
@@ -191,7 +196,7 @@ def format_metric(evaluation, name):
 
 
 def format_engine(entry):
-    return f"{ENGINES.get(entry['engine'], entry['engine'])}, {entry['precision']}"
+    return f"{entry['engine'].replace('ctranslate2', 'CTranslate2')}, {entry['precision']}"
 
 
 def format_code(text):
