@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shell model in this repository, and the script that shows it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,9 @@ def test_common_requests_have_the_right_program(tmp_path, monkeypatch):
         ("create a symbolic link named a to b", "ln"),
     ):
         assert program in model.answer(request)[0].command.split()
+    answers = json.loads((ROOT / "examples" / "shell_results.json").read_text(encoding="utf-8"))["answers"]
+    request, shown_in_readme = next(iter(answers.items()))
+    assert model.answer(request)[0].command == shown_in_readme
 
 
 def test_transformers_alone_runs_it(tmp_path):
