@@ -13,7 +13,7 @@ from accelerate import debug_launcher
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from conftest import build_model, build_tokenizer
-from encdec_slm.trainers.jobs import train
+from encdec_slm.trainers.jobs import before_training
 
 
 # Updates are proportional to the gradient, so that a wrong scale shows.
@@ -77,8 +77,9 @@ def result_of(trainer):
 
 def main(output_dir, batch_size):
     trainer = make_trainer(build(), output_dir, per_device_train_batch_size=int(batch_size))
-    trainer.evaluate(make_rows(4))  # accelerate takes a model that was evaluated for prepared
-    train(trainer, None)
+    with before_training(trainer):
+        trainer.evaluate(make_rows(4))
+    trainer.train()
     if trainer.is_world_process_zero():
         torch.save(result_of(trainer), Path(output_dir) / "result.pt")
     trainer.accelerator.wait_for_everyone()

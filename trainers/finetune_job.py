@@ -14,6 +14,7 @@ from ..run_results import ModelResults, RunResults
 from .jobs import (
     AFTER,
     BEFORE,
+    before_training,
     build_trainer,
     decode,
     describe_training,
@@ -130,7 +131,8 @@ def finetune(
         processing_class=tokenizer,
     )
 
-    before, _ = _measure(trainer, encoded["test"], splits["test"])
+    with before_training(trainer):
+        before, _ = _measure(trainer, encoded["test"], splits["test"])
     train_seconds = train(trainer, checkpoint)
     after, completions = _measure(trainer, encoded["test"], splits["test"])
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that the training jobs share: build a trainer, measure, train, save, and report.
 
-All jobs have the same order: [`~encdec_slm.trainers.resuming.prepare_output_dir`], load rows, load or build the
-model, [`set_generation_config`], measure held-out rows, [`train`], measure them again, [`save_run`].
+All jobs have the same order: [`~encdec_slm.trainers.resuming.prepare_output_dir`], load rows, load or build the model,
+[`set_generation_config`], measure held-out rows [`before_training`], [`train`], measure them again, [`save_run`].
 """
 
+import contextlib
 import copy
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from ..checkpoints import INCOMPLETE_PREFIX
+from ..errors import format_list
 from ..run_results import Metric, RunResults, comparison_table, format_table
 from .evaluation.metrics import text_scores
 from .evaluation.results import mean_with_interval
@@ -157,24 +159,35 @@ def count_trainable(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+@contextlib.contextmanager
+def before_training(trainer: Trainer) -> Iterator[None]:
+    """Evaluate a model before it is trained, unwrapped.
+
+    Otherwise the Trainer prepares it for evaluation: accelerate takes it for prepared in training, which then has no
+    DDP, and FSDP2 refuses a model without its optimizer.
+    """
+    accelerator, device = trainer.accelerator, trainer.model.device
+    accelerator._models.append(trainer.model)
+    if device != accelerator.device:
+        trainer.model.to(accelerator.device)
+    try:
+        with accelerator.autocast():
+            yield
+    finally:
+        accelerator._models.remove(trainer.model)
+        if device != accelerator.device:
+            trainer.model.to(device)
+
+
 def train(trainer: Trainer, checkpoint: str | None) -> float:
     """Train from a checkpoint, or from the start; return the seconds."""
     if checkpoint is not None:
         logger.info(f"Continuing from {checkpoint}.")
     if not contains_checkpoint(trainer.args.output_dir, checkpoint) and trainer.is_world_process_zero():
         remove_checkpoints(trainer.args.output_dir)
-    _unwrap_evaluated_model(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return round(time.perf_counter() - started, 1)
-
-
-def _unwrap_evaluated_model(trainer):
-    """Let accelerate wrap a model that was evaluated: it takes it for prepared, and trains it without DDP."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        model._is_accelerate_prepared = False
-        trainer.model_wrapped = trainer.model
 
 
 def predict(trainer: Trainer, rows: Any) -> Any:
@@ -306,5 +319,6 @@ def describe_run(results: RunResults, folder: str | Path) -> str:
         for name, text in sample.items():
             shown = text.splitlines()[:6] + ["..."] * (text.count("\n") > 5)
             lines += [f"{name + ':':12}" + f"\n{'':12}".join(shown)]
-    lines += ["", f"Saved to {folder}: the model, results.json, predictions.jsonl and loss.png."]
+    files = [name for name in (RESULTS_NAME, "predictions.jsonl", "loss.png") if Path(folder, name).is_file()]
+    lines += ["", f"Saved to {folder}: the model, {format_list(files)}."]
     return "\n".join(lines)

@@ -24,7 +24,17 @@ from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import DataSource, ModelResults, RunResults
 from .corpora import HELD_OUT, STANDARD_LIBRARY, CorpusDataset, Source, describe_sources, mix_documents
 from .denoising import NUM_SENTINELS, OBJECTIVES, DataCollatorForDenoising, add_sentinel_tokens
-from .jobs import AFTER, BEFORE, count_trainable, describe_training, loss_metric, save_run, show_losses, train
+from .jobs import (
+    AFTER,
+    BEFORE,
+    before_training,
+    count_trainable,
+    describe_training,
+    loss_metric,
+    save_run,
+    show_losses,
+    train,
+)
 from .muon import MuonWithAdamW
 from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
 from .resuming import STATE_NAME, prepare_output_dir
@@ -135,7 +145,8 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
     )
     show_losses(trainer)
     logger.info(f"{model.num_parameters():,} parameters, {count_trainable(model):,} of them are trained.")
-    before = loss_metric(trainer.evaluate()["eval_loss"])
+    with before_training(trainer):
+        before = loss_metric(trainer.evaluate()["eval_loss"])
     if trainer.is_world_process_zero():
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         write_file(Path(training_args.output_dir) / CORPUS_NAME, json.dumps(run))

@@ -19,6 +19,7 @@ from .jobs import (
     AFTER,
     BEFORE,
     CONFIDENCE,
+    before_training,
     build_trainer,
     decode,
     describe_training,
@@ -135,7 +136,8 @@ def finetune_vision(args: VisionArguments, training_args: Seq2SeqTrainingArgumen
     )
 
     test = encoder.prepare_dataset(splits["test"])
-    before, _ = _measure(trainer, test)
+    with before_training(trainer):
+        before, _ = _measure(trainer, test)
     train_seconds = train(trainer, checkpoint)
     after, completions = _measure(trainer, test)
     other_images, _ = _measure(trainer, shuffle_images(test))
