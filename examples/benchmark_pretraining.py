@@ -5,7 +5,7 @@
 
 nanoT5's rows (github.com/PiotrNawrot/nanoT5): 512 source and 114 target tokens, without padding. Contenders are
 T5-v1.1-base (248M parameters with untied embeddings; transformers ties them), this family in the same shape, and in
-its own shape of the same size, with 2/3 of the layers in the encoder. All take turns in one loop: the loss under
+its own shape of the same size, with 2/3 of the layers in the encoder. They take turns in one loop: the loss under
 autocast, and its gradients. Prints, and writes to `benchmark_pretraining.json`, tokens per second (source and target;
 median and quartiles), the speed relative to T5, and the share of the rate at which this device multiplies large
 matrices, from two operations per weight and token in the forward pass and four in the backward pass; attention between
@@ -47,8 +47,9 @@ CONTENDERS = {
 READS_SOURCE = ("cross_attn.k_proj", "cross_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")
 
 
-def count_operations(model: torch.nn.Module, source_tokens: int, target_tokens: int) -> float:
+def count_operations(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     """Return the operations of matrices in a loss and its gradients."""
+    source_tokens, target_tokens = batch["input_ids"].numel(), batch["labels"].numel()
     total = 0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -92,22 +93,19 @@ def run(arguments: argparse.Namespace) -> dict:
         for name, length in shapes.items()
     }
     num_tokens = sum(ids.numel() for ids in batch.values())
-    rates, rows = [measure_matrix_rate(arguments)], {}
-    models = {name: build().to(arguments.device).train() for name, build in CONTENDERS.items()}
-    if arguments.compile:
-        models = {name: torch.compile(model) for name, model in models.items()}
-    seconds = {name: [] for name in models}
-    for repetition in range(arguments.repetitions + 1):
-        for name, model in models.items():
-            elapsed = time_batch(model, batch, arguments)
-            if repetition:  # the first turn warms up
-                seconds[name].append(elapsed)
-        rates.append(measure_matrix_rate(arguments))
-    for name, model in models.items():
-        speed = spread(num_tokens / torch.tensor(seconds[name]).numpy())
-        operations = count_operations(model, batch["input_ids"].numel(), batch["labels"].numel())
-        share = operations * speed["median"] / num_tokens / max(rates)
-        rows[name] = {"num_parameters": model.num_parameters(), "tokens_per_second": speed, "matrix_share": share}
+    rates, seconds, rows = [measure_matrix_rate(arguments)], {name: [] for name in CONTENDERS}, {}
+    for _ in range(arguments.rounds):
+        for name, build in CONTENDERS.items():  # one after the other, so that one model is in memory
+            model = build().to(arguments.device).train()
+            rows[name] = {"num_parameters": model.num_parameters(), "operations": count_operations(model, batch)}
+            timed = torch.compile(model) if arguments.compile else model
+            # The first batch warms up.
+            seconds[name] += [time_batch(timed, batch, arguments) for _ in range(arguments.repetitions + 1)][1:]
+            del model, timed
+            rates.append(measure_matrix_rate(arguments))
+    for name, row in rows.items():
+        row["tokens_per_second"] = spread(num_tokens / torch.tensor(seconds[name]).numpy())
+        row["matrix_share"] = row["operations"] * row["tokens_per_second"]["median"] / num_tokens / max(rates)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     machine = describe_machine(arguments["device"])
     return {"arguments": arguments, "machine": machine, "matrix_rates": rates, "rows": rows, "seconds": seconds}
@@ -129,7 +127,8 @@ def parse_arguments(arguments=None):
     parser.add_argument("--batch-size", type=int, default=1, help="rows")
     parser.add_argument("--source-length", type=int, default=512)
     parser.add_argument("--target-length", type=int, default=114)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3, help="batches of a contender in a round")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of autocast")
     parser.add_argument("--compile", action="store_true", help="by torch.compile, which takes minutes on a CPU")

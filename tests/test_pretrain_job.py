@@ -82,7 +82,7 @@ def test_a_run_whose_corpus_is_damaged_is_saved_and_continued(tmp_path, monkeypa
     assert run(tmp_path / "run", str(folder), training, max_eval_samples=1).train_steps == 8
 
 
-def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path):
+def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path, monkeypatch):
     for fields, name in (
         ({"objective": "mask"}, "objective"),
         ({"optimizer": "sgd"}, "optimizer"),
@@ -93,6 +93,9 @@ def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path):
             PretrainArguments(**fields)
     with pytest.raises(ValueError, match="`max_steps`"):
         run(tmp_path, corpus, {"max_steps": -1})
+    with pytest.raises(ValueError, match="FSDP"), monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        run(tmp_path, corpus, optimizer="muon")
     (tmp_path / "small.txt").write_text("one document")
     with pytest.raises(ValueError, match="held-out"):
         run(tmp_path / "run", str(tmp_path / "small.txt"))

@@ -16,6 +16,8 @@ import pyarrow.parquet
 import pytest
 from sharded_on_cpu import FSDP2
 
+from encdec_slm.checkpoints import load_checkpoint
+
 
 pytestmark = pytest.mark.slow
 
@@ -79,22 +81,22 @@ def test_two_nodes_of_two_processes_learn_what_one_process_does(corpus, alone, t
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_shards_of_four_processes_are_continued_by_two(corpus, tmp_path, optimizer):
-    variables = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    options = {"program": (SHARDED,), "variables": variables, "optimizer": optimizer}
-    finish(start(corpus, tmp_path / "one", 8, optimizer=optimizer))
-    finish(start(corpus, tmp_path / "run", 2, "--nproc_per_node", "4", **options, max_steps=3))
-    assert (tmp_path / "run" / "checkpoint-3" / "pytorch_model_fsdp_0" / ".metadata").is_file()
-    resume = {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
-    finish(start(corpus, tmp_path / "run", 4, "--nproc_per_node", "2", **options, **resume))
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+def test_shards_of_four_processes_are_continued_by_two(corpus, alone, tmp_path):
+    options = {"program": (SHARDED,), "variables": {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}
+    finish(start(corpus, tmp_path, 2, "--nproc_per_node", "4", **options, max_steps=3))
+    assert (tmp_path / "checkpoint-3" / "pytorch_model_fsdp_0" / ".metadata").is_file()
+    options["resume_from_checkpoint"] = tmp_path / "checkpoint-3"
+    finish(start(corpus, tmp_path, 4, "--nproc_per_node", "2", **options))
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-3)
+    load_checkpoint(tmp_path)
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(corpus, alone, tmp_path):
     launcher = ("--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "--monitor_interval", "0.2")
     settings = {"resume_from_checkpoint": "auto", "save_steps": 1, "max_steps": 12, "save_total_limit": 12}
-    launched = start(corpus, tmp_path, 4, *launcher, **settings)
+    # Without it, torch 2.13 gives restarted workers the addresses of the killed ones.
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launched = start(corpus, tmp_path, 4, *launcher, variables=variables, **settings)
     while not (tmp_path / "checkpoint-4" / "trainer_state.json").exists():
         assert launched.poll() is None, launched.communicate()[1][-4000:]
         time.sleep(0.05)

@@ -279,6 +279,8 @@ def save_run(
     """
     folder = Path(trainer.args.output_dir)
     temporary = folder / f"{INCOMPLETE_PREFIX}run"
+    if trainer.is_fsdp_enabled:  # checkpoints may be in shards, the model is not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
         trainer.save_model(str(temporary), _internal_call=True)  # else it would be pushed from there
         if trainer.is_world_process_zero():

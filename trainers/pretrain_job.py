@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
         ValueError: The corpus cannot be read or is another one than that of the run to continue, or arguments do not
             fit.
     """
-    _check_arguments(training_args)
+    _check_arguments(args, training_args)
     sources = [Source.parse(text) for text in args.sources]
     folders = [*find_source_folders(args.model_name_or_path), *(source.name for source in sources)]
     checkpoint = prepare_output_dir(training_args, KIND, [name for name in folders if Path(name).exists()])
@@ -197,7 +198,9 @@ class CorpusProgress(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"num_rows": self.num_rows}}
 
 
-def _check_arguments(training_args):
+def _check_arguments(args, training_args):
+    if args.optimizer == "muon" and (training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        raise ValueError("`optimizer` is 'muon', which needs whole matrices, but FSDP shards them. Use AdamW or DDP.")
     if training_args.max_steps <= 0:
         raise ValueError("`max_steps` is required, because the length of a corpus is not known before it is read.")
     # Each process reads the corpus and keeps its own rows; batches of different sizes cannot be sent.
