@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..checkpoints import ADAPTER_FILE, MODEL_TYPES, read_config
 from ..configuration import list_presets
+from ..export_manifest import ENGINE_FORMATS
 from ..run_results import RunResults, comparison_table, format_table
 from .eval_results import card_results
 from .repository_checks import remove_local_paths
@@ -115,6 +116,9 @@ def build_card(content: CardContent) -> ModelCard:
         is_distilled=training is not None and training.kind == "distillation",
         facts=facts,
         bundles=content.bundles,
+        loadable_bundles={
+            name: each for name, each in content.bundles.items() if each["format"] not in ENGINE_FORMATS
+        },
         training_table=None if is_converted and training is None else _training_table(training, facts),
         results=[_describe_results(result) for result in results],
         license=metadata.get("license"),

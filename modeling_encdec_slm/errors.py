@@ -13,6 +13,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "matplotlib", "peft", "rouge_score", "sklearn", "trl"), "train"),
     **dict.fromkeys(("ctranslate2", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao"), "export"),
     **dict.fromkeys(("bashlex", "sacrebleu"), "evaluation"),
+    **dict.fromkeys(("onnxruntime_genai", "openvino_genai", "openvino_tokenizers"), "engines"),
     "gradio": "demo",
     "llguidance": "constrained",
     "vllm": "vllm",

@@ -19,10 +19,12 @@ from .errors import format_list, summarize_error
 
 
 MANIFEST = "export_manifest.json"
+# Formats of engines that generate by themselves, for which this package has no model class.
+ENGINE_FORMATS = ("transformers-js", "ort-genai", "openvino-genai")
 # The folder of each format in a published repository.
 FORMAT_FOLDERS = {
     **{"ctranslate2": "ctranslate2", "onnx": "onnx", "onnx-static": "onnx"},
-    "transformers-js": "transformers-js",
+    **{name: name for name in ENGINE_FORMATS},
 }
 # Config fields that change what a model computes.
 FINGERPRINT_FIELDS = (
@@ -183,6 +185,7 @@ def check_tokenizer(manifest: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 
 
 __all__ = [
+    "ENGINE_FORMATS",
     "FORMAT_FOLDERS",
     "MANIFEST",
     "check_bundle_matches",

@@ -47,6 +47,8 @@ def test_the_public_names_are_all_there():
         "OrtEncDecSLM",
         "export_ctranslate2",
         "export_onnx",
+        "export_openvino_genai",
+        "export_ort_genai",
         "export_transformers_js",
         "load_export",
     }

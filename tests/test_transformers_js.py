@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports to transformers.js: graphs in onnxruntime, and generation by transformers.js itself under Node."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_fixtures import SHAPE, SWITCHES, add_end_token, build_batches, generate_rows, trim
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from conftest import SPECIAL_TOKENS, build_byte_tokenizer, build_model, build_vision_model
+from conftest import build_byte_tokenizer, build_model, build_vision_model
 from encdec_slm.export import export_transformers_js, load_export
-from encdec_slm.export.engine_bundles import list_eos_token_ids
-from encdec_slm.export.onnx_quantization import compress_weights
+from encdec_slm.export.onnx_quantization import _round_to_blocks, compress_weights
 from encdec_slm.export.onnx_tracing import SharedWeights
 from encdec_slm.export_manifest import read_manifest
 
@@ -29,65 +30,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 PACKAGE = "@huggingface/transformers@4.3.2"
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
-# Sizes that all differ, and every switch of the family at least once.
-SHAPE = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
-SWITCHES = {
-    "gated": {"attention_bias": True, "attention_out_bias": False, "encoder_num_hidden_layers": 3},
-    "plain": {
-        **{"gated_mlp": False, "hidden_act": "gelu_pytorch_tanh", "attention_bias": True, "mlp_bias": True},
-        **{"lm_head_bias": True, "tie_word_embeddings": False, "num_attention_heads": 6, "head_dim": 14},
-    },
-    "q/k norm, layers without RoPE": {
-        **{"qk_norm": True, "encoder_no_rope_layers": [0, 1], "decoder_no_rope_layers": [1, 0]},
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
-    },
-    "llama3": {
-        "rope_parameters": {
-            **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0},
-            **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-        }
-    },
-    "yarn": {
-        "rope_parameters": {
-            **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0},
-            "original_max_position_embeddings": 128,
-        }
-    },
-}
-LENGTHS = (1, 2, 3, 5, 8, 13, 31, 32, 33, 64, 127, 128, 200, 255, 256)
-
-
-def draw_ids(length, seed=0):
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(len(SPECIAL_TOKENS), SHAPE["vocab_size"], (1, length), generator=generator)
-
-
-def build_batches():
-    """Single rows of many lengths, and batches of unequal lengths, padded on either side."""
-    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(draw_ids, LENGTHS)]
-    tokenizer = build_byte_tokenizer()
-    for side in ("left", "right"):
-        tokenizer.padding_side = side
-        rows = {"input_ids": [draw_ids(length, seed=1)[0].tolist() for length in (7, 1, 40, 256)]}
-        batches.append(dict(tokenizer.pad(rows, return_tensors="pt")))
-    return batches
-
-
-def add_end_token(model, batch):
-    """Make a token that the model generates an end token, besides the usual one."""
-    token_id = generate(model, batch, max_new_tokens=8)[0][-1]
-    model.generation_config.eos_token_id = [2, token_id]
-
-
-def generate(model, batch, **options):
-    ids = model.generate(**batch, **{"do_sample": False, "num_beams": 1, **options})
-    return [trim(row, model) for row in ids.tolist()]
-
-
-def trim(row, model):
-    """Cut a target after its first end token."""
-    ends = [index for index, token_id in enumerate(row) if index and token_id in list_eos_token_ids(model)]
-    return row[: ends[0] + 1] if ends else row
 
 
 def open_graphs(folder):
@@ -138,8 +80,25 @@ def test_each_weight_is_stored_once(model, exported):
     assert read_manifest(exported, "transformers-js")["quantization"] is None
 
 
-@pytest.mark.parametrize(("quantization", "error"), [("float16", 0.005), ("int8", 0.1), ("int4", 0.6)])
-def test_fewer_bits_keep_logits_near(model, exported, tmp_path, quantization, error):
+def round_weights(model, quantization):
+    """A copy of the model with the weights that an export in `quantization` stores."""
+    model = copy.deepcopy(model)
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if quantization == "float16" and hasattr(module, "weight") and module.weight.ndim == 2:
+            module.weight.data = module.weight.half().float()
+        elif module is embedding or (isinstance(module, torch.nn.Linear) and module.weight is not embedding.weight):
+            bits = 4 if quantization == "int4" and module is not embedding else 8
+            blocks, scales = _round_to_blocks(module.weight.detach().numpy(), bits)
+            if bits == 4:
+                blocks = np.stack((blocks & 15, blocks >> 4), -1).reshape(*blocks.shape[:2], -1)
+            rows = (blocks.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+            module.weight.data = torch.from_numpy(rows.reshape(len(rows), -1)[:, : module.weight.shape[1]])
+    return model
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("float16", 1e-5), ("int8", 0.1), ("int4", 0.15)])
+def test_fewer_bits_give_the_logits_of_rounded_weights(model, exported, tmp_path, quantization, error):
     batch, target_ids = build_batches()[-1], torch.tensor([[1, 9, 30]] * 4)
     (folder := tmp_path / "onnx").mkdir()
     graph = ir.load(exported / "onnx" / "decoder_model_merged.onnx")
@@ -147,11 +106,12 @@ def test_fewer_bits_keep_logits_near(model, exported, tmp_path, quantization, er
     weights = SharedWeights(folder, "weights")
     weights.write_graph(graph, "decoder.onnx")
     shutil.copy(exported / "onnx" / "encoder_model.onnx", folder)
-    expected = model(**batch, decoder_input_ids=target_ids).logits
-    logits = compute_logits(tmp_path, batch, target_ids)
-    assert (logits - expected).norm() < error * expected.norm()
-    size = (exported / "onnx" / "decoder_model_merged.onnx_data").stat().st_size
-    assert weights.path.stat().st_size < size
+    with torch.no_grad():
+        rounded = round_weights(model, quantization)
+        expected = rounded(**batch, decoder_input_ids=target_ids).logits
+    # Activations of products with integers have 8 bits.
+    assert (compute_logits(tmp_path, batch, target_ids) - expected).norm() < error * expected.norm()
+    assert weights.path.stat().st_size < (exported / "onnx" / "decoder_model_merged.onnx_data").stat().st_size
 
 
 def test_after_an_end_token_there_are_end_tokens_only(exported):
@@ -220,7 +180,7 @@ def test_transformers_js_generates_what_the_model_generates(node_folder, switche
     add_end_token(model, batches[-1])
     export_transformers_js(model, tmp_path / "out", tokenizer=build_byte_tokenizer())
     found = run_node(node_folder, tmp_path / "out", batches=batches, options=options)["ids"]
-    expected = [generate(model, batch, **options) for batch in batches]
+    expected = [generate_rows(model, batch, **options) for batch in batches]
     assert [[trim(row, model) for row in rows] for rows in found] == expected
     lengths = [len(row) for rows in expected for row in rows]
     assert min(lengths) < 25  # some targets end before the maximum
@@ -232,7 +192,7 @@ def test_texts_are_streamed_and_long_ones_are_cut(node_folder, exported, model):
     tokenizer.padding_side = "right"
     texts = ["find . -name '*.py' , now", "a", "long " * 400]
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    expected = tokenizer.batch_decode(generate(model, inputs, max_new_tokens=12), skip_special_tokens=True)
+    expected = tokenizer.batch_decode(generate_rows(model, inputs, max_new_tokens=12), skip_special_tokens=True)
     found = run_node(node_folder, exported, texts=texts, options={"max_new_tokens": 12})
     assert found["texts"] == expected
     assert found["streamed"] == expected[0]

@@ -20,7 +20,11 @@ QUANTIZATION_HELP = (
     "measured now; others: float16, int8 or int4.  [default: float32]"
 )
 # Calls that load an export in engines that this package does not run.
-LOADERS = {"transformers-js": "await pipeline('text2text-generation', {!r}, {{ dtype: 'auto' }})  // JavaScript"}
+LOADERS = {
+    "transformers-js": "await pipeline('text2text-generation', {!r}, {{ dtype: 'auto' }})  // JavaScript",
+    "ort-genai": "onnxruntime_genai.Model({!r})",
+    "openvino-genai": "openvino_genai.LLMPipeline({!r}, 'CPU', ATTENTION_BACKEND='SDPA')",
+}
 
 
 def adapt(
@@ -127,7 +131,7 @@ def export(
     model: options.Model,
     output: options.Output,
     format: Annotated[
-        Literal["ctranslate2", "onnx", "transformers-js"],
+        Literal["ctranslate2", "onnx", "transformers-js", "ort-genai", "openvino-genai"],
         typer.Option(help="onnx is for all models, the others for text models."),
     ] = "ctranslate2",
     quantization: Annotated[str | None, typer.Option(metavar="KIND", help=QUANTIZATION_HELP)] = None,

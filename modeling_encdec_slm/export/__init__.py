@@ -16,6 +16,8 @@ _MODULES = {
     "OrtEncDecSLM": "onnx_model",
     "export_ctranslate2": "ctranslate2_converter",
     "export_onnx": "onnx_export",
+    "export_openvino_genai": "openvino_genai",
+    "export_ort_genai": "ort_genai",
     "export_transformers_js": "transformers_js",
     "load_export": "loading",
 }

@@ -3,8 +3,10 @@
 
 import contextlib
 import copy
+import importlib.metadata
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from .onnx_graphs import set_plain_attention
 from .onnx_tracing import OPSET
 
 
+logger = logging.getLogger(__name__)
+SAMPLE = 'def area(width, height):\n    return width * height  # in m², "ok"? 12.5'
 QUANTIZATIONS = ("float16", "int8", "int4")
 
 
@@ -88,7 +92,40 @@ def _find_types(part: Any) -> Iterator[str]:
             yield from _find_types(each)
 
 
+def check_encoding(engine: str, tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]]) -> None:
+    """Check that an engine reads a text as the tokenizer does; warn if it only leaves out the end token.
+
+    Raises:
+        ValueError: The engine gives other ids.
+    """
+    found, expected = encode(SAMPLE), tokenizer(SAMPLE)["input_ids"]
+    if found == expected[: len(found)] != expected:
+        ending = tokenizer.decode(expected[len(found) :])
+        logger.warning(f"{engine} does not end a source with {ending!r}: append it to each text.")
+    elif found != expected:
+        raise ValueError(
+            f"{engine} reads {SAMPLE!r} as {found[:8]}..., but the tokenizer as {expected[:8]}.... Use another "
+            "tokenizer, or export to onnx."
+        )
+
+
 def list_eos_token_ids(model: PreTrainedModel) -> list[int]:
     """Return the ids of all end tokens of `generate`."""
     eos_token_id = model.generation_config.eos_token_id
     return eos_token_id if isinstance(eos_token_id, list) else [] if eos_token_id is None else [eos_token_id]
+
+
+def check_engine_version(package: str, tested: str) -> str:
+    """Return the installed version of an engine; warn if it is not the tested one.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+    import_engine(package)
+    version = importlib.metadata.version(package)
+    if version.split(".")[:2] != tested.split(".")[:2]:
+        logger.warning(
+            f"{package} {version} is installed, but exports were tested with {tested}. Compare the answers with those "
+            "of the model."
+        )
+    return version

@@ -72,7 +72,8 @@ def _make_branch(name, graph, inputs, outputs, weights):
 def _share(value, name, weights):
     """Return the weight with the same elements; a new one if there is none."""
     array = np.ascontiguousarray(value.const_value.numpy())
-    key = (array.dtype, array.shape, hashlib.blake2b(array.reshape(-1).view(np.uint8)).digest())
+    # `array` has at least one axis, the weight may have none.
+    key = (array.dtype, tuple(value.shape), hashlib.blake2b(array.reshape(-1).view(np.uint8)).digest())
     if key not in weights:
         taken = any(weight.name == value.name for weight in weights.values())
         weights[key] = import_engine("onnx_ir").Value(

@@ -21,7 +21,10 @@ from .bundles import import_engine
 OPSET = 20
 WEIGHTS_FILE = "model.onnx_data"
 # Sizes of free dimensions in traced inputs. All differ, so that no two dimensions are taken for the same one.
-TRACED_SIZES = {"batch_size": 2, "source_length": 7, "target_length": 3, "past_length": 5, "num_tiles": 2}
+TRACED_SIZES = {
+    **{"batch_size": 2, "source_length": 7, "target_length": 3, "past_length": 5, "num_tiles": 2},
+    **{"cross_length": 6, "total_length": 11},
+}
 # Weights below this size are stored in the graph files.
 MIN_SHARED_BYTES = 1024
 ALIGNMENT = 4096
