@@ -21,6 +21,8 @@ TRAINING_STATES = (
     *("optimizer*", "scheduler*", "rng_state*", "scaler.pt", "trainer_state.json", "training_args.*", "*.distcp"),
     *("pytorch_model_fsdp*", "global_step*", "random_states_*", "custom_checkpoint_*"),
 )
+# Weights of exports to CTranslate2 and OpenVINO GenAI.
+EXPORT_WEIGHTS = ("model.bin", *(f"openvino_{name}.bin" for name in ("model", "tokenizer", "detokenizer")))
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.dill")
 SECRETS = {
     "a token of the Hub": rb"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}",
@@ -86,14 +88,14 @@ def find_problem(path: Path) -> str | None:
 
 
 def is_pickle(path: Path) -> bool:
-    """Return whether a file is a pickle by its name or first bytes. CTranslate2's `model.bin` is not."""
+    """Return whether a file is a pickle by its name or first bytes. The weights of an export are not."""
     with path.open("rb") as file:
         start = file.read(512)
     # A pickle of protocol 2 or later, or an archive of `torch.save`.
     if (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05") or (start[:2] == b"PK" and b"data.pkl" in start):
         return True
-    is_ctranslate2 = path.name == "model.bin" and (path.parent / MANIFEST).is_file()
-    return _is_named(path, PICKLES) and not is_ctranslate2
+    is_export = path.name in EXPORT_WEIGHTS and (path.parent / MANIFEST).is_file()
+    return _is_named(path, PICKLES) and not is_export
 
 
 def _find_problem_in_content(path):
