@@ -133,7 +133,6 @@ def test_without_a_command_the_help_is_shown(capsys):
         (["publish", "m", "out", "--push"], "--repo-id"),
         (["evaluate"], "MODEL"),
         (["evaluate", "m", "--model", "n"], "MODEL"),
-        (["demo"], "--model"),
         (["demo", "--model", "m", "--port", "70000"], "65535"),
         (["bench", "--preset", "tiny-vlm"], "--preset"),
         (["bench", "--settings", "16:1"], "--settings"),
