@@ -62,17 +62,17 @@ SOURCE_TRAINING = {
 }
 STARTS = {
     "default": Start(),
-    "copied cross-attention": Start(cross_scale=1.0),
-    "cross-attention scaled by 0.1": Start(cross_scale=0.1),
     "source norm": Start(source_norm=True),
-    "contiguous decoder": Start(decoder="contiguous"),
-    "even decoder": Start(decoder="even"),
-    "last decoder": Start(decoder="last"),
-    "influence decoder": Start(decoder="influence"),
-    "even encoder": Start(encoder="even"),
-    "outer encoder": Start(encoder="outer"),
-    "even": Start("even", "even", cross_scale=1.0),
-    "first-last": Start("first", "last", cross_scale=1.0),
+    "copied cross-attention": Start(cross_scale=1.0, source_norm=True),
+    "cross-attention scaled by 0.1": Start(cross_scale=0.1, source_norm=True),
+    "contiguous decoder": Start(decoder="contiguous", source_norm=True),
+    "even decoder": Start(decoder="even", source_norm=True),
+    "last decoder": Start(decoder="last", source_norm=True),
+    "influence decoder": Start(decoder="influence", source_norm=True),
+    "even encoder": Start(encoder="even", source_norm=True),
+    "outer encoder": Start(encoder="outer", source_norm=True),
+    "even": Start("even", "even", cross_scale=1.0, source_norm=True),
+    "first-last": Start("first", "last", cross_scale=1.0, source_norm=True),
 }
 
 
