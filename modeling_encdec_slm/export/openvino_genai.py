@@ -110,6 +110,10 @@ def export_openvino_genai(
     options = {"quantization": quantization, "tokenizer": tokenizer, "overwrite": overwrite}
     with write_engine_bundle(model_or_path, output_dir, FORMAT, **options) as bundle:
         model, folder = bundle.model, bundle.folder
+        if model.config.qk_norm:
+            raise ValueError(
+                "`qk_norm` is True, but OpenVINO cannot compile these norms as a part of a state. Export to ort-genai."
+            )
         SharedWeights(folder).write_graph(trace(WholeGraph(model)), "graph.onnx")
         stateful = _add_states(openvino.Core().read_model(folder / "graph.onnx"), model.config)
         stateful = _compress(stateful, quantization)
