@@ -2,7 +2,9 @@
 """Sizes of the family: configs from `presets/*.json`, their decoder-only baselines, and what a size costs to run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -74,7 +76,7 @@ def _split_layers(fields, encoder_share):
         "decoder_num_hidden_layers": num_layers - num_encoder_layers,
     }
     target = num_parameters(EncDecSLMConfig(**fields))
-    return _fit_num_parameters(EncDecSLMConfig, {**fields, **layers}, target, tolerance=0.02)
+    return fit_num_parameters(EncDecSLMConfig, {**fields, **layers}, target, tolerance=0.02)
 
 
 def decoder_only_twin(config: EncDecSLMConfig | EncDecVLMConfig) -> PreTrainedConfig:
@@ -110,11 +112,20 @@ def decoder_only_twin(config: EncDecSLMConfig | EncDecVLMConfig) -> PreTrainedCo
     if config.qk_norm or config.hidden_size % config.num_attention_heads:
         config_class = Qwen3Config
         del fields["mlp_bias"]  # Qwen3's MLP has no biases
-    return _fit_num_parameters(config_class, fields, num_parameters(config), tolerance=0.01)
+    return fit_num_parameters(config_class, fields, num_parameters(config), tolerance=0.01)
 
 
-def _fit_num_parameters(config_class, fields, target, tolerance):
-    """Return the config whose `intermediate_size` gives about `target` parameters, in steps of 8 if they suffice."""
+def fit_num_parameters(
+    config_class: type[PreTrainedConfig], fields: Mapping[str, Any], target: int, tolerance: float
+) -> PreTrainedConfig:
+    """Return the config whose `intermediate_size` gives about `target` parameters.
+
+    Args:
+        config_class (`type`): Class of the config.
+        fields (`Mapping`): Its arguments.
+        target (`int`): Number of parameters.
+        tolerance (`float`): Relative error that is allowed; sizes are multiples of 8 if those are close enough.
+    """
     size = fields["intermediate_size"]
     count = num_parameters(config_class(**fields))
     per_unit = num_parameters(config_class(**{**fields, "intermediate_size": size + 1})) - count
@@ -190,6 +201,7 @@ def _format_row(name, config, count):
 __all__ = [
     "build_model",
     "decoder_only_twin",
+    "fit_num_parameters",
     "list_presets",
     "load_preset",
     "num_cached_values",

@@ -215,12 +215,11 @@ BLOCKS = {
 
 
 def update_blocks(text, blocks, results):
-    """Replace what is between `<!-- NAME: written by examples/shell_results.py -->` and `<!-- end -->`."""
+    """Replace what is between `<!-- NAME: written by examples/SCRIPT.py -->` and `<!-- end -->`."""
     for name, build in blocks.items():
-        start = f"<!-- {name}: written by examples/shell_results.py -->\n"
-        pattern = re.compile(re.escape(start) + r".*?\n?<!-- end -->", re.DOTALL)
-        content = f"{start}{build(results)}\n<!-- end -->"
-        text, count = pattern.subn(lambda _, content=content: content, text)
+        pattern = re.compile(rf"(<!-- {name}: written by examples/\w+\.py -->\n).*?\n?<!-- end -->", re.DOTALL)
+        content = f"{build(results)}\n<!-- end -->"
+        text, count = pattern.subn(lambda match, content=content: match[1] + content, text)
         if count != 1:
             raise ValueError(f"{count} blocks {name!r} were found, but 1 is required.")
     return text
