@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of encoder-decoders and decoder-only models, with tiny models, and its published tables."""
+
+import copy
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from encdec_slm.configuration.sizes import build_model, num_parameters
+from encdec_slm.trainers.new_models import train_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import evidence  # noqa: E402
+import shell_results  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["list all files", "ls -a"], 300, 64)
+
+
+def test_docs_state_what_the_results_file_says():
+    text = evidence.PAGE.read_text(encoding="utf-8")
+    assert shell_results.update_blocks(text, evidence.BLOCKS, evidence.load_results()) == text
+
+
+@pytest.mark.parametrize("vocab_size", [300, 2048])
+def test_all_models_have_equal_numbers_of_parameters(tokenizer, vocab_size, monkeypatch):
+    fields = {**evidence.SHAPE, "vocab_size": vocab_size}
+    monkeypatch.setattr(evidence, "SHAPE", fields)
+    counts = [num_parameters(evidence.build_config(model, tokenizer)) for model in evidence.MODELS]
+    assert max(counts) <= 1.01 * min(counts)
+
+
+@pytest.mark.parametrize("supervise_source", [False, True])
+def test_decoder_only_models_learn_the_source_only_if_asked(tokenizer, supervise_source):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = evidence.CHAT_TEMPLATE
+    dataset = Dataset.from_list([{"source": "list", "target": "ls -a"}])
+    row = evidence.encode_joined_rows(dataset, tokenizer, 10, 10, supervise_source)[0]
+    source, target = (tokenizer(text)["input_ids"][:-1] for text in ("list", "ls -a"))
+    assert row["input_ids"] == [*source, tokenizer.bos_token_id, *target, tokenizer.eos_token_id]
+    length = len(source) + 1
+    assert row["labels"][length:] == row["input_ids"][length:]
+    assert row["labels"][:length] == (row["input_ids"][:length] if supervise_source else [-100] * length)
+
+
+@pytest.mark.parametrize("model", evidence.MODELS)
+def test_training_flops_are_those_that_torch_counts(tokenizer, model, monkeypatch):
+    monkeypatch.setattr(evidence, "PRESET", "tiny")
+    config = evidence.build_config(model, tokenizer)
+    rows, source_length, target_length = 3, 11, 5
+    network = build_model(config, attn_implementation="eager")
+    source, target = torch.ones(rows, source_length, dtype=torch.int), torch.ones(rows, target_length).long()
+    inputs = {"input_ids": source.long(), "labels": target}
+    if not config.is_encoder_decoder:
+        inputs = {"input_ids": torch.cat((source.long(), target), 1)}
+        inputs["labels"] = inputs["input_ids"]
+    with FlopCounterMode(display=False) as counter:
+        network(**inputs).loss.backward()
+    counted = evidence.count_training_flops(config, [(source_length, target_length)] * rows)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Run tiny models of one task, two steps each; returns the lines of the results file."""
+    rows = [{"source": f"list folder {n}", "target": f"ls -l {n}", "origin": "nl2bash"} for n in range(20)]
+    long = {"source": "list " * 60, "target": "ls", "origin": "nl2bash"}
+    for name in ("train", "validation", "test_random"):
+        lines = [json.dumps(row) + "\n" for row in [*rows, long, {**long, "origin": "fig"}]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sizes = {"num_rows": 30, "batch_size": 16, "vocab_size": 300, "max_source_length": 40, "max_test_rows": 10}
+    changed = {
+        "TASKS": {"shell": dataclasses.replace(evidence.TASKS["shell"], **sizes)},
+        "ARMS": [evidence.Arm("shell", model) for model in (evidence.OURS, evidence.DECODER_ONLY)],
+        **{"PRESET": "tiny", "LEARNING_RATES": (1e-3, 3e-3), "RESULTS": tmp_path / "results.jsonl"},
+    }
+    for name, value in changed.items():
+        monkeypatch.setattr(evidence, name, value)
+
+    def study(*options):
+        evidence.main(["--data", f"shell={tmp_path}", "--output_dir", str(tmp_path / "out"), *options])
+        return list(map(json.loads, evidence.RESULTS.read_text().splitlines()))
+
+    return study
+
+
+@pytest.mark.slow
+def test_a_study_runs_what_is_missing_and_can_repeat_a_run(study):
+    lines = study("--seeds", "0", "--only", "* 2/3-1/3 * 0.001 *")
+    lines = study("--seeds", "0", "1", "--only", "* 2/3-1/3 *")
+    assert [line["settings"]["seed"] for line in lines] == [0, 0, 1]
+    before = evidence.RESULTS.stat().st_mtime_ns
+    study("--seeds", "0", "1", "--only", "* 2/3-1/3 *")
+    assert evidence.RESULTS.stat().st_mtime_ns == before
+    lines = study("--seeds", "0", "--only", "* 0.001 0", "--rerun")
+    assert len(lines) == 4 and len({json.dumps(line["settings"]) for line in lines}) == 4
+    first, last = lines[0], lines[-1]
+    assert (first["settings"]["model"], last["settings"]["model"]) == (evidence.OURS, evidence.DECODER_ONLY)
+    assert first["num_rows_left_out"] == {"train": 1, "validation": 2, "test": 2}
+    # All models are trained and measured on the same tokens.
+    for name in ("num_source_tokens", "num_target_tokens", "num_train_rows"):
+        assert first[name] == last[name]
+    assert first["rows"]["num_tokens"] == last["rows"]["num_tokens"] and len(first["rows"]["nlc2cmd"]) == 10
+    assert 2 < first["validation_loss"] < 7 and 2 < last["validation_loss"] < 7
+
+
+def test_the_order_of_rows_depends_on_the_seed_alone():
+    rows = [{"number": number} for number in range(10)]
+    drawn = evidence.draw_rows(rows, 25, seed=1)
+    assert drawn == evidence.draw_rows(rows, 25, seed=1) != evidence.draw_rows(rows, 25, seed=2)
+    numbers = [row["number"] for row in drawn]
+    assert sorted(numbers[:10]) == sorted(numbers[10:20]) == list(range(10)) and len(numbers) == 25
+
+
+# Report
+
+
+def build_results(shift):
+    """Results of two arms; `shift` is what the second loses on each row, by seed."""
+    arms = [evidence.Arm("shell", model) for model in (evidence.OURS, evidence.DECODER_ONLY)]
+    results = {}
+    for arm in arms:
+        for run in [evidence.Run(arm, rate, seed) for rate in evidence.LEARNING_RATES for seed in range(3)]:
+            worse = shift[run.seed] if arm.model == evidence.DECODER_ONLY else 0
+            rows = {
+                "num_tokens": [2] * 50,
+                "loss": [number % 5 + 2 * worse for number in range(50)],
+                "nlc2cmd": [number % 7 - 10 * worse for number in range(50)],
+            }
+            numbers = {"num_parameters": 2_000_000, "num_train_rows": 64, "training_flops": 10**12}
+            numbers |= {"num_source_tokens": 9, "num_target_tokens": 9, "training_cpu_seconds": 1}
+            line = {"settings": run.settings(), "rows": rows, "validation_loss": run.learning_rate, **numbers}
+            results[json.dumps(run.settings(), sort_keys=True)] = line
+    return results, arms
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"),
+    [
+        ((0.5, 0.51, 0.49), evidence.HOLDS),
+        ((-0.5, -0.51, -0.49), evidence.FAILS),
+        ((0.0, 0.5, 1.0), evidence.UNKNOWN),
+        ((0.0, 0.0, 0.0), evidence.UNKNOWN),
+    ],
+)
+def test_claims_are_judged_by_both_intervals(shift, verdict):
+    results, arms = build_results(shift)
+    found = [evidence.collect(arm, results) for arm in arms]
+    for measure, sign in (("loss", -1), ("nlc2cmd", 10)):
+        result = evidence.compare(*found, measure)
+        assert result["verdict"] == verdict
+        assert result["difference"] == pytest.approx(sign * sum(shift) / 3)
+
+
+def test_what_is_not_finished_is_shown_as_missing():
+    results, arms = build_results((0.5, 0.5, 0.5))
+    assert evidence.compare(*(evidence.collect(arm, {}) for arm in arms), "loss") is None
+    run = evidence.Run(arms[0], evidence.LEARNING_RATES[0], 1)
+    del results[json.dumps(run.settings(), sort_keys=True)]
+    table = evidence.quality_table(results).splitlines()
+    assert "| 2 of 5 |" in table[2] and "0.0015 (edge)" in table[2] and evidence.MISSING in table[4]
+    assert evidence.HOLDS not in evidence.claim_table(results)
+    assert len(evidence.draw_plot(results).axes) == 2 and evidence.draw_plot({}) is None
