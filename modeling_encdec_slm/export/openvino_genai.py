@@ -105,6 +105,10 @@ def export_openvino_genai(
         TypeError: `model_or_path` is neither a model nor a path.
         ImportError: A package of the `export` or `engines` extra is not installed.
     """
+    if quantization == "int4":
+        raise ValueError(
+            "`quantization` is 'int4', which OpenVINO cannot run in a model of this form. Use 'int8' or 'float16'."
+        )
     version = check_engine_version(PACKAGE, TESTED_VERSION)
     openvino = import_engine("openvino")
     options = {"quantization": quantization, "tokenizer": tokenizer, "overwrite": overwrite}
