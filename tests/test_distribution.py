@@ -40,7 +40,8 @@ def test_the_wheel_carries_every_module_and_data_file(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert set(packaged_data()) <= names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"encdec_slm", "encdec_slm_cli"}
+    packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert packages == {"encdec_slm", "encdec_slm_cli", "encdec_slm_vllm"}
     folders = {"modeling_encdec_slm": "", "configuration": "configuration/", "trainers": "trainers/"}
     for folder, prefix in {**folders, "hub_cards": "hub_cards/"}.items():
         modules = {f"encdec_slm/{prefix}{path.name}" for path in (ROOT / folder).glob("*.py")}

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Where the packages lie, the longest names first.
 FOLDERS = {
     "encdec_slm_cli": ROOT / "modeling_encdec_slm" / "cli",
+    "encdec_slm_vllm": ROOT / "modeling_encdec_slm" / "vllm",
     "encdec_slm.configuration": ROOT / "configuration",
     "encdec_slm.trainers": ROOT / "trainers",
     "encdec_slm.hub_cards": ROOT / "hub_cards",
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     **{leaf: ("models", "configuration", leaf) for leaf in LEAVES},
     "benchmarks": ("models", "configuration", "export", "benchmarks"),  # they time the exports
     "cli": ("models", "configuration", "trainers", "cli", *LEAVES),
+    "vllm": ("models", "vllm"),
 }
 CORE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
 INSTALLED = {*CORE, "safetensors", "tokenizers", "yaml", "typer", "filelock", "jinja2", "tqdm"}
@@ -40,6 +42,7 @@ PACKAGES = {
     "benchmarks": INSTALLED | EXPORT | {"matplotlib"},
     "hub_cards": INSTALLED | {"gradio"},
     "cli": INSTALLED | {"trl", "ctranslate2"},
+    "vllm": INSTALLED | {"vllm"},
 }
 SHIPPED = sorted(
     path.stem for path in FOLDERS["encdec_slm"].glob("*_encdec_*.py") if path.stem.endswith(("_slm", "_vlm"))
@@ -61,8 +64,8 @@ MODULES = module_names()
 
 
 def layer(module):
-    if module.startswith("encdec_slm_cli"):
-        return "cli"
+    if module.startswith(("encdec_slm_cli", "encdec_slm_vllm")):
+        return module.split(".")[0].removeprefix("encdec_slm_")
     part = module.split(".")[1] if "." in module else ""
     return part if part in MAY_IMPORT else "models"
 
