@@ -42,9 +42,19 @@ def rows_file(tmp_path_factory):
 def run(rows_file):
     """Fine-tune for two steps, with options of all three kinds of arguments."""
 
-    def run(folder, model=None, model_options=None, streaming=False, preset="tiny", packing=False, **options):
+    def run(
+        folder,
+        model=None,
+        model_options=None,
+        streaming=False,
+        preset="tiny",
+        packing=False,
+        optimizer="adamw",
+        **options,
+    ):
         args = FinetuneArguments(
             packing=packing,
+            optimizer=optimizer,
             preset=preset,
             train_file=rows_file,
             **{name: rows_file for name in ("validation_file", "test_file") if streaming},
@@ -112,6 +122,13 @@ def test_two_steps_lower_the_loss_and_all_results_are_there(finished):
     assert results.settings["num_trainable_parameters"] == after.num_parameters > 0
     report = describe_run(results, "folder")
     assert "after training" in report and "folder" in report and "prediction:" in report
+
+
+def test_muon_trains_other_weights_than_adamw(finished, run, tmp_path):
+    results = run(tmp_path, optimizer="muon")
+    loss = results.saved.metrics["loss"].value
+    assert loss < results["before training"].metrics["loss"].value
+    assert loss != finished[1].saved.metrics["loss"].value and results.settings["optimizer"] == "muon"
 
 
 def test_predictions_are_in_the_order_of_the_rows_though_training_groups_by_length(tmp_path):

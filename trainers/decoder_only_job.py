@@ -18,6 +18,7 @@ from ..configuration import decoder_only_twin
 from ..run_results import ModelResults, RunResults
 from .distillation_data import DistillationRowEncoder, as_prompts
 from .jobs import describe_training, save_run, show_losses, train
+from .muon import build_optimizer
 from .new_models import first_texts, preset_config, train_tokenizer
 from .row_encoding import LABELS_PADDING, RowEncoder, encode_rows
 
@@ -71,6 +72,7 @@ def train_causal_model(
     *,
     base_model: str | None = None,
     supervise_source: bool = True,
+    optimizer: str = "adamw",
 ) -> RunResults:
     """Train a decoder-only model on source and target in one row, and save it with its tokenizer.
 
@@ -79,6 +81,7 @@ def train_causal_model(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Has the chat template of the source.
         base_model (`str`, *optional*): Name of the start of the model in the results.
         supervise_source (`bool`, *optional*, defaults to `True`): See [`encode_joined_rows`].
+        optimizer (`str`, *optional*, defaults to `"adamw"`): Or `"muon"`.
 
     Other arguments and the result are those of [`train_decoder_only`].
     """
@@ -88,6 +91,7 @@ def train_causal_model(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         train_dataset=encode_joined_rows(dataset, tokenizer, max_source_length, max_target_length, supervise_source),
         processing_class=tokenizer,
+        optimizers=(build_optimizer(optimizer, model, training_args), None),
     )
     show_losses(trainer)
     logger.info(f"Training a decoder-only model with {model.num_parameters():,} parameters.")

@@ -24,6 +24,7 @@ from .jobs import (
     text_metrics,
     train,
 )
+from .muon import OPTIMIZERS, build_optimizer
 from .new_models import build_text_model
 from .packing import DataCollatorWithPacking
 from .resuming import prepare_output_dir
@@ -48,6 +49,8 @@ class FinetuneArguments(DataArguments):
         max_source_length (`int`, *optional*, defaults to 256): In tokens; longer sources are truncated and counted.
         max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also the longest completion of the
             saved model.
+        optimizer (`str`, *optional*, defaults to `"adamw"`): Or `"muon"`, for the matrices of the layers; see
+            [`~encdec_slm.trainers.muon.MuonWithAdamW`].
         packing (`bool`, *optional*, defaults to `False`): Pack the rows of a training batch into fewer sequences
             instead of padding them, by [`~encdec_slm.trainers.packing.DataCollatorWithPacking`].
         packed_source_length (`int`, *optional*): Most source tokens of such a sequence. `None` means the longest
@@ -62,12 +65,15 @@ class FinetuneArguments(DataArguments):
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
     max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
     max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
     packing: bool = field(default=False, metadata={"help": "Pack rows of a batch into fewer sequences."})
     packed_source_length: int | None = field(default=None, metadata={"help": "Most source tokens of a pack."})
     packed_target_length: int | None = field(default=None, metadata={"help": "Most target tokens of a pack."})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}.")
         for kind in ("source", "target"):
             packed_length, length = getattr(self, f"packed_{kind}_length"), getattr(self, f"max_{kind}_length")
             if packed_length is not None and not self.packing:
@@ -129,6 +135,7 @@ def finetune(
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         processing_class=tokenizer,
+        optimizers=(build_optimizer(args.optimizer, model, training_args), None),
     )
 
     with before_training(trainer):
@@ -154,7 +161,11 @@ def finetune(
         base_model=name or args.preset,
         samples=predictions[:3],
         **describe_training(
-            trainer, splits, max_source_length=args.max_source_length, max_target_length=args.max_target_length
+            trainer,
+            splits,
+            max_source_length=args.max_source_length,
+            max_target_length=args.max_target_length,
+            optimizer=args.optimizer,
         ),
     )
     save_run(trainer, trainer.args.generation_config, results, predictions)

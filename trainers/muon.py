@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon for the matrices of a model's layers, and AdamW for all other weights, as one optimizer."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
+
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -66,4 +71,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-__all__ = ["MuonWithAdamW"]
+def build_optimizer(name: str, model: nn.Module, training_args: TrainingArguments) -> MuonWithAdamW | None:
+    """Build the optimizer of a training run.
+
+    Args:
+        name (`str`): `"adamw"` or `"muon"`.
+        model ([`~torch.nn.Module`]): Is trained.
+        training_args ([`~transformers.TrainingArguments`]): Learning rate, weight decay and betas.
+
+    Returns:
+        `None` for `"adamw"`, which the Trainer builds itself from `optim`.
+
+    Raises:
+        ValueError: No such optimizer, or the training shards its matrices.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    if name == "adamw":
+        return None
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("`optimizer` is 'muon', which needs whole matrices, but FSDP shards them. Use AdamW or DDP.")
+    betas = training_args.adam_beta1, training_args.adam_beta2
+    return MuonWithAdamW(model, training_args.learning_rate, training_args.weight_decay, betas)
+
+
+__all__ = ["OPTIMIZERS", "MuonWithAdamW", "build_optimizer"]

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from .jobs import (
     show_losses,
     train,
 )
-from .muon import MuonWithAdamW
+from .muon import OPTIMIZERS, build_optimizer
 from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
 from .resuming import STATE_NAME, prepare_output_dir
 
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 KIND = "pre-training"
 # Arguments and corpus of a run; a run that is continued must have the same.
 CORPUS_NAME = "corpus.json"
-OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -130,10 +128,6 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
         raise ValueError("The corpus has no held-out documents, since it is too small. Add more text to `sources`.")
     progress = CorpusProgress(training_args, checkpoint)
     options |= {"start_row": progress.num_rows, "global_batch_size": progress.global_batch_size}
-    optimizer = None
-    if args.optimizer == "muon":
-        betas = training_args.adam_beta1, training_args.adam_beta2
-        optimizer = MuonWithAdamW(model, training_args.learning_rate, training_args.weight_decay, betas)
     trainer = Seq2SeqTrainer(
         model,
         training_args,
@@ -141,7 +135,7 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
         train_dataset=CorpusDataset(sources, args.max_length, num_epochs=None, **options),
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
+        optimizers=(build_optimizer(args.optimizer, model, training_args), None),
         callbacks=[progress],
     )
     show_losses(trainer)
@@ -199,8 +193,6 @@ class CorpusProgress(TrainerCallback, ExportableState):
 
 
 def _check_arguments(args, training_args):
-    if args.optimizer == "muon" and (training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
-        raise ValueError("`optimizer` is 'muon', which needs whole matrices, but FSDP shards them. Use AdamW or DDP.")
     if training_args.max_steps <= 0:
         raise ValueError("`max_steps` is required, because the length of a corpus is not known before it is read.")
     # Each process reads the corpus and keeps its own rows; batches of different sizes cannot be sent.
