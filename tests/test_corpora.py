@@ -73,6 +73,8 @@ def test_an_endless_stream_repeats_the_corpus_in_another_order_and_can_start_at_
     assert [row["seed"] for row in build_dataset(corpus, seed=1)] != [row["seed"] for row in once]
 
 
+# torch warns of two data-loader workers on a machine with one CPU.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_processes_and_workers_share_rows_without_duplicates_or_losses(corpus, num_processes):
     expected = list(itertools.islice(build_dataset(corpus, num_epochs=None), 48))

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from export_fixtures import STATIC_LENGTHS, build_ascii_tokenizer
@@ -29,6 +28,7 @@ from conftest import (
 )
 from encdec_slm import Text2TextGenerationPipeline
 from encdec_slm.export import OpenVINOEncDecSLM, OrtEncDecSLM, export_onnx, load_export
+from encdec_slm.export.bundles import openvino_core
 from encdec_slm.export_manifest import read_manifest
 
 
@@ -245,7 +245,8 @@ class Loop:
     def __init__(self, folder, bucket):
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         names = (f"{name}_{bucket}.onnx" for name in ("encoder_model", "decoder_with_past_model"))
-        self.encoder, self.step = (openvino.compile_model(str(folder / name), "CPU", exact) for name in names)
+        core = openvino_core()
+        self.encoder, self.step = (core.compile_model(str(folder / name), "CPU", exact) for name in names)
         self.bucket = bucket
 
     def generate(self, ids, start_id, end_id):
@@ -357,6 +358,22 @@ assert "openvino_telemetry" not in sys.modules
     assert process.returncode == 0, process.stderr
     # Folders in which OpenVINO and onnxruntime would keep their telemetry.
     assert not (tmp_path / "intel").exists() and not (tmp_path / ".cache" / "Microsoft").exists()
+
+
+def test_signals_can_be_handled_after_two_openvino_models_have_ended(onnx_folder):
+    script = """
+import faulthandler, os, signal, sys
+from encdec_slm.export import OpenVINOEncDecSLM
+
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+models = [OpenVINOEncDecSLM.from_pretrained(sys.argv[1]) for _ in range(2)]
+models.pop(0)
+models.pop(0)
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+    command = [sys.executable, "-c", script, str(onnx_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "handled\n"
 
 
 # Images

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -33,6 +34,16 @@ def import_engine(name: str) -> ModuleType:
     """
     with _telemetry_disabled():
         return require_package(name)
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the only OpenVINO core (`openvino.Core`) of the process.
+
+    A core with a CPU plugin replaces the stack on which the main thread handles signals. If there are two, the second
+    to end brings back the stack of the first, which is freed already, and the next signal kills the process.
+    """
+    return import_engine("openvino").Core()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import EncoderDecoderCache
 
 from ..errors import summarize_error
-from .bundles import import_engine
+from .bundles import import_engine, openvino_core
 from .engine_bundles import check_encoding, check_engine_version, list_eos_token_ids, write_engine_bundle
 from .onnx_graphs import (
     MASKED,
@@ -119,7 +119,7 @@ def export_openvino_genai(
                 "`qk_norm` is True, but OpenVINO cannot compile these norms as a part of a state. Export to ort-genai."
             )
         SharedWeights(folder).write_graph(trace(WholeGraph(model)), "graph.onnx")
-        stateful = _add_states(openvino.Core().read_model(folder / "graph.onnx"), model.config)
+        stateful = _add_states(openvino_core().read_model(folder / "graph.onnx"), model.config)
         stateful = _compress(stateful, quantization)
         openvino.save_model(stateful, folder / MODEL, compress_to_fp16=quantization == "float16")
         for path in folder.glob("*.onnx*"):
@@ -238,5 +238,5 @@ def _convert_tokenizer(openvino, bundle):
         ) from error
     for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), converted, strict=True):
         openvino.save_model(model, bundle.folder / f"{name}.xml", compress_to_fp16=False)
-    compiled = openvino.Core().compile_model(converted[0], "CPU")
+    compiled = openvino_core().compile_model(converted[0], "CPU")
     check_encoding("openvino-tokenizers", bundle.tokenizer, lambda text: compiled([text])["input_ids"][0].tolist())

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import summarize_error
 from ..export_manifest import find_export
-from .bundles import import_engine
+from .bundles import import_engine, openvino_core
 from .onnx_model import FORMATS, OrtEncDecSLM
 from .onnx_runtime import has_links
 from .onnx_tracing import WEIGHTS_FILE
@@ -77,7 +77,7 @@ class Compiler:
         openvino = import_engine("openvino")
         # The first call builds OpenVINO's table of dtypes; two threads that make it at once block each other forever.
         openvino.Type.f32.to_dtype()
-        self._core = openvino.Core()
+        self._core = openvino_core()
         if device.split(".")[0] not in (available := self._core.available_devices):
             raise ValueError(
                 f"`device` is {device!r}, but OpenVINO finds {', '.join(available)} on this machine. Choose one of "
