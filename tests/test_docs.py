@@ -32,7 +32,7 @@ WITH_KEYS = ("finetune", "distill", "pretrain", "adapt")
 # devices.md and transformers.md have tests of their own: they need engines and compilers.
 NAMES = (
     *("quickstart", "train", "distil", "adapt", "vision", "export", "publish", "security", "compatibility", "faq"),
-    "scale",
+    *("scale", "serving"),
 )
 DOCS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
 # Runs the snippets of each page, page by page, with a namespace for each.

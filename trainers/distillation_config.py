@@ -97,7 +97,7 @@ class Seq2SeqDistillationConfig(DistillationConfig):
     def _check_effects(self):
         """Refuse settings that this trainer cannot honor."""
         if self.use_vllm:
-            raise ValueError("`use_vllm` is not supported: vLLM does not run encoder-decoder students. Remove it.")
+            raise ValueError("`use_vllm` is not supported: TRL uses vLLM for decoder-only students only. Remove it.")
         if self.seq_kd and self.lmbda == 1.0 and self.kd_ratio > 0.0:
             raise ValueError(
                 "`seq_kd=True` has no effect with `lmbda=1`, because the student generates the targets of all "

@@ -33,8 +33,9 @@ class ModelChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config):
-        if vllm_config.quant_config is not None:
+        quantization = vllm_config.model_config.quantization
+        if quantization is not None:
             raise ValueError(
-                f"`quantization` is {vllm_config.model_config.quantization!r}, but vLLM runs this family in float32, "
-                "bfloat16 or float16. Leave it out."
+                f"`quantization` is {quantization!r}, but vLLM runs this family in float32, bfloat16 or float16 only. "
+                "Leave it out, and serve a checkpoint that is not quantized."
             )

@@ -29,7 +29,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from encdec_slm.modeling_encdec_slm import EncDecSLMEncoder, EncDecSLMRotaryEmbedding, apply_rotary_pos_emb
 
-from .sources import DummySources, SourceInfo, SourceProcessor
+from .sources import DummySources, SourceInfo, SourceProcessor, encode_in_batch_order
 
 
 # Types of rotary embeddings whose frequencies depend on the length of the sequence.
@@ -196,6 +196,8 @@ class EncDecSLMForConditionalGeneration(nn.Module, SupportsMultiModal):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config = config
+        if not vllm_config.use_v2_model_runner:
+            encode_in_batch_order()
         with no_init_weights():
             self.encoder = EncDecSLMEncoder(config)
         embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)

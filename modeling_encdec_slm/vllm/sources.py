@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a prompt becomes the source of the encoder: for vLLM, sources are items of a modality named `text`."""
 
+import functools
+
 import torch
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -18,18 +20,29 @@ PLACEHOLDER = [0]  # vLLM replaces it by the source
 
 
 class SourceRenderer(HfRenderer):
-    """Give the tokens of a prompt, of either endpoint, to the encoder."""
+    """Give the tokens of a prompt, whatever the endpoint, to the encoder."""
 
-    def _process_enc_dec(self, prompt, **kwargs):
-        return super()._process_enc_dec(_with_source(prompt), **kwargs)
+    def process_for_engine(self, prompt, arrival_time, **kwargs):
+        return super().process_for_engine(_add_source(prompt), arrival_time, **kwargs)
 
-    async def _process_enc_dec_async(self, prompt, **kwargs):
-        return await super()._process_enc_dec_async(_with_source(prompt), **kwargs)
+    async def process_for_engine_async(self, prompt, arrival_time, **kwargs):
+        return await super().process_for_engine_async(_add_source(prompt), arrival_time, **kwargs)
 
 
-def _with_source(prompt):
-    source_ids = torch.tensor(prompt["encoder_prompt"]["prompt_token_ids"], dtype=torch.long)
-    return {**prompt, "encoder_prompt": {**prompt["encoder_prompt"], "multi_modal_data": {"text": [source_ids]}}}
+def _add_source(prompt):
+    if "encoder_prompt" not in prompt:  # a chat
+        prompt = {"encoder_prompt": prompt, "decoder_prompt": None}
+    source = prompt["encoder_prompt"]
+    if media := source.get("multi_modal_data"):
+        raise ValueError(
+            f"The prompt has data of the kinds {sorted(media)}, but the model reads text only. Send text."
+        )
+    if not source.get("prompt_token_ids"):
+        raise ValueError(
+            "The prompt has no tokens, but the encoder needs at least one. Send a prompt that is not empty."
+        )
+    source_ids = torch.tensor(source["prompt_token_ids"], dtype=torch.long)
+    return {**prompt, "encoder_prompt": {**source, "multi_modal_data": {"text": [source_ids]}}}
 
 
 class SourceParser(MultiModalDataParser):
@@ -76,3 +89,23 @@ class SourceProcessor(EncDecMultiModalProcessor[SourceInfo]):
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
         sources = mm_items.get_items("text", ProcessorBatchItems)
         return [PromptReplacement("text", PLACEHOLDER, lambda index: sources.get(index).tolist())]
+
+
+@functools.cache
+def encode_in_batch_order():
+    """Make vLLM's V1 model runner encode new sources in the order of its batch, in which cross-attention stores them.
+
+    vLLM 0.32 encodes in the order of the scheduler, which is another one when a request that was preempted resumes
+    beside a new one: both then read the wrong source. Its V2 model runner does sort.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    encode = GPUModelRunner._execute_mm_encoder
+
+    def encode_sorted(self, scheduler_output):
+        if self.model_config.is_encoder_decoder:
+            inputs, places = scheduler_output.scheduled_encoder_inputs, self.input_batch.req_id_to_index
+            scheduler_output.scheduled_encoder_inputs = {name: inputs[name] for name in sorted(inputs, key=places.get)}
+        return encode(self, scheduler_output)
+
+    GPUModelRunner._execute_mm_encoder = encode_sorted
