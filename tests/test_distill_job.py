@@ -135,6 +135,17 @@ def test_a_student_that_is_an_adapter_is_trained_further(finished, arguments, tm
     assert isinstance(load_checkpoint(tmp_path / "run")[0], PeftModel)
 
 
+def test_a_student_that_is_a_t5_is_distilled_on_distributions_and_generates(finished, arguments, tmp_path):
+    args = arguments(student_architecture="t5", compare_with_cross_entropy=False)
+    results = distill(args, training_args(tmp_path / "t5", teacher_model_name_or_path=f"{finished[0]}_teacher"))
+    assert set(results["distilled student"].metrics) == METRICS
+    student, tokenizer = load_checkpoint(tmp_path / "t5")
+    assert student.config.model_type == "t5" and not student.config.scale_decoder_outputs
+    assert student.generate(**tokenizer(ROWS[0]["source"], return_tensors="pt")).shape[1] <= 9
+    with pytest.raises(ValueError, match="bart"):
+        distill(arguments(student_architecture="bart"), training_args(tmp_path / "bart"))
+
+
 def test_a_teacher_with_another_vocabulary_has_no_loss_and_no_agreement(finished, arguments, tmp_path):
     tokenizer = build_byte_tokenizer(ends_sources=False)
     config = decoder_only_twin(build_config(vocab_size=len(tokenizer), max_position_embeddings=256))

@@ -23,7 +23,6 @@ from transformers import (
 from ..adaptation import from_decoder_only
 from ..checkpoints import find_source_folders, load_checkpoint
 from ..generation_speed import compare_speed
-from ..modeling_encdec_slm import EncDecSLMForConditionalGeneration
 from ..run_results import Metric, ModelResults, RunResults
 from ..vocabulary import describe_embeddings, report_trim
 from .cached_labels import CachedTeacher
@@ -43,7 +42,7 @@ from .jobs import (
     text_metrics,
     train,
 )
-from .new_models import TOKENIZER_ROWS, preset_config, train_tokenizer
+from .new_models import TOKENIZER_ROWS, build_model, train_tokenizer
 from .resuming import (
     check_output_dir,
     contains_checkpoint,
@@ -95,6 +94,8 @@ class DistillArguments(DataArguments):
             model.
         preset (`str`, *optional*, defaults to `"1m"`): Size of a new student; see
             [`~encdec_slm.configuration.list_presets`].
+        student_architecture (`str`, *optional*, defaults to `"encdec_slm"`): Of a new student; `"t5"` builds a T5 of
+            the preset's sizes, for llama.cpp.
         student_from_teacher (`bool`, *optional*, defaults to `False`): Initialize a new student with the teacher's
             layers, two thirds in the encoder and one third in the decoder, by
             [`~encdec_slm.adaptation.from_decoder_only`], instead of `preset`.
@@ -122,6 +123,7 @@ class DistillArguments(DataArguments):
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Student to start from."})
     preset: str = field(default="1m", metadata={"help": "Size of a new student."})
+    student_architecture: str = field(default="encdec_slm", metadata={"help": "Of a new student, or t5."})
     student_from_teacher: bool = field(default=False, metadata={"help": "Initialize a new student from its teacher."})
     trim_vocabulary: bool = field(default=False, metadata={"help": "Keep only the teacher's tokens that rows use."})
     trimmed_vocabulary_size: int | None = field(default=None, metadata={"help": "Most tokens to keep then."})
@@ -358,7 +360,7 @@ def _build_trainer(args, training_args, teacher, tokenizer, splits):
         if args.student_from_teacher:
             student = from_decoder_only(teacher.model, tokenizer=tokenizer)
         else:
-            student = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
+            student = build_model(args.preset, tokenizer, args.student_architecture)
     else:
         # Half-precision weights would lose most updates to rounding; `bf16` computes with float32 weights.
         student, tokenizer = load_checkpoint(name, dtype=torch.float32, adapter="train")

@@ -45,6 +45,7 @@ class FinetuneArguments(DataArguments):
     Args: those of [`~encdec_slm.trainers.seq2seq_data.DataArguments`], and
         preset (`str`, *optional*, defaults to `"tiny"`): Size of a new model, without `model_name_or_path`; see
             [`~encdec_slm.configuration.list_presets`].
+        architecture (`str`, *optional*, defaults to `"encdec_slm"`): Of a new model; `"t5"` is for llama.cpp.
         vocab_size (`int`, *optional*, defaults to 4096): Upper bound for the tokenizer of a new model.
         max_source_length (`int`, *optional*, defaults to 256): In tokens; longer sources are truncated and counted.
         max_target_length (`int`, *optional*, defaults to 48): In tokens, likewise; also the longest completion of the
@@ -62,6 +63,7 @@ class FinetuneArguments(DataArguments):
     """
 
     preset: str = field(default="tiny", metadata={"help": "Size of a new model."})
+    architecture: str = field(default="encdec_slm", metadata={"help": "Of a new model: encdec_slm or t5."})
     vocab_size: int = field(default=4096, metadata={"help": "Upper bound for a newly trained tokenizer."})
     max_source_length: int = field(default=256, metadata={"help": "Longest source, in tokens."})
     max_target_length: int = field(default=48, metadata={"help": "Longest target, in tokens."})
@@ -114,7 +116,9 @@ def finetune(
 
     splits = load_splits(args, training_args.seed)
     if name is None:
-        model, tokenizer = build_text_model(args.preset, splits["train"], args.vocab_size, args.max_source_length)
+        model, tokenizer = build_text_model(
+            args.preset, splits["train"], args.vocab_size, args.max_source_length, args.architecture
+        )
     else:
         model, tokenizer = load_model(model_args)
     start_id = model.config.decoder_start_token_id

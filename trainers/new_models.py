@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ..configuration import load_preset
 from ..configuration_encdec_slm import EncDecSLMConfig
@@ -19,6 +25,7 @@ from ..processing_encdec_vlm import IMAGE_TOKEN, EncDecVLMProcessor
 from .image_rows import find_images, read_images
 
 
+ARCHITECTURES = ("encdec_slm", "t5")
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 TOKENIZER_ROWS = 20_000
 STATISTICS_ROWS = 200
@@ -37,8 +44,12 @@ CHAT_TEMPLATE = """\
 
 
 def build_text_model(
-    preset: str, rows: Iterable[Mapping[str, Any]], vocab_size: int, max_source_length: int
-) -> tuple[EncDecSLMForConditionalGeneration, PreTrainedTokenizerFast]:
+    preset: str,
+    rows: Iterable[Mapping[str, Any]],
+    vocab_size: int,
+    max_source_length: int,
+    architecture: str = "encdec_slm",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Build a text model with random weights, and train its tokenizer on `source` and `target` of rows.
 
     Args:
@@ -46,9 +57,40 @@ def build_text_model(
         rows (`Iterable[Mapping]`): Training rows; the first 20,000 are used.
         vocab_size (`int`): Upper bound; see [`train_tokenizer`].
         max_source_length (`int`): In tokens.
+        architecture (`str`, *optional*, defaults to `"encdec_slm"`): See [`build_model`].
     """
     tokenizer = train_tokenizer(first_texts(rows, ("source", "target")), vocab_size, max_source_length)
-    return EncDecSLMForConditionalGeneration(preset_config(preset, tokenizer)), tokenizer
+    return build_model(preset, tokenizer, architecture), tokenizer
+
+
+def build_model(preset: str, tokenizer: PreTrainedTokenizerBase, architecture: str = "encdec_slm") -> PreTrainedModel:
+    """Build a text model with random weights.
+
+    Args:
+        preset (`str`): See [`~encdec_slm.configuration.list_presets`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decides vocabulary size and special tokens.
+        architecture (`str`, *optional*, defaults to `"encdec_slm"`): `"t5"` builds a T5 of the same sizes, which
+            llama.cpp can run; all its query heads have keys and values of their own.
+
+    Raises:
+        ValueError: `architecture` is unknown.
+    """
+    config = preset_config(preset, tokenizer)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"The architecture is {architecture!r}, but must be one of {', '.join(ARCHITECTURES)}.")
+    if architecture == "encdec_slm":
+        return EncDecSLMForConditionalGeneration(config)
+    t5_config = T5Config(
+        **{"vocab_size": config.vocab_size, "d_model": config.hidden_size, "d_ff": config.intermediate_size},
+        **{"num_heads": config.num_attention_heads, "d_kv": config.head_dim, "dropout_rate": config.mlp_dropout},
+        **{"num_layers": config.encoder_num_hidden_layers, "num_decoder_layers": config.decoder_num_hidden_layers},
+        **{"feed_forward_proj": "gated-gelu", **_token_ids(tokenizer)},
+        tie_word_embeddings=False,  # Embeddings are tied anyway, but the output is not scaled, as in llama.cpp.
+    )
+    model = T5ForConditionalGeneration(t5_config)
+    # Embeddings of T5's own size learn slowly by AdamW, and give large logits without that scaling.
+    model.shared.weight.data.mul_(config.initializer_range)
+    return model
 
 
 def build_vision_model(
@@ -171,4 +213,11 @@ def _sample_pixels(image):
     return np.asarray(image)[::step, ::step].reshape(-1, 3) / 255
 
 
-__all__ = ["build_processor", "build_text_model", "build_vision_model", "preset_config", "train_tokenizer"]
+__all__ = [
+    "build_model",
+    "build_processor",
+    "build_text_model",
+    "build_vision_model",
+    "preset_config",
+    "train_tokenizer",
+]
