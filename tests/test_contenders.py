@@ -45,6 +45,8 @@ def test_peers_have_their_published_sizes():
 def test_the_bytes_of_a_step_are_those_of_weights_and_caches():
     assert contender().step_bytes(20) == 4 * (174_528 + 20 * 128)
     assert contender(precision="int8").step_bytes(20) == 174_528 + 4 * 20 * 128
+    int4 = Contender(OURS, "onnxruntime_genai", "int4", "cpu", "tiny")
+    assert int4.step_bytes(20) == (174_528 - 1024 * 64) * 9 / 16 + 1024 * 64 * 9 / 8 + 4 * 20 * 128
     assert contender(precision="bfloat16", preset="330m").step_bytes(0) == 273_121_792
 
 

@@ -42,8 +42,9 @@ def test_the_graph_gives_the_logits_of_the_baseline_at_once_and_in_pieces(graph,
     def run(ids, cache):
         shape = (1, config.num_key_value_heads, cache[0].shape[2] + ids.shape[1], config.head_dim)
         past = {name.replace("present", "past_key_values"): tensor for name, tensor in zip(names, cache, strict=True)}
-        outputs = graph({"input_ids": ids, **past}, {"logits": (1, config.vocab_size), **dict.fromkeys(names, shape)})
-        return outputs["logits"][0], [outputs[name] for name in names]
+        shapes = {"logits": (1, 1, config.vocab_size), **dict.fromkeys(names, shape)}
+        outputs = graph({"input_ids": ids, **past}, shapes)
+        return outputs["logits"][0, 0], [outputs[name] for name in names]
 
     empty = [torch.zeros(1, config.num_key_value_heads, 0, config.head_dim)] * len(names)
     with torch.no_grad():

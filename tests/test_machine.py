@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import time
 from functools import partial
 from multiprocessing import get_context
 
@@ -53,7 +54,7 @@ def test_a_killed_process_is_named_with_the_likely_reason():
 
 def test_rates_are_positive_and_the_machine_is_described():
     assert run_in_new_process(os.getpid) != os.getpid()
-    assert memory_bandwidth(torch.ones(1000)) > 0
+    assert memory_bandwidth(torch.ones(1000)) > 0 and memory_bandwidth(torch.ones(10**6), time.process_time) > 0
     described = describe_machine("cpu")
     assert described["cpu"] and described["cores"] == os.cpu_count() and described["gpu"] is None
     assert described["torch"] == torch.__version__

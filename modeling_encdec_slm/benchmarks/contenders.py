@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5Gemma2Co
 
 from ..configuration import decoder_only_twin, load_preset
 from ..configuration.sizes import build_model, num_cached_values, num_weights_per_token
+from ..export.onnx_quantization import BLOCK_SIZES
 from .machine import has_bfloat16_units
 
 
@@ -28,11 +29,12 @@ ENGINES = {
         {"cpu": ("float32", "int8"), "cuda": ("float16", "int8_float16")},
     ),
     "onnxruntime": ((OURS, BASELINE), {"cpu": ("float32", "int8")}),
+    "onnxruntime_genai": ((OURS, BASELINE), {"cpu": ("int8", "int4")}),
     "openvino": ((OURS, BASELINE), {"cpu": ("float32", "bfloat16", "int8")}),
 }
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_float16": 1}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int8_float16": 1, "int4": 0.5}
 # No engine quantizes its caches.
-CACHE_ITEM_BYTES = {**ITEM_BYTES, "int8": 4, "int8_float16": 2}
+CACHE_ITEM_BYTES = {**ITEM_BYTES, "int8": 4, "int8_float16": 2, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,13 @@ class Contender:
 
     def step_bytes(self, length: int) -> int:
         """Return the bytes that one generated token reads with `length` tokens of source and target cached."""
-        weights = ITEM_BYTES[self.precision] * num_weights_per_token(self.config)
-        return weights + CACHE_ITEM_BYTES[self.precision] * length * num_cached_values(self.config)
+        num_weights, num_bytes = num_weights_per_token(self.config), ITEM_BYTES[self.precision]
+        weights = num_bytes * num_weights
+        if self.engine == "onnxruntime_genai":  # with a scale per block; the output head has 8 bits
+            num_head_weights = self.config.vocab_size * self.config.hidden_size
+            num_bytes += 4 / BLOCK_SIZES[int(8 * num_bytes)]
+            weights = num_bytes * (num_weights - num_head_weights) + (1 + 4 / BLOCK_SIZES[8]) * num_head_weights
+        return int(weights) + CACHE_ITEM_BYTES[self.precision] * length * num_cached_values(self.config)
 
 
 def list_contenders(preset: str, devices: Sequence[str], patterns: Sequence[str] = ("*",)) -> list[Contender]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder-only baseline (Llama or Qwen3) in CTranslate2 and ONNX, with a cache and as few operators as ours."""
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from ..export.onnx_graphs import (
     pair_layers,
     set_plain_attention,
 )
+from ..export.onnx_quantization import compress_weights
 from ..export.onnx_runtime import RunGraph
 from ..export.onnx_tracing import Graph, SharedWeights, trace
+from ..export.ort_genai import GRAPH, build_config
 
 
 def build_decoder_only_spec(model: PreTrainedModel) -> Any:
@@ -69,7 +72,7 @@ class DecoderOnlyGraph(Graph):
             )
             for prefix, length in (("past_key_values", "past_length"), ("present", "past_length + target_length"))
         )
-        super().__init__({"input_ids": (1, "target_length"), **past}, {"logits": (1, config.vocab_size), **present})
+        super().__init__({"input_ids": (1, "target_length"), **past}, {"logits": (1, 1, config.vocab_size), **present})
         self.model, self.lm_head = model.model, model.lm_head
 
     def forward(self, input_ids, past_key_values):
@@ -78,7 +81,7 @@ class DecoderOnlyGraph(Graph):
         hidden_states = self.model(
             input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self.lm_head(hidden_states[:, -1]), *flatten_caches(cache)
+        return self.lm_head(hidden_states[:, -1])[:, None], *flatten_caches(cache)
 
 
 def export_decoder_only(model: PreTrainedModel, folder: Path, name: str) -> None:
@@ -91,6 +94,20 @@ def export_decoder_only(model: PreTrainedModel, folder: Path, name: str) -> None
     """
     set_plain_attention(model)
     SharedWeights(folder).write_graph(trace(DecoderOnlyGraph(model)), name)
+
+
+def export_decoder_only_genai(model: PreTrainedModel, folder: Path, quantization: str) -> None:
+    """Export a Llama or Qwen3 to a folder that onnxruntime-genai loads, for batches of 1.
+
+    Args: as in [`export_decoder_only`], and
+        quantization (`str`): As in [`~encdec_slm.export.export_ort_genai`].
+    """
+    set_plain_attention(model)
+    graph = trace(DecoderOnlyGraph(model))
+    compress_weights(graph, quantization)
+    SharedWeights(folder).write_graph(graph, GRAPH)
+    config = build_config(model, model.config.num_hidden_layers, "%d.decoder")
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def time_decoder_only_tokens(
@@ -111,9 +128,9 @@ def time_decoder_only_tokens(
     for _ in range(num_new_tokens):
         past = {name.replace("present", "past_key_values"): tensor for name, tensor in zip(names, cache, strict=True)}
         shape[2] += ids.shape[1]
-        shapes = {"logits": (1, config.vocab_size), **dict.fromkeys(names, tuple(shape))}
+        shapes = {"logits": (1, 1, config.vocab_size), **dict.fromkeys(names, tuple(shape))}
         outputs = graph({"input_ids": ids, **past}, shapes)
-        ids, cache = outputs["logits"].argmax(-1, keepdim=True), [outputs[name] for name in names]
+        ids, cache = outputs["logits"].argmax(-1), [outputs[name] for name in names]
         seconds.append(time.perf_counter() - start)
         token_ids.append(ids.item())
     return seconds, token_ids

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepare, load and time a contender in each engine."""
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +13,19 @@ from transformers import CompileConfig
 
 from ..checkpoints import write_folder
 from ..errors import require_package
-from ..export import export_ctranslate2, export_onnx
+from ..export import export_ctranslate2, export_onnx, export_ort_genai
 from ..export.onnx_quantization import quantize_graphs
 from ..export.onnx_runtime import DynamicEngine, check_providers, open_onnxruntime_graph
 from ..export.onnx_tracing import SharedWeights
 from ..export.openvino_model import Compiler
 from ..generation_speed import token_seconds
 from .contenders import BASELINE, OURS, Contender
-from .decoder_only import build_decoder_only_spec, export_decoder_only, time_decoder_only_tokens
+from .decoder_only import (
+    build_decoder_only_spec,
+    export_decoder_only,
+    export_decoder_only_genai,
+    time_decoder_only_tokens,
+)
 
 
 # Source ids and a number of new tokens -> seconds from the call until each of them is known.
@@ -40,23 +46,30 @@ def prepare(contender: Contender, folder: Path) -> None:
     model, output_dir = contender.build_model(torch.float32), find_bundle_folder(contender, folder)
     if contender.engine == "ctranslate2":
         _prepare_ctranslate2(model, contender, output_dir)
+    elif contender.engine == "onnxruntime_genai":
+        _prepare_ort_genai(model, contender, output_dir)
     else:
         _prepare_onnx(model, contender, output_dir)
 
 
-def load(contender: Contender, folder: Path, num_threads: int) -> TokenSeconds:
+def load(contender: Contender, folder: Path, num_threads: int, is_cpu_time: bool = False) -> TokenSeconds:
     """Load a contender and return the function that times it.
 
     Args:
         contender ([`Contender`]): To load.
         folder (`Path`): Its bundle folder.
         num_threads (`int`): Threads of the engine.
+        is_cpu_time (`bool`, *optional*, defaults to `False`): Time all that this process does by CPU time.
     """
     torch.set_num_threads(num_threads)
+    if is_cpu_time:
+        time.perf_counter = time.process_time
     if contender.engine == "ctranslate2":
         return _load_ctranslate2(contender, folder, num_threads)
     if contender.engine in ("onnxruntime", "openvino"):
         return _load_onnx(contender, folder)
+    if contender.engine == "onnxruntime_genai":
+        return _load_ort_genai(folder, num_threads)
     options = {}
     if contender.engine == "transformers-compiled":
         options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode="default")
@@ -148,6 +161,35 @@ def _load_onnx(contender, folder):
         return partial(_time_encoder_decoder, DynamicEngine(folder, config, open_graph), config.decoder_start_token_id)
     graph = open_graph(folder / DECODER_ONLY_FILE)
     return lambda source_ids, num_new_tokens: time_decoder_only_tokens(graph, config, source_ids, num_new_tokens)[0]
+
+
+def _prepare_ort_genai(model, contender, output_dir):
+    if contender.model == OURS:
+        export_ort_genai(model, output_dir, quantization=contender.precision)
+        return
+    with write_folder(output_dir) as folder:
+        export_decoder_only_genai(model, folder, contender.precision)
+
+
+def _load_ort_genai(folder, num_threads):
+    onnxruntime_genai = require_package("onnxruntime_genai")
+    options = {"decoder": {"session_options": {"intra_op_num_threads": num_threads}}}
+    config = onnxruntime_genai.Config(str(folder))
+    config.overlay(json.dumps({"model": options}))
+    model = onnxruntime_genai.Model(config)
+
+    def time_tokens(source_ids, num_new_tokens):
+        start, seconds = time.perf_counter(), []
+        params = onnxruntime_genai.GeneratorParams(model)
+        params.set_search_options(max_length=len(source_ids) + num_new_tokens)
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(source_ids)
+        for _ in range(num_new_tokens):
+            generator.generate_next_token()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return time_tokens
 
 
 def _time_encoder_decoder(engine, start_id, source_ids, num_new_tokens):

@@ -102,12 +102,12 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_bandwidth(buffer: torch.Tensor) -> float:
+def memory_bandwidth(buffer: torch.Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the bytes per second at which all threads read `buffer`, which must be larger than all caches."""
-    start = time.perf_counter()
+    start = clock()
     if buffer.sum().is_cuda:
         torch.cuda.synchronize()
-    return buffer.numel() * buffer.itemsize / (time.perf_counter() - start)
+    return buffer.numel() * buffer.itemsize / (clock() - start)
 
 
 def has_bfloat16_units() -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the benchmark: contenders of one engine take turns, and the machine is measured in between."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ def run_benchmark(
     num_repetitions: int,
     num_threads: int,
     folder: Path,
+    is_cpu_time: bool = False,
 ) -> dict[str, Any]:
     """Time contenders, and compare this family with its decoder-only baseline.
 
@@ -44,6 +46,7 @@ def run_benchmark(
         num_repetitions (`int`): Runs of every setting.
         num_threads (`int`): Threads of each engine.
         folder (`Path`): Models for the engines are written there, and found by a later run.
+        is_cpu_time (`bool`, *optional*, defaults to `False`): Measure the CPU time of one thread.
 
     Returns:
         `dict`: `machine`, `settings`, `groups` (all raw times, by engine), `rows` (one per contender) and `pairs`
@@ -53,11 +56,14 @@ def run_benchmark(
         if contender.engine not in TORCH_ENGINES and not find_bundle_folder(contender, folder).exists():
             print(f"Writing {contender.name}", flush=True)
             run_in_new_process(prepare, contender, folder)
-    groups = [_measure(group, settings, num_repetitions, num_threads, folder) for group in _group(contenders)]
+    groups = [
+        _measure(group, settings, num_repetitions, num_threads, folder, is_cpu_time) for group in _group(contenders)
+    ]
     rows = [_build_row(contender, groups, settings, folder) for contender in contenders]
     return {
         "machine": describe_machine("cuda" if any(one.device == "cuda" for one in contenders) else "cpu"),
         "settings": [list(setting) for setting in settings],
+        "is_cpu_time": is_cpu_time,
         "groups": groups,
         "rows": rows,
         "pairs": [pair for group in groups for pair in _build_pairs(group)],
@@ -73,7 +79,7 @@ def _group(contenders):
             yield usual + [one for one in on_device if one.engine == engine and one not in usual]
 
 
-def _measure(contenders, settings, num_repetitions, num_threads, folder):
+def _measure(contenders, settings, num_repetitions, num_threads, folder, is_cpu_time):
     """Time contenders that take turns; each is loaded in its own process."""
     print(f"Loading {', '.join(one.name for one in contenders)}", flush=True)
     device, names = contenders[0].device, [one.name for one in contenders]
@@ -82,14 +88,15 @@ def _measure(contenders, settings, num_repetitions, num_threads, folder):
     try:
         for one in contenders:
             packages = () if one.engine in TORCH_ENGINES else (one.engine,)
-            load_one = partial(load, one, find_bundle_folder(one, folder), num_threads)
+            load_one = partial(load, one, find_bundle_folder(one, folder), num_threads, is_cpu_time)
             workers[one] = Worker(one.name, load_one, device, packages)
             # A compiled step is compiled again for other lengths of caches, so each setting is run once before.
             is_compiled = one.engine == "transformers-compiled"
             for length, num_new_tokens in settings if is_compiled else [(settings[0][0], NUM_WARM_UP_TOKENS)]:
                 workers[one].token_seconds(_build_source(one, length), num_new_tokens)
         for repetition in range(num_repetitions):
-            bandwidth.append(memory_bandwidth(torch.ones(NUM_BUFFER_VALUES, device=device)))
+            clock = time.process_time if is_cpu_time else time.perf_counter
+            bandwidth.append(memory_bandwidth(torch.ones(NUM_BUFFER_VALUES, device=device), clock))
             for place, (source_length, num_new_tokens) in enumerate(settings):
                 for one, worker in workers.items():
                     seconds = worker.token_seconds(_build_source(one, source_length), num_new_tokens)

@@ -93,6 +93,9 @@ def bench(
     ] = ["*"],  # noqa: B006
     repetitions: Annotated[int, options.count(help="Runs of every setting.")] = 5,
     threads: Annotated[int | None, options.count(help="Threads of each engine.  [default: torch's]")] = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Measure the CPU time of one thread, on a machine that is busy.")
+    ] = False,
     models: Annotated[Path, options.folder(help="For models of the engines, which a later run finds there.")] = Path(
         "outputs/benchmark_models"
     ),
@@ -125,10 +128,13 @@ def bench(
 
     _check_preset(preset)
     _check_output(output)
+    if cpu_time and (devices != "cpu" or threads not in (None, 1)):
+        raise UsageError("--cpu-time is for one thread on the CPU: leave out --devices, and set --threads to 1.")
+    threads = 1 if cpu_time else threads or torch.get_num_threads()
     lengths = sorted(_parse_setting(text) for text in settings)
     contenders = list_contenders(preset, devices.split(","), only)
     output.mkdir(parents=True, exist_ok=True)  # before hours of measurements that could not be written
-    report = run_benchmark(contenders, lengths, repetitions, threads or torch.get_num_threads(), models)
+    report = run_benchmark(contenders, lengths, repetitions, threads, models, cpu_time)
     print(f"\n{build_tables(report)}\n\n{build_verdict(report)}\n")
     text = json.dumps({"command": " ".join(sys.argv), "preset": preset, **report}, indent=2)
     write_file(output / "benchmark.json", text + "\n")

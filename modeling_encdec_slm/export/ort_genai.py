@@ -13,6 +13,7 @@ size), and grow by one position per step:
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,7 +132,7 @@ def export_ort_genai(
         compress_weights(decoder, quantization)
         SharedWeights(folder).write_graph(decoder, GRAPH)
         bundle.manifest.update(engine_version=version, graphs={GRAPH: describe_tensors(decoder)})
-        config = json.dumps(_build_config(model), indent=2) + "\n"
+        config = json.dumps(build_config(model, 2 * model.config.decoder_num_hidden_layers + 1), indent=2) + "\n"
         (folder / "genai_config.json").write_text(config, encoding="utf-8")
         if bundle.tokenizer is not None:
             _check_tokenizer(bundle)
@@ -151,8 +152,14 @@ def _with_length(value, length):
     return import_engine("onnx_ir").Shape([length if axis == 2 else size for axis, size in enumerate(value.shape)])
 
 
-def _build_config(model):
-    """Return `genai_config.json`. Lengths count source and target together."""
+def build_config(model: PreTrainedModel, num_layers: int, layer: str = "%d") -> dict[str, Any]:
+    """Return the content of `genai_config.json`, where lengths count source and target together.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Has the sizes and the settings of the search.
+        num_layers (`int`): Layers of the cache.
+        layer (`str`, *optional*, defaults to `"%d"`): A layer in the names of the cache.
+    """
     config, generation_config = model.config, model.generation_config
     eos_token_ids = list_eos_token_ids(model)
     pad_token_id = generation_config.pad_token_id
@@ -160,20 +167,20 @@ def _build_config(model):
     return {
         "model": {
             **{"type": "decoder", "context_length": config.max_position_embeddings, "vocab_size": config.vocab_size},
-            **{"bos_token_id": generation_config.decoder_start_token_id, "eos_token_id": eos_token_ids},
+            **{"bos_token_id": generation_config.decoder_start_token_id or 0, "eos_token_id": eos_token_ids},
             "pad_token_id": eos_token_ids[0] if pad_token_id is None else pad_token_id,
             "decoder": {
                 **{"filename": GRAPH, "session_options": {}, "head_size": config.head_dim},
                 **{"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads},
                 "num_key_value_heads": config.num_key_value_heads,
-                "num_hidden_layers": 2 * config.decoder_num_hidden_layers + 1,
+                "num_hidden_layers": num_layers,
                 "inputs": {
                     **{"input_ids": "input_ids", "attention_mask": "attention_mask"},
-                    **{f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")},
+                    **{f"past_{kind}_names": f"past_key_values.{layer}.{kind}" for kind in ("key", "value")},
                 },
                 "outputs": {
                     "logits": "logits",
-                    **{f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")},
+                    **{f"present_{kind}_names": f"present.{layer}.{kind}" for kind in ("key", "value")},
                 },
             },
         },
