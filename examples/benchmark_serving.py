@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from encdec_slm.benchmarks.contenders import BASELINE, OURS, Contender
 from encdec_slm.benchmarks.engines import find_bundle_folder, prepare
@@ -38,15 +40,20 @@ PRECISIONS = {"vllm": ("float32", "bfloat16"), "ctranslate2": ("float32", "int8"
 
 
 def save_model(contender, folder):
+    """Save a model with random weights, and a tokenizer, without which vLLM does not start."""
     contender.build_model(torch.float32).save_pretrained(folder)
+    vocab = {f"<id_{token_id}>": token_id for token_id in range(contender.config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<id_0>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<id_0>").save_pretrained(folder)
 
 
-def load_vllm(contender, folder):
+def load_vllm(contender, folder, enforce_eager):
     """Return the function that times vLLM, which works in this process, so that its CPU time is known."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     vllm = require_package("vllm")
     options = {"max_num_seqs": CONCURRENCY, "max_model_len": 512, "kv_cache_memory_bytes": 2**29}
-    engine = vllm.LLM(str(folder), dtype=contender.precision, skip_tokenizer_init=True, **options)
+    options["enable_prefix_caching"] = False  # every repetition reads all sources anew
+    engine = vllm.LLM(str(folder), dtype=contender.precision, enforce_eager=enforce_eager, **options)
     fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False}
 
     def generate(sources, num_new_tokens):
@@ -79,16 +86,16 @@ def time_requests(generate, sources, num_new_tokens):
     return [seconds]
 
 
-def start_workers(preset, temporary):
+def start_workers(arguments, temporary):
     """Start a process for each model in each engine and precision; yields its entry in the report, and the worker."""
     for model, engine in ENGINES:
-        for precision in PRECISIONS[engine]:
-            contender = Contender(model, engine, precision, "cpu", preset)
+        for precision in filter(arguments.precisions.__contains__, PRECISIONS[engine]):
+            contender = Contender(model, engine, precision, "cpu", arguments.preset)
             if engine == "ctranslate2":
                 folder, load = find_bundle_folder(contender, temporary), load_ctranslate2
                 run_in_new_process(prepare, contender, temporary)
             else:
-                folder, load = temporary / model, load_vllm
+                folder, load = temporary / model, partial(load_vllm, enforce_eager=arguments.enforce_eager)
                 run_in_new_process(save_model, contender, folder)
             entry = {"model": model, "engine": engine, "precision": precision, "seconds": []}
             entry["num_parameters"] = num_parameters(contender.config)
@@ -98,7 +105,9 @@ def start_workers(preset, temporary):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="26m", help="size of the encoder-decoder and of its baseline")
-    parser.add_argument("--requests", type=int, default=128, help="requests in all")
+    parser.add_argument("--precisions", nargs="+", default=["float32", "int8"], help="float32, bfloat16 and int8")
+    parser.add_argument("--enforce-eager", action="store_true", help="vLLM without compilation, for both models")
+    parser.add_argument("--requests", type=int, default=64, help="requests in all")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of all requests")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_serving.json"))
     arguments = parser.parse_args()
@@ -108,7 +117,7 @@ def main():
         generator.choices(range(3, 1000), k=generator.randint(*SOURCE_LENGTHS)) for _ in range(arguments.requests)
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        workers = list(start_workers(arguments.preset, Path(temporary)))
+        workers = list(start_workers(arguments, Path(temporary)))
         for repetition in range(arguments.repetitions + 1):  # the first warms up
             for entry, worker in workers:
                 seconds = worker.token_seconds(sources, NUM_TOKENS)

