@@ -8,12 +8,14 @@ Each folder has train.jsonl, validation.jsonl and the test file of its task (see
 Python's standard library. Runs are named TASK MODEL TRAINING BUDGET RATE SEED. The learning rate of each model is
 chosen on validation rows with seed 0, and the other seeds use it. Each finished run becomes one line of
 evidence_results.jsonl, and the same command continues with what is missing. `--rerun` repeats runs that are finished.
-`--report` trains nothing: it writes the tables of docs/evidence.md and docs/evidence.png from the results file.
+`--report` trains nothing: it writes the tables of docs/evidence.md and README.md, and docs/evidence.png, from the
+results file.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import json
 import logging
 import random
@@ -30,25 +32,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from evidence_statistics import (
+    FAILS,
+    HOLDS,
+    MISSING,
+    UNKNOWN,
+    compare,
+    format_interval,
+    format_mean,
+    format_number,
+    mean,
+)
 from shell_results import update_blocks
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, Trainer, set_seed
 from trl import ModelConfig
 
 from encdec_slm import EncDecSLMConfig, EncDecSLMForConditionalGeneration
-from encdec_slm.adaptation import SPLITS
+from encdec_slm.adaptation import SPLITS, from_decoder_only
 from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.configuration.sizes import build_model, fit_num_parameters, num_parameters
 from encdec_slm.run_results import format_table, package_versions
 from encdec_slm.trainers.decoder_only_job import CHAT_TEMPLATE, encode_joined_rows, train_causal_model
+from encdec_slm.trainers.distillation_config import Seq2SeqDistillationConfig
+from encdec_slm.trainers.distillation_data import as_prompts
+from encdec_slm.trainers.distillation_losses import token_divergence
+from encdec_slm.trainers.distillation_trainer import Seq2SeqDistillationTrainer
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
 from encdec_slm.trainers.evaluation.generation import load_model
 from encdec_slm.trainers.evaluation.tasks import find_task
 from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
+from encdec_slm.trainers.muon import build_optimizer
 from encdec_slm.trainers.new_models import first_texts, preset_config, train_tokenizer
 from encdec_slm.trainers.row_encoding import RowEncoder, encode_rows
 from encdec_slm.trainers.tasks.docstrings import build_docstring_task
+from encdec_slm.trainers.teacher_cache import DistributionSpec
+from encdec_slm.trainers.teacher_engines import TransformersEngine
+from encdec_slm.trainers.teacher_labels import LabelSettings, label_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -71,9 +92,11 @@ class Task:
     max_target_length: int
     origin: str | None = None  # of training rows
     test_file: str = "test.jsonl"
-    max_test_rows: int = 500  # and of validation
-    batch_size: int = 32
+    max_validation_rows: int = 250
+    max_test_rows: int = 500
+    batch_size: int = 8
     vocab_size: int = 2048
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,21 @@ class Arm:
     budget: str = "equal-rows"
     training: str = "cross-entropy"
     num_seeds: int = 3
+
+    @property
+    def grid_arm(self) -> "Arm":
+        """The arm that chooses the learning rate: of the same model with `equal-rows` and cross-entropy."""
+        model = DECODER_ONLY if self.model == TEACHER else self.model
+        return Arm(
+            self.task, model, training=self.training if self.training in (ADAPTED, NOT_ADAPTED) else CROSS_ENTROPY
+        )
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the arm chooses its own learning rate."""
+        names = (self.task, self.model, self.budget, self.training)
+        grid = self.grid_arm
+        return names == (grid.task, grid.model, grid.budget, grid.training)
 
 
 @dataclass(frozen=True)
@@ -113,17 +151,46 @@ class Run:
 
 OURS, DECODER_ONLY, SOURCE_SUPERVISED = "2/3-1/3", "decoder-only", "decoder-only-source-supervised"
 MODELS = (OURS, DECODER_ONLY, "1/2-1/2", "1/3-2/3", SOURCE_SUPERVISED)
-TASKS = {
-    "shell": Task("shell", "nlc2cmd", 6_400, 64, 64, origin="nl2bash", test_file="test_random.jsonl"),
-    "synopses": Task("text", "rougeL", 6_400, 160, 32),
-    "docstrings": Task("docstrings", "rougeL", 6_400, 160, 48),
+# A larger decoder-only model, trained on three times the rows. Runs that learn from it need its folder.
+TEACHER, TEACHER_WIDTH, TEACHER_ROWS = "teacher", {"hidden_size": 256, "num_attention_heads": 8}, 3
+TEACHER_WIDTH |= {"num_key_value_heads": 8, "intermediate_size": 512}
+CROSS_ENTROPY, FORWARD_KL, ADAPTED, NOT_ADAPTED = "cross-entropy", "forward-kl", "adapted", "not-adapted"
+# Settings of the distillation by training. `distributions` are stored by the teacher first.
+DISTILLATION = {
+    FORWARD_KL: {"beta": 0.0},
+    "reverse-kl": {"beta": 1.0},
+    "jsd": {"beta": 0.5},
+    "forward-kl-topk": {"beta": 0.0, "distributions": "topk:16"},
+    "forward-kl-sampled": {"beta": 0.0, "distributions": "sampled:16"},
+    "forward-kl-on-policy": {"beta": 0.0, "lmbda": 0.5},
 }
+KD_RATIO = 0.9
+TASKS = {
+    "shell": Task("shell", "nlc2cmd", 4_800, 64, 64, origin="nl2bash", test_file="test_random.jsonl"),
+    "synopses": Task("text", "rougeL", 2_400, 96, 32),
+    "docstrings": Task("docstrings", "rougeL", 2_400, 96, 32),
+}
+# In the order in which they run: the headline first.
+COMPARISONS = (
+    *((model, "equal-rows") for model in (OURS, DECODER_ONLY)),
+    (OURS, "equal-flops"),
+    *((model, "equal-rows") for model in ("1/2-1/2", "1/3-2/3", SOURCE_SUPERVISED)),
+)
 ARMS = [
     Arm(task, model, budget, num_seeds=5 if task == "shell" and model in (OURS, DECODER_ONLY) else 3)
+    for comparisons in (COMPARISONS[:2], *([one] for one in COMPARISONS[2:]))
     for task in TASKS
-    for model, budget in (*((model, "equal-rows") for model in MODELS), (OURS, "equal-flops"))
+    for model, budget in comparisons
 ]
+ARMS += [
+    Arm("shell", TEACHER, num_seeds=1),
+    *(Arm("shell", model, training=FORWARD_KL, num_seeds=5) for model in (OURS, DECODER_ONLY)),
+    *(Arm("shell", OURS, training=training) for training in list(DISTILLATION)[1:]),
+    *(Arm("shell", OURS, training=training) for training in (ADAPTED, NOT_ADAPTED)),
+]
+# The grid of learning rates starts with these, and is extended by factors of 2 while the best is at an edge.
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATE_LIMITS = (7.5e-4, 1.2e-2)
 # Sizes of the models: six layers of the width of the preset. Without dropout, because Llama has less of it.
 PRESET = "1m"
 SHAPE = {
@@ -135,29 +202,39 @@ TRAINING = {
     **{"warmup_steps": 0.05, "weight_decay": 0.01, "adam_beta2": 0.98, "logging_steps": 50, "save_strategy": "no"},
     **{"report_to": "none", "dataloader_pin_memory": False, "disable_tqdm": True},
 }
-METRIC_LABELS = {"nlc2cmd": "NLC2CMD, percent", "rougeL": "ROUGE-L, percent"}
+COMMON_NAMES = {CROSS_ENTROPY, "equal-rows"}
+METRIC_NAMES = {"nlc2cmd": "NLC2CMD", "rougeL": "ROUGE-L"}
+METRIC_LABELS = {metric: f"{name}, percent" for metric, name in METRIC_NAMES.items()}
 EVALUATION_BATCH_SIZE = 50
-# Claims of arXiv 2501.16273: the first arm is better than the second.
+# Claims of arXiv 2501.16273, and then of this repository: the first arm is better than the second. An arm is a model,
+# its training and its budget.
+NUM_PAPER_CLAIMS = 6
 CLAIMS = (
-    ("better than decoder-only: equal size and rows", (OURS, "equal-rows"), (DECODER_ONLY, "equal-rows")),
-    ("the same, decoder-only also learns the source", (OURS, "equal-rows"), (SOURCE_SUPERVISED, "equal-rows")),
-    ("better than decoder-only: equal size and training FLOPs", (OURS, "equal-flops"), (DECODER_ONLY, "equal-rows")),
-    ("2/3-1/3 is better than 1/2-1/2", (OURS, "equal-rows"), ("1/2-1/2", "equal-rows")),
-    ("1/2-1/2 is better than 1/3-2/3", ("1/2-1/2", "equal-rows"), ("1/3-2/3", "equal-rows")),
+    ("better than decoder-only: equal size and rows", (OURS,), (DECODER_ONLY,)),
+    ("the same, decoder-only also learns the source", (OURS,), (SOURCE_SUPERVISED,)),
+    ("better than decoder-only: equal size and training FLOPs", (OURS, CROSS_ENTROPY, "equal-flops"), (DECODER_ONLY,)),
+    ("better than decoder-only: both distilled", (OURS, FORWARD_KL), (DECODER_ONLY, FORWARD_KL)),
+    ("2/3-1/3 is better than 1/2-1/2", (OURS,), ("1/2-1/2",)),
+    ("1/2-1/2 is better than 1/3-2/3", ("1/2-1/2",), ("1/3-2/3",)),
+    ("2/3-1/3: distillation is better than cross-entropy", (OURS, FORWARD_KL), (OURS,)),
+    ("decoder-only: distillation is better than cross-entropy", (DECODER_ONLY, FORWARD_KL), (DECODER_ONLY,)),
+    *((f"forward KL is better than {name}", (OURS, FORWARD_KL), (OURS, name)) for name in ("reverse-kl", "jsd")),
+    ("half of the targets by the student is better than none", (OURS, "forward-kl-on-policy"), (OURS, FORWARD_KL)),
+    *(
+        (f"a live teacher is better than {name} labels", (OURS, FORWARD_KL), (OURS, f"forward-kl-{name}"))
+        for name in ("topk", "sampled")
+    ),
+    ("the teacher's layers are a better start than random weights", (OURS, ADAPTED), (OURS, NOT_ADAPTED)),
 )
-HOLDS, FAILS, UNKNOWN, MISSING = "holds here", "does not hold here", "cannot be told at this size", "missing"
-MIN_SEEDS, NUM_BOOTSTRAP = 3, 10_000
-# Student's t for 95 % intervals by the number of seeds; that of five is used for more, which widens the interval.
-T_QUANTILES = {3: 4.303, 4: 3.182, 5: 2.776}
 
 
 # Models and rows
 
 
 def build_config(model: str, tokenizer: Any) -> Any:
-    """Return the config of a model of the comparison; all have the same number of parameters within 1 %."""
+    """Return the config of a model; all but the teacher have the same number of parameters within 1 %."""
     fields = preset_config(PRESET, tokenizer).to_diff_dict() | SHAPE
-    base = EncDecSLMConfig(**fields)
+    base = EncDecSLMConfig(**fields | (TEACHER_WIDTH if model == TEACHER else {}))
     if model not in SPLITS:
         return decoder_only_twin(base)
     num_layers = base.encoder_num_hidden_layers + base.decoder_num_hidden_layers
@@ -225,7 +302,8 @@ def load_task(name: str, folder: Path | None) -> tuple[dict[str, list[dict]], An
             if length[0] <= limits[0] and length[1] <= limits[1]
         ]
         num_left_out[split] = len(rows) - len(kept)
-        splits[split] = kept if split == "train" else random.Random(0).sample(kept, min(len(kept), task.max_test_rows))
+        most = {"train": len(kept), "validation": task.max_validation_rows, "test": task.max_test_rows}[split]
+        splits[split] = kept if len(kept) <= most else random.Random(0).sample(kept, most)
     return splits, tokenizer, num_left_out
 
 
@@ -237,19 +315,26 @@ def count_tokens(tokenizer, rows, column):
     return [len(ids) for ids in tokenizer([row[column] for row in rows], verbose=False)["input_ids"]]
 
 
-def draw_rows(rows: Sequence[dict], num_rows: int, seed: int) -> list[dict]:
-    """Return training rows in the order of the seed, again and again shuffled if there are too few."""
-    generator, drawn = random.Random(seed), []
+def draw_rows(rows: Sequence[dict], num_rows: int, batch_size: int, seed: int) -> list[dict]:
+    """Return training rows in the order of the seed, again and again shuffled if there are too few.
+
+    Batches have rows of similar length, which needs less padding. They are sorted within 50 batches and then shuffled.
+    """
+    generator, drawn, ordered = random.Random(seed), [], []
     while len(drawn) < num_rows:
         drawn += generator.sample(rows, len(rows))
-    return drawn[:num_rows]
+    for start in range(0, num_rows, 50 * batch_size):
+        chunk = sorted(drawn[start : min(start + 50 * batch_size, num_rows)], key=lambda row: sum(row["lengths"]))
+        batches = [chunk[first : first + batch_size] for first in range(0, len(chunk), batch_size)]
+        ordered += generator.sample(batches, len(batches))
+    return list(itertools.chain.from_iterable(ordered))
 
 
 def count_rows(run: Run, rows: Sequence[dict], tokenizer: Any) -> int:
     """Return the number of training rows of a run: that of its task, or that of equal FLOPs in whole batches."""
     task = TASKS[run.arm.task]
     if run.arm.budget == "equal-rows":
-        return task.num_rows
+        return task.num_rows * (TEACHER_ROWS if run.arm.model == TEACHER else 1)
     lengths = [row["lengths"] for row in rows]
     flops = [count_training_flops(build_config(model, tokenizer), lengths) for model in (DECODER_ONLY, run.arm.model)]
     return task.batch_size * round(task.num_rows * flops[0] / flops[1] / task.batch_size)
@@ -263,17 +348,21 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     task = TASKS[run.arm.task]
     splits, tokenizer, num_left_out = load_task(run.arm.task, args.data.get(run.arm.task))
-    rows = draw_rows(splits["train"], count_rows(run, splits["train"], tokenizer), run.seed)
+    rows = draw_rows(splits["train"], count_rows(run, splits["train"], tokenizer), task.batch_size, run.seed)
     folder = args.output_dir / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = build_config(run.arm.model, tokenizer)
     for split, found in {"train": rows, "validation": splits["validation"], "test": splits["test"]}.items():
         lines = (json.dumps({name: row[name] for name in ("source", "target")}) + "\n" for row in found)
         write_file(folder / f"{split}.jsonl", "".join(lines))
-    train_model(run, config, tokenizer, rows, folder, args.device)
-    cpu_seconds = time.process_time() - cpu_started
     model = folder / "model"
+    set_seed(run.seed)
+    start = initialize_model(run.arm, tokenizer, args)
+    config = start.config
+    train_model(run, start, tokenizer, rows, folder, args)
+    cpu_seconds = time.process_time() - cpu_started
+    if run.arm.model == TEACHER:
+        shutil.copytree(model, find_teacher(run.arm.task, args), dirs_exist_ok=True)
     validation_loss, num_tokens = row_losses(model, splits["validation"], task, args.device)
     losses, num_test_tokens = row_losses(model, splits["test"], task, args.device)
     return {
@@ -298,33 +387,114 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_model(run, config, tokenizer, rows, folder, device):
-    """Train a model from random weights, on the rows in their order, and save it to the folder `model`."""
-    task, arm, model_folder = TASKS[run.arm.task], run.arm, folder / "model"
-    training_args = Seq2SeqTrainingArguments(
-        str(model_folder),
-        seed=run.seed,
-        learning_rate=run.learning_rate,
-        per_device_train_batch_size=task.batch_size,
-        use_cpu=device == "cpu",
-        **TRAINING,
-    )
+def find_teacher(task: str, args: argparse.Namespace) -> Path:
+    return args.output_dir / f"teacher-{task}"
+
+
+def load_teacher(task, args):
+    folder = find_teacher(task, args)
+    if not folder.exists():
+        raise SystemExit(f"The teacher is required. Run with `--only '{task} {TEACHER} *' --rerun` first.")
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def initialize_model(arm: Arm, tokenizer: Any, args: argparse.Namespace) -> Any:
+    """Return a model with random weights, or with those of the teacher."""
+    if arm.training in (ADAPTED, NOT_ADAPTED):
+        adapted = from_decoder_only(load_teacher(arm.task, args), split=arm.model, tokenizer=tokenizer)
+        return adapted if arm.training == ADAPTED else EncDecSLMForConditionalGeneration(adapted.config)
+    return build_model(build_config(arm.model, tokenizer))
+
+
+def train_model(run, model, tokenizer, rows, folder, args):
+    """Train a model on the rows in their order, and save it to the folder `model`."""
+    task, arm = TASKS[run.arm.task], run.arm
+    settings = {"seed": run.seed, "learning_rate": run.learning_rate, "use_cpu": args.device == "cpu", **TRAINING}
+    settings |= {"output_dir": str(folder / "model"), "per_device_train_batch_size": task.batch_size}
     lengths = {"max_source_length": task.max_source_length, "max_target_length": task.max_target_length}
-    set_seed(run.seed)
-    if not config.is_encoder_decoder:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = CHAT_TEMPLATE
-        dataset = Dataset.from_list([{name: row[name] for name in ("source", "target")} for row in rows])
-        model, supervise_source = AutoModelForCausalLM.from_config(config), arm.model == SOURCE_SUPERVISED
-        options = {**lengths, "supervise_source": supervise_source, "base_model": arm.model}
-        train_causal_model(model, tokenizer, dataset, training_args, **options)
-        return
-    EncDecSLMForConditionalGeneration(config).save_pretrained(folder / "start")
-    tokenizer.save_pretrained(folder / "start")
-    files = {f"{split}_file": str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    # The job's own evaluation is not used: it ranks no rows, and cannot measure the decoder-only models.
-    arguments = FinetuneArguments(**files, **lengths, max_eval_samples=1)
-    finetune(arguments, training_args, ModelConfig(model_name_or_path=str(folder / "start")))
+    dataset = Dataset.from_list([{name: row[name] for name in ("source", "target")} for row in rows])
+    chat_tokenizer = copy.deepcopy(tokenizer)
+    chat_tokenizer.chat_template = CHAT_TEMPLATE
+    if arm.training in DISTILLATION:
+        tokenizers = {"processing_class": tokenizer, "teacher_processing_class": chat_tokenizer}
+        distill = distill_encoder_decoder if model.config.is_encoder_decoder else distill_decoder_only
+        distill(model, load_teacher(arm.task, args), dataset, tokenizers, task, DISTILLATION[arm.training], settings)
+    elif model.config.is_encoder_decoder:
+        model.save_pretrained(folder / "start")
+        tokenizer.save_pretrained(folder / "start")
+        files = {f"{split}_file": str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        # The job's own evaluation is not used: it ranks no rows, and cannot measure the decoder-only models.
+        arguments = FinetuneArguments(**files, **lengths, max_eval_samples=1, optimizer=task.optimizer)
+        finetune(arguments, Seq2SeqTrainingArguments(**settings), ModelConfig(str(folder / "start")))
+    else:
+        options = {**lengths, "supervise_source": arm.model == SOURCE_SUPERVISED, "base_model": arm.model}
+        options["optimizer"] = task.optimizer
+        train_causal_model(model, chat_tokenizer, dataset, Seq2SeqTrainingArguments(**settings), **options)
+
+
+def distill_encoder_decoder(student, teacher, dataset, tokenizers, task, distillation, settings):
+    """Distill by the library's trainer: with the teacher, or with its stored distributions."""
+    distillation = {"lmbda": 0.0, **distillation}
+    spec = distillation.pop("distributions", None)
+    prompts = as_prompts(dataset, is_chat=True)
+    if spec is not None:
+        labels = Path(settings["output_dir"]).parent / "labels"
+        engine = TransformersEngine(teacher, tokenizers["teacher_processing_class"])
+        label_settings = LabelSettings(DistributionSpec.parse(spec), seed=settings["seed"])
+        labeled = prompts.add_column("source", dataset["source"][:])  # identifies a row instead of its chat messages
+        label_dataset(labeled, engine, labels, label_settings, teacher=TEACHER)
+        distillation, teacher, prompts = (
+            {**distillation, "teacher_cache": str(labels)},
+            None,
+            as_prompts(dataset, False),
+        )
+        tokenizers = {"processing_class": tokenizers["processing_class"]}
+    training_args = Seq2SeqDistillationConfig(
+        **settings,
+        **distillation,
+        kd_ratio=KD_RATIO,
+        max_source_length=task.max_source_length,
+        max_completion_length=task.max_target_length,
+        gradient_checkpointing=False,
+    )
+    optimizers = (build_optimizer(task.optimizer, student, training_args), None)
+    trainer = Seq2SeqDistillationTrainer(student, teacher, training_args, prompts, optimizers=optimizers, **tokenizers)
+    trainer.train()
+    trainer.save_model()
+
+
+def distill_decoder_only(student, teacher, dataset, tokenizers, task, distillation, settings):
+    """Distill with the same objective; the library's trainer has encoder-decoder students only."""
+    tokenizer = tokenizers["teacher_processing_class"]
+    lengths = (task.max_source_length, task.max_target_length)
+    training_args = Seq2SeqTrainingArguments(**settings)
+    trainer = CausalDistillationTrainer(
+        student,
+        training_args,
+        DataCollatorForSeq2Seq(tokenizer),
+        encode_joined_rows(dataset, tokenizer, *lengths, supervise_source=False),
+        processing_class=tokenizer,
+        optimizers=(build_optimizer(task.optimizer, student, training_args), None),
+    )
+    trainer.teacher, trainer.beta = teacher.to(trainer.args.device).eval(), distillation["beta"]
+    trainer.train()
+    trainer.save_model()
+
+
+class CausalDistillationTrainer(Trainer):
+    """Distill a decoder-only teacher into a decoder-only student on the targets of the data."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the objective of [`~encdec_slm.trainers.Seq2SeqDistillationConfig`], per target token."""
+        labels = inputs["labels"][:, 1:]
+        chosen = labels >= 0
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        logits = outputs.logits[:, :-1][chosen]
+        with torch.no_grad():
+            teacher_logits = self.teacher(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1][chosen]
+        divergence = token_divergence(logits, teacher_logits, self.beta).mean()
+        loss = KD_RATIO * divergence + (1 - KD_RATIO) * F.cross_entropy(logits, labels[chosen])
+        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()
@@ -362,19 +532,38 @@ def score_answers(model, file, task, args):
 
 
 def list_runs(arm: Arm, results: Mapping[str, Mapping], seeds: Sequence[int] | None = None) -> Iterator[Run]:
-    """Yield the runs of an arm: all learning rates with seed 0, and then the chosen one with the other seeds."""
-    yield from (Run(arm, rate, 0) for rate in LEARNING_RATES)
+    """Yield the runs of an arm: the learning rates of its own grid with seed 0, and then the chosen one by seed."""
+    if arm.has_grid:
+        yield from (Run(arm, rate, 0) for rate in list_learning_rates(arm, results))
     rate = choose_learning_rate(arm, results)
     if rate is not None:
-        yield from (Run(arm, rate, seed) for seed in (range(arm.num_seeds) if seeds is None else seeds) if seed)
+        yield from (Run(arm, rate, seed) for seed in (range(arm.num_seeds) if seeds is None else seeds))
+
+
+def list_learning_rates(arm: Arm, results: Mapping[str, Mapping]) -> list[float]:
+    """Return the grid of an arm: the first rates, and those next to the best one while that is at an edge."""
+    rates = list(LEARNING_RATES)
+    while None not in (losses := validation_losses(arm, rates, results)):
+        best = rates[losses.index(min(losses))]
+        rate = {rates[0]: best / 2, rates[-1]: 2 * best}.get(best)
+        if rate is None or not LEARNING_RATE_LIMITS[0] <= rate <= LEARNING_RATE_LIMITS[1]:
+            break
+        rates = sorted([*rates, rate])
+    return rates
+
+
+def validation_losses(arm: Arm, rates: Sequence[float], results: Mapping[str, Mapping]) -> list[float | None]:
+    """Return the validation loss with seed 0 of each learning rate; `None` if it is not measured."""
+    found = [find_result(results, Run(arm, rate, 0)) for rate in rates]
+    return [None if result is None else result["validation_loss"] for result in found]
 
 
 def choose_learning_rate(arm: Arm, results: Mapping[str, Mapping]) -> float | None:
-    """Return the rate with the lowest validation loss with seed 0; `None` until all rates are measured."""
-    found = {rate: find_result(results, Run(arm, rate, 0)) for rate in LEARNING_RATES}
-    if None in found.values():
-        return None
-    return min(found, key=lambda rate: found[rate]["validation_loss"])
+    """Return the rate with the lowest validation loss; `None` until all rates of the grid are measured."""
+    arm = arm.grid_arm
+    rates = list_learning_rates(arm, results)
+    losses = validation_losses(arm, rates, results)
+    return None if None in losses else rates[losses.index(min(losses))]
 
 
 # Results
@@ -409,75 +598,37 @@ def collect(arm: Arm, results: Mapping[str, Mapping]) -> dict[int, Mapping]:
     return {seed: result for seed, result in found.items() if result is not None}
 
 
-def measure_rows(result: Mapping, measure: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a measure of each test row, and its weight: a loss is a mean over tokens, a metric over rows."""
-    values = np.array(result["rows"][measure])
-    weights = np.array(result["rows"]["num_tokens"]) if measure == "loss" else np.ones(len(values))
-    return values, weights
-
-
-def mean(result: Mapping, measure: str) -> float:
-    values, weights = measure_rows(result, measure)
-    return float(values.sum() / weights.sum())
-
-
-def compare(first: Mapping[int, Mapping], second: Mapping[int, Mapping], measure: str) -> dict[str, Any] | None:
-    """Compare two arms on their common seeds: `None` if there are too few.
-
-    Returns:
-        `dict`: `difference` of the means, first minus second; `rows`, its 95 % interval by a paired bootstrap over
-        test rows, whose values are means over seeds; `seeds`, its 95 % interval by Student's t over seeds; `verdict`.
-    """
-    seeds = sorted(set(first) & set(second))
-    if len(seeds) < MIN_SEEDS:
-        return None
-    runs = [arm[seed] for arm in (first, second) for seed in seeds]
-    if len({str(run["rows"]["num_tokens"]) for run in runs}) > 1:
-        raise ValueError("The results are of different test rows, but rows are compared in pairs. Repeat the runs.")
-    weights = measure_rows(runs[0], measure)[1]
-    pairs = [[measure_rows(arm[seed], measure)[0] for seed in seeds] for arm in (first, second)]
-    row_differences = np.mean(pairs[0], axis=0) - np.mean(pairs[1], axis=0)
-    drawn = np.random.default_rng(0).multinomial(len(weights), [1 / len(weights)] * len(weights), NUM_BOOTSTRAP)
-    on_rows = np.percentile((drawn @ row_differences) / (drawn @ weights), [2.5, 97.5]).tolist()
-    differences = [mean(first[seed], measure) - mean(second[seed], measure) for seed in seeds]
-    difference, deviation = statistics.mean(differences), statistics.stdev(differences)
-    margin = T_QUANTILES[min(len(seeds), max(T_QUANTILES))] * deviation / len(seeds) ** 0.5
-    intervals = {"rows": on_rows, "seeds": [difference - margin, difference + margin]}
-    return {"difference": difference, "num_seeds": len(seeds), **intervals, "verdict": judge(intervals, measure)}
-
-
-def judge(intervals: Mapping[str, Sequence[float]], measure: str) -> str:
-    """Return whether the claim that the first arm is better holds: both intervals must be on the same side of 0."""
-    sign = -1 if measure == "loss" else 1
-    lows, highs = zip(*(sorted(sign * edge for edge in interval) for interval in intervals.values()), strict=True)
-    return HOLDS if min(lows) > 0 else FAILS if max(highs) < 0 else UNKNOWN
-
-
 # Report
 
 
+def sort_arms():
+    """Return the arms in the order of the tables: by task."""
+    return sorted(ARMS, key=lambda arm: list(TASKS).index(arm.task))
+
+
 def quality_table(results):
-    rows = [["task", "model", "budget", "parameters", "learning rate", "seeds", "loss", "task metric"]]
-    for arm in ARMS:
+    rows = [["task", "model", "training", "budget", "parameters", "learning rate", "seeds", "loss", "task metric"]]
+    for arm in sort_arms():
         found, metric = collect(arm, results), TASKS[arm.task].metric
         cells = [MISSING] * 5
         if found:
             one = next(iter(found.values()))
             rate = one["settings"]["learning_rate"]
-            edge = " (edge)" if rate in (min(LEARNING_RATES), max(LEARNING_RATES)) else ""
+            rates = list_learning_rates(arm.grid_arm, results)
+            edge = " (edge)" if rate in (rates[0], rates[-1]) else ""
             seeds = f"{len(found)} of {arm.num_seeds}"
             values = [format_mean([mean(run, name) for run in found.values()], name) for name in ("loss", metric)]
             cells = [f"{one['num_parameters']:,}", f"{rate:g}{edge}", seeds, *values]
-        rows.append([arm.task, arm.model, arm.budget, *cells])
+        rows.append([arm.task, arm.model, arm.training, arm.budget, *cells])
     return format_table(rows, markdown=True)
 
 
 def budget_table(results):
-    rates = [f"{rate:g}" for rate in LEARNING_RATES]
-    header = ["task", "model", "budget", "rows", "steps", "source tokens", "target tokens", "TFLOPs", "CPU seconds"]
-    rows = [[*header, *(f"validation loss at {rate}" for rate in rates)]]
-    for arm in ARMS:
-        found = [find_result(results, Run(arm, rate, 0)) for rate in LEARNING_RATES]
+    header = ["task", "model", "training", "budget", "rows", "steps", "source tokens", "target tokens", "TFLOPs"]
+    rows = [[*header, "CPU seconds", "validation loss by learning rate"]]
+    for arm in sort_arms():
+        rates = list_learning_rates(arm, results) if arm.has_grid else [choose_learning_rate(arm, results)]
+        found = [None if rate is None else find_result(results, Run(arm, rate, 0)) for rate in rates]
         if not any(found):
             continue
         one = next(filter(None, found))
@@ -486,42 +637,41 @@ def budget_table(results):
         flops = f"{one['training_flops'] / 1e12:,.1f}"
         seconds = statistics.median(run["training_cpu_seconds"] for run in found if run)
         cells = [*(f"{number:,}" for number in numbers), flops, f"{seconds:.0f}"]
-        losses = [f"{run['validation_loss']:.3f}" if run else MISSING for run in found]
-        rows.append([arm.task, arm.model, arm.budget, *cells, *losses])
+        losses = (f"{run['validation_loss']:.3f}" if run else MISSING for run in found)
+        cells.append(", ".join(f"{rate:g}: {loss}" for rate, loss in zip(rates, losses, strict=True)))
+        rows.append([arm.task, arm.model, arm.training, arm.budget, *cells])
     return format_table(rows, markdown=True)
+
+
+def find_arm(task: str, model: str, training: str = CROSS_ENTROPY, budget: str = "equal-rows") -> Arm | None:
+    names = (task, model, training, budget)
+    return next((arm for arm in ARMS if (arm.task, arm.model, arm.training, arm.budget) == names), None)
+
+
+def judge_claims(results: Mapping[str, Mapping]) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+    """Yield each claim with a task, and what [`compare`] says by measure; `None` if there are too few runs."""
+    for text, *pair in CLAIMS:
+        for name, task in TASKS.items():
+            arms = [find_arm(name, *one) for one in pair]
+            if None in arms:
+                continue
+            found = [collect(arm, results) for arm in arms]
+            compared = {measure: compare(*found, measure) for measure in ("loss", task.metric)}
+            yield text, name, None if None in compared.values() else compared
 
 
 def claim_table(results):
     rows = [["claim", "task", "measure", "seeds", "difference", "95 % over rows", "95 % over seeds", "verdict"]]
-    for text, *pair in CLAIMS:
-        for name, task in TASKS.items():
-            arms = [next(arm for arm in ARMS if (arm.task, arm.model, arm.budget) == (name, *one)) for one in pair]
-            found = [collect(arm, results) for arm in arms]
-            compared = {measure: compare(*found, measure) for measure in ("loss", task.metric)}
-            if None in compared.values():
-                rows.append([text, name, "both", "-", "-", "-", "-", MISSING])
-                continue
-            for measure, result in compared.items():
-                numbers = [format_number(result["difference"], measure)]
-                numbers += [format_interval(result[kind], measure) for kind in ("rows", "seeds")]
-                label = METRIC_LABELS.get(measure, measure)
-                rows.append([text, name, label, str(result["num_seeds"]), *numbers, result["verdict"]])
+    for text, name, compared in judge_claims(results):
+        if compared is None:
+            rows.append([text, name, "both", "-", "-", "-", "-", MISSING])
+            continue
+        for measure, result in compared.items():
+            numbers = [format_number(result["difference"], measure)]
+            numbers += [format_interval(result[kind], measure) for kind in ("rows", "seeds")]
+            label = METRIC_LABELS.get(measure, measure)
+            rows.append([text, name, label, str(result["num_seeds"]), *numbers, result["verdict"]])
     return format_table(rows, markdown=True).replace("---:", "---")
-
-
-def format_number(value, measure):
-    return f"{value:+.3f}" if measure == "loss" else f"{value:+.1f}"
-
-
-def format_interval(interval, measure):
-    return " to ".join(format_number(edge, measure) for edge in interval)
-
-
-def format_mean(values, measure):
-    """Format the mean over seeds and its standard error."""
-    digits = 3 if measure == "loss" else 1
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def plot_link(results):
@@ -530,7 +680,31 @@ def plot_link(results):
     return f"![Loss and task metric of each seed]({PLOT.name})"
 
 
+def verdict_list(results):
+    """List the claims of the paper by verdict, for README.md."""
+    claims = {HOLDS: {}, FAILS: {}, UNKNOWN: {}, MISSING: {}}
+    for text, name, compared in judge_claims(results):
+        if text not in [claim[0] for claim in CLAIMS[:NUM_PAPER_CLAIMS]]:
+            continue
+        verdicts = {MISSING: [name]} if compared is None else {}
+        for measure, result in (compared or {}).items():
+            verdicts.setdefault(result["verdict"], []).append(f"{name} {METRIC_NAMES.get(measure, measure)}")
+        for verdict, names in verdicts.items():
+            claims[verdict].setdefault(text, []).extend(names)
+    parts = {
+        verdict: [f"{text} ({', '.join(names)})" for text, names in found.items()] for verdict, found in claims.items()
+    }
+    return " ".join(
+        (
+            "The paper's claims on quality are tested again with 2M parameters, seeds and intervals:",
+            "[evidence](docs/evidence.md).",
+            *(f"{verdict.capitalize()}: {'; '.join(found)}." for verdict, found in parts.items() if found),
+        )
+    )
+
+
 BLOCKS = {"claims": claim_table, "quality": quality_table, "plot": plot_link, "budgets": budget_table}
+PAGES = {PAGE: BLOCKS, ROOT / "README.md": {"evidence": verdict_list}}
 
 
 def draw_plot(results: Mapping[str, Mapping]) -> Any:
@@ -541,8 +715,9 @@ def draw_plot(results: Mapping[str, Mapping]) -> Any:
     tasks = [name for name in TASKS if any(arm.task == name for arm in measured)]
     if not tasks:
         return None
-    figure = Figure(figsize=(10, 0.8 + 2.4 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    heights = [1 + sum(arm.task == name for arm in measured) for name in tasks]
+    figure = Figure(figsize=(10, 0.35 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, squeeze=False, height_ratios=heights)
     for line, name in zip(panels, tasks, strict=True):
         arms = [arm for arm in ARMS if arm.task == name and arm in measured][::-1]
         for axes, measure in zip(line, ("loss", TASKS[name].metric), strict=True):
@@ -550,7 +725,7 @@ def draw_plot(results: Mapping[str, Mapping]) -> Any:
                 values = [mean(run, measure) for run in measured[arm].values()]
                 axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
                 axes.plot(statistics.mean(values), place, "|", color="black", markersize=18)
-            labels = [arm.model + (", equal FLOPs" if arm.budget == "equal-flops" else "") for arm in arms]
+            labels = [", ".join([arm.model, *({arm.training, arm.budget} - COMMON_NAMES)]) for arm in arms]
             axes.set_yticks(range(len(arms)), labels)
             axes.set_ylim(-0.6, len(arms) - 0.4)
             axes.set_title(f"{name}: {'loss, nats per target token' if measure == 'loss' else METRIC_LABELS[measure]}")
@@ -559,8 +734,9 @@ def draw_plot(results: Mapping[str, Mapping]) -> Any:
 
 
 def write_report(results: Mapping[str, Mapping]) -> None:
-    """Write the tables of docs/evidence.md, and the plot."""
-    write_file(PAGE, update_blocks(PAGE.read_text(encoding="utf-8"), BLOCKS, results))
+    """Write the tables of docs/evidence.md and README.md, and the plot."""
+    for page, blocks in PAGES.items():
+        write_file(page, update_blocks(page.read_text(encoding="utf-8"), blocks, results))
     if (figure := draw_plot(results)) is not None:
         write_file(PLOT, lambda path: figure.savefig(path, format="png", dpi=120))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study of encoder-decoders and decoder-only models, with tiny models, and its published tables."""
 
+import collections
 import copy
 import dataclasses
 import json
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_outputs import CausalLMOutput
 
 from encdec_slm.configuration.sizes import build_model, num_parameters
 from encdec_slm.trainers.new_models import train_tokenizer
@@ -19,6 +21,7 @@ from encdec_slm.trainers.new_models import train_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import evidence  # noqa: E402
+import evidence_statistics  # noqa: E402
 import shell_results  # noqa: E402
 
 
@@ -27,9 +30,10 @@ def tokenizer():
     return train_tokenizer(["list all files", "ls -a"], 300, 64)
 
 
-def test_docs_state_what_the_results_file_says():
-    text = evidence.PAGE.read_text(encoding="utf-8")
-    assert shell_results.update_blocks(text, evidence.BLOCKS, evidence.load_results()) == text
+@pytest.mark.parametrize("page", evidence.PAGES, ids=lambda page: page.name)
+def test_docs_state_what_the_results_file_says(page):
+    text = page.read_text(encoding="utf-8")
+    assert shell_results.update_blocks(text, evidence.PAGES[page], evidence.load_results()) == text
 
 
 @pytest.mark.parametrize("vocab_size", [300, 2048])
@@ -81,8 +85,9 @@ def study(tmp_path, monkeypatch):
     sizes = {"num_rows": 30, "batch_size": 16, "vocab_size": 300, "max_source_length": 40, "max_test_rows": 10}
     changed = {
         "TASKS": {"shell": dataclasses.replace(evidence.TASKS["shell"], **sizes)},
-        "ARMS": [evidence.Arm("shell", model) for model in (evidence.OURS, evidence.DECODER_ONLY)],
-        **{"PRESET": "tiny", "LEARNING_RATES": (1e-3, 3e-3), "RESULTS": tmp_path / "results.jsonl"},
+        "ARMS": [arm for arm in evidence.ARMS if arm.task == "shell" and arm.budget == "equal-rows"],
+        **{"PRESET": "tiny", "LEARNING_RATES": (1e-3, 2e-3), "LEARNING_RATE_LIMITS": (1e-3, 2e-3)},
+        **{"TEACHER_WIDTH": {}, "RESULTS": tmp_path / "results.jsonl"},
     }
     for name, value in changed.items():
         monkeypatch.setattr(evidence, name, value)
@@ -96,13 +101,15 @@ def study(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing_and_can_repeat_a_run(study):
-    lines = study("--seeds", "0", "--only", "* 2/3-1/3 * 0.001 *")
-    lines = study("--seeds", "0", "1", "--only", "* 2/3-1/3 *")
+    only = ("--only", "* 2/3-1/3 cross-entropy *")
+    study("--seeds", "0", "--only", "* 2/3-1/3 cross-entropy * 0.001 *")
+    lines = study("--seeds", "0", "1", *only)
     assert [line["settings"]["seed"] for line in lines] == [0, 0, 1]
     before = evidence.RESULTS.stat().st_mtime_ns
-    study("--seeds", "0", "1", "--only", "* 2/3-1/3 *")
+    study("--seeds", "0", "1", *only)
     assert evidence.RESULTS.stat().st_mtime_ns == before
-    lines = study("--seeds", "0", "--only", "* 0.001 0", "--rerun")
+    study("--seeds", "0", *only, "--rerun")
+    lines = study("--seeds", "0", "--only", "* decoder-only cross-entropy * 0.001 0")
     assert len(lines) == 4 and len({json.dumps(line["settings"]) for line in lines}) == 4
     first, last = lines[0], lines[-1]
     assert (first["settings"]["model"], last["settings"]["model"]) == (evidence.OURS, evidence.DECODER_ONLY)
@@ -114,12 +121,62 @@ def test_a_study_runs_what_is_missing_and_can_repeat_a_run(study):
     assert 2 < first["validation_loss"] < 7 and 2 < last["validation_loss"] < 7
 
 
+@pytest.mark.slow
+def test_students_learn_from_a_teacher_of_the_study(study, monkeypatch):
+    models = (evidence.OURS, evidence.DECODER_ONLY, evidence.TEACHER)
+    monkeypatch.setattr(evidence, "ARMS", [arm for arm in evidence.ARMS if arm.model in models])
+    with pytest.raises(SystemExit, match="teacher"):
+        study("--seeds", "0", "--only", "* adapted *")
+    lines = {(line["settings"]["model"], line["settings"]["training"]): line for line in study("--seeds", "0")}
+    assert set(lines) == {(arm.model, arm.training) for arm in evidence.ARMS}
+    teacher = lines.pop((evidence.TEACHER, "cross-entropy"))
+    assert {line["num_train_rows"] for line in lines.values()} == {teacher["num_train_rows"] / 3}
+    for name in ("num_source_tokens", "num_target_tokens"):
+        assert len({line[name] for line in lines.values()}) == 1
+
+
+def test_both_kinds_of_students_have_the_same_distillation_loss():
+    torch.manual_seed(0)
+    logits, teacher_logits = torch.randn(2, 4, 9), torch.randn(2, 4, 9)
+    labels = torch.tensor([[-100, -100, 3, 4], [-100, 5, 2, -100]])
+    models = [
+        lambda *args, _logits=logits, **kwargs: CausalLMOutput(logits=_logits) for logits in (logits, teacher_logits)
+    ]
+    trainer = object.__new__(evidence.CausalDistillationTrainer)
+    trainer.teacher, trainer.beta = models[1], 0.0
+    inputs = {"input_ids": None, "attention_mask": None, "labels": labels}
+    chosen = labels[:, 1:] >= 0
+    pairs = logits[:, :-1][chosen], teacher_logits[:, :-1][chosen]
+    expected = evidence.KD_RATIO * torch.nn.functional.kl_div(
+        pairs[0].log_softmax(-1), pairs[1].log_softmax(-1), reduction="batchmean", log_target=True
+    ) + (1 - evidence.KD_RATIO) * torch.nn.functional.cross_entropy(pairs[0], labels[:, 1:][chosen])
+    torch.testing.assert_close(trainer.compute_loss(models[0], inputs), expected)
+
+
+def test_the_grid_is_extended_while_the_best_learning_rate_is_at_its_edge():
+    arm = evidence.Arm("shell", evidence.OURS)
+
+    def list_rates(losses):
+        results = {
+            json.dumps(run.settings(), sort_keys=True): {"validation_loss": loss}
+            for run, loss in ((evidence.Run(arm, rate, 0), loss) for rate, loss in losses.items())
+        }
+        return evidence.list_learning_rates(arm, results), evidence.choose_learning_rate(arm, results)
+
+    assert list_rates({}) == ([1.5e-3, 3e-3, 6e-3], None)
+    losses = {1.5e-3: 3.0, 3e-3: 2.0, 6e-3: 1.0}
+    assert list_rates(losses) == ([1.5e-3, 3e-3, 6e-3, 1.2e-2], None)
+    assert list_rates(losses | {1.2e-2: 4.0})[1] == 6e-3
+    assert list_rates({**losses, 1.2e-2: 0.5}) == ([1.5e-3, 3e-3, 6e-3, 1.2e-2], 1.2e-2)
+    assert list_rates({1.5e-3: 1.0, 3e-3: 2.0, 6e-3: 3.0}) == ([7.5e-4, 1.5e-3, 3e-3, 6e-3], None)
+
+
 def test_the_order_of_rows_depends_on_the_seed_alone():
-    rows = [{"number": number} for number in range(10)]
-    drawn = evidence.draw_rows(rows, 25, seed=1)
-    assert drawn == evidence.draw_rows(rows, 25, seed=1) != evidence.draw_rows(rows, 25, seed=2)
-    numbers = [row["number"] for row in drawn]
-    assert sorted(numbers[:10]) == sorted(numbers[10:20]) == list(range(10)) and len(numbers) == 25
+    rows = [{"number": number, "lengths": (number % 4, 1)} for number in range(10)]
+    drawn = evidence.draw_rows(rows, 25, batch_size=4, seed=1)
+    assert drawn == evidence.draw_rows(rows, 25, 4, seed=1) != evidence.draw_rows(rows, 25, 4, seed=2)
+    counts = collections.Counter(row["number"] for row in drawn)
+    assert len(drawn) == 25 and set(counts) == set(range(10)) and max(counts.values()) == 3
 
 
 # Report
@@ -139,7 +196,12 @@ def build_results(shift):
             }
             numbers = {"num_parameters": 2_000_000, "num_train_rows": 64, "training_flops": 10**12}
             numbers |= {"num_source_tokens": 9, "num_target_tokens": 9, "training_cpu_seconds": 1}
-            line = {"settings": run.settings(), "rows": rows, "validation_loss": run.learning_rate, **numbers}
+            line = {
+                "settings": run.settings(),
+                "rows": rows,
+                "validation_loss": abs(run.learning_rate - 3e-3),
+                **numbers,
+            }
             results[json.dumps(run.settings(), sort_keys=True)] = line
     return results, arms
 
@@ -147,27 +209,27 @@ def build_results(shift):
 @pytest.mark.parametrize(
     ("shift", "verdict"),
     [
-        ((0.5, 0.51, 0.49), evidence.HOLDS),
-        ((-0.5, -0.51, -0.49), evidence.FAILS),
-        ((0.0, 0.5, 1.0), evidence.UNKNOWN),
-        ((0.0, 0.0, 0.0), evidence.UNKNOWN),
+        ((0.5, 0.51, 0.49), evidence_statistics.HOLDS),
+        ((-0.5, -0.51, -0.49), evidence_statistics.FAILS),
+        ((0.0, 0.5, 1.0), evidence_statistics.UNKNOWN),
+        ((0.0, 0.0, 0.0), evidence_statistics.UNKNOWN),
     ],
 )
 def test_claims_are_judged_by_both_intervals(shift, verdict):
     results, arms = build_results(shift)
     found = [evidence.collect(arm, results) for arm in arms]
     for measure, sign in (("loss", -1), ("nlc2cmd", 10)):
-        result = evidence.compare(*found, measure)
+        result = evidence_statistics.compare(*found, measure)
         assert result["verdict"] == verdict
         assert result["difference"] == pytest.approx(sign * sum(shift) / 3)
 
 
 def test_what_is_not_finished_is_shown_as_missing():
     results, arms = build_results((0.5, 0.5, 0.5))
-    assert evidence.compare(*(evidence.collect(arm, {}) for arm in arms), "loss") is None
-    run = evidence.Run(arms[0], evidence.LEARNING_RATES[0], 1)
+    assert evidence_statistics.compare(*(evidence.collect(arm, {}) for arm in arms), "loss") is None
+    run = evidence.Run(arms[0], evidence.LEARNING_RATES[1], 1)
     del results[json.dumps(run.settings(), sort_keys=True)]
     table = evidence.quality_table(results).splitlines()
-    assert "| 2 of 5 |" in table[2] and "0.0015 (edge)" in table[2] and evidence.MISSING in table[4]
-    assert evidence.HOLDS not in evidence.claim_table(results)
+    assert "| 2 of 5 |" in table[2] and "| 0.003 |" in table[2] and evidence_statistics.MISSING in table[4]
+    assert evidence_statistics.HOLDS not in evidence.claim_table(results)
     assert len(evidence.draw_plot(results).axes) == 2 and evidence.draw_plot({}) is None
