@@ -63,7 +63,6 @@ from encdec_slm.trainers.evaluation import evaluate_checkpoint
 from encdec_slm.trainers.evaluation.generation import load_model
 from encdec_slm.trainers.evaluation.tasks import find_task
 from encdec_slm.trainers.finetune_job import FinetuneArguments, finetune
-from encdec_slm.trainers.muon import build_optimizer
 from encdec_slm.trainers.new_models import first_texts, preset_config, train_tokenizer
 from encdec_slm.trainers.row_encoding import RowEncoder, encode_rows
 from encdec_slm.trainers.tasks.docstrings import build_docstring_task
@@ -96,7 +95,6 @@ class Task:
     max_test_rows: int = 500
     batch_size: int = 8
     vocab_size: int = 2048
-    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -424,11 +422,10 @@ def train_model(run, model, tokenizer, rows, folder, args):
         tokenizer.save_pretrained(folder / "start")
         files = {f"{split}_file": str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
         # The job's own evaluation is not used: it ranks no rows, and cannot measure the decoder-only models.
-        arguments = FinetuneArguments(**files, **lengths, max_eval_samples=1, optimizer=task.optimizer)
+        arguments = FinetuneArguments(**files, **lengths, max_eval_samples=1)
         finetune(arguments, Seq2SeqTrainingArguments(**settings), ModelConfig(str(folder / "start")))
     else:
         options = {**lengths, "supervise_source": arm.model == SOURCE_SUPERVISED, "base_model": arm.model}
-        options["optimizer"] = task.optimizer
         train_causal_model(model, chat_tokenizer, dataset, Seq2SeqTrainingArguments(**settings), **options)
 
 
@@ -457,8 +454,7 @@ def distill_encoder_decoder(student, teacher, dataset, tokenizers, task, distill
         max_completion_length=task.max_target_length,
         gradient_checkpointing=False,
     )
-    optimizers = (build_optimizer(task.optimizer, student, training_args), None)
-    trainer = Seq2SeqDistillationTrainer(student, teacher, training_args, prompts, optimizers=optimizers, **tokenizers)
+    trainer = Seq2SeqDistillationTrainer(student, teacher, training_args, prompts, **tokenizers)
     trainer.train()
     trainer.save_model()
 
@@ -474,7 +470,6 @@ def distill_decoder_only(student, teacher, dataset, tokenizers, task, distillati
         DataCollatorForSeq2Seq(tokenizer),
         encode_joined_rows(dataset, tokenizer, *lengths, supervise_source=False),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(task.optimizer, student, training_args), None),
     )
     trainer.teacher, trainer.beta = teacher.to(trainer.args.device).eval(), distillation["beta"]
     trainer.train()
