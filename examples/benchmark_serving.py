@@ -4,8 +4,8 @@
     python examples/benchmark_serving.py [--preset 26m] [--output outputs/benchmark_serving.json]
 
 Needs an environment with vLLM, CTranslate2 and this package. A request has 16 to 256 tokens of source and gets 32 new
-ones, by greedy search; weights are random, and nothing ends early. vLLM has 32 requests in work all the time: it
-starts the next when one ends. CTranslate2 gets batches of 32, sorted by length. Each model runs in its own process
+ones, by greedy search; weights are random, and nothing ends early. vLLM has up to 32 requests in work: it starts the
+next when one ends. CTranslate2 gets batches of 32, sorted by length. Each model runs in its own process
 with one thread, and all take turns. Measured is CPU time, so other work on the machine does not count. Prints the
 medians, and writes them with all times to a file.
 """
