@@ -5,9 +5,9 @@
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
-of shell, decoder-only, teacher, teacher-examples and nearest. FILE was written by examples/benchmark_shell.py.
---answers asks the model the requests of the demo again. Without options, the tables and the plot are written again
-from shell_results.json.
+of shell, shell-beams, decoder-only, teacher, teacher-examples and nearest. FILE was written by
+examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without options, the tables and
+the plot are written again from shell_results.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ PLOT = ROOT / "docs" / "shell.png"
 # Name in the tables, and model in the benchmark.
 SYSTEMS = {
     "shell": ("this model", "encoder-decoder"),
+    "shell-beams": ("this model after its first training", None),
     "decoder-only": ("decoder-only baseline of the same size", "decoder-only"),
     "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
     "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
@@ -144,10 +145,11 @@ def readme_table(results):
     latency = results["latency"]
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests "
-        f"(`test_random`). This model answers as `encdec-slm shell` does, by a search with 20 beams; the others by "
-        f"greedy search. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the fastest "
-        f"engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models with one "
-        "thread. InterCode-ALFA and the last row are published figures, of other tests and machines."
+        "(`test_random`). This model answers as `encdec-slm shell` does, by a search with 20 beams. The decoder-only "
+        "baseline had only the first of its three trainings; both models after it search with five beams, and Qwen "
+        f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
+        f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
+        "with one thread. InterCode-ALFA and the last row are published figures, of other tests and machines."
     )
     return f"{table}\n\n{textwrap.fill(note, 119)}"
 

@@ -44,6 +44,7 @@ def finetune(
       dataset_name         data set on the Hub, instead of train_file
       output_dir           folder of the run
       num_train_epochs, max_steps, learning_rate, per_device_train_batch_size, seed
+      optimizer            adamw or muon; muon often needs fewer steps to train a new model
       max_source_length, max_target_length   in tokens
       use_peft, lora_r     LoRA
       use_cpu, bf16        where and in which precision

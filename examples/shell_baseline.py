@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the decoder-only baseline of the shell model on the same rows, for as many steps, by the same recipe.
+
+    python examples/shell_baseline.py --config configuration/recipes/finetune_shell.yaml --bf16 true --use_cpu true \\
+        --model_name_or_path outputs/shell_data/baseline --output_dir outputs/shell_baseline
+
+It learns to predict the commands, and not the requests.
+"""
+
+import logging
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments
+from trl import ModelConfig, TrlParser
+
+from encdec_slm.trainers.decoder_only_job import KIND, train_causal_model
+from encdec_slm.trainers.finetune_job import FinetuneArguments
+from encdec_slm.trainers.resuming import prepare_output_dir
+from encdec_slm.trainers.seq2seq_data import load_splits
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args, training_args, model_args = TrlParser(
+        (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)
+    ).parse_args_and_config()
+    training_args.eval_strategy = "no"
+    name = model_args.model_name_or_path
+    checkpoint = prepare_output_dir(training_args, KIND, [name], args.data_files)
+    train_causal_model(
+        AutoModelForCausalLM.from_pretrained(name, dtype="float32"),
+        AutoTokenizer.from_pretrained(name),
+        load_splits(args, training_args.seed)["train"],
+        training_args,
+        args.max_source_length,
+        args.max_target_length,
+        checkpoint,
+        base_model="baseline",
+        supervise_source=False,
+        optimizer=args.optimizer,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows and models that the shell model is made of, and its decoder-only baseline."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from conftest import build_byte_tokenizer
+from encdec_slm.checkpoints import load_checkpoint
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import shell_baseline  # noqa: E402
+import shell_data  # noqa: E402
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What examples/shell_data.py writes, of a tiny teacher and a few rows."""
+    folder = tmp_path_factory.mktemp("shell")
+    tokenizer = build_byte_tokenizer(ends_sources=False)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    weight = teacher.get_input_embeddings().weight.data
+    letters = tokenizer.convert_tokens_to_ids(["a", "b", "z"])
+    weight[letters[1]] = weight[letters[0]]
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    rows = [
+        {"source": f"list {name} a b z", "target": f"ls {name}"} for name in ("files", "folders", "links", "users")
+    ]
+    pages = [{"platform": "common", "page": "df", "command": "df", "about": "Disk", "description": "Show free space:"}]
+    options = {
+        "nl2bash": write_jsonl(folder / "nl2bash.jsonl", rows),
+        "held-out": write_jsonl(folder / "held_out.jsonl", rows[:1]),
+        "tldr": write_jsonl(folder / "tldr.jsonl", [{**page, "example": "df"} for page in pages]),
+        **{"teacher": str(folder / "teacher"), "preset": "tiny", "copies": "0", "vocabulary-size": "300"},
+    }
+    arguments = [str(folder / "out"), *(part for name, value in options.items() for part in (f"--{name}", value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["shell_data.py", *arguments])
+        shell_data.main()
+    return folder / "out"
+
+
+def test_rows_are_decontaminated_and_come_from_both_sources(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert {row["target"] for row in rows} == {"ls folders", "ls links", "ls users", "df"}
+    assert {row["origin"] for row in rows} == {"nl2bash", "tldr"}
+
+
+@pytest.mark.parametrize("name", ["student", "baseline"])
+def test_tokens_that_are_near_for_the_teacher_are_near_from_the_start(folder, name):
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder / name)
+        if name == "baseline"
+        else load_checkpoint(folder / name)[0]
+    )
+    first, second, other = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(["a", "b", "z"])]
+    torch.testing.assert_close(first, second)
+    assert (first - other).norm() > 0.1 * first.norm()
+
+
+def test_the_baseline_is_trained_by_the_recipe(folder, monkeypatch, tmp_path):
+    recipe = ROOT / "configuration" / "recipes" / "finetune_shell.yaml"
+    options = {"config": recipe, "model_name_or_path": folder / "baseline", "train_file": folder / "train.jsonl"}
+    options |= {"validation_file": folder / "train.jsonl", "test_file": folder / "train.jsonl", "max_steps": 2}
+    options |= {"output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "use_cpu": "true"}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["shell_baseline.py", *arguments])
+    shell_baseline.main()
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "baseline", tmp_path / "run"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
