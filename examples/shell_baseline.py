@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the decoder-only baseline of the shell model on the same rows, for as many steps, by the same recipe.
 
-    python examples/shell_baseline.py --config configuration/recipes/finetune_shell.yaml --bf16 true --use_cpu true \\
-        --model_name_or_path outputs/shell_data/baseline --output_dir outputs/shell_baseline
+    python examples/shell_baseline.py --bf16 true --use_cpu true --output_dir outputs/shell_baseline \\
+        --model_name_or_path outputs/shell_data/baseline
 
-It learns to predict the commands, and not the requests.
+It learns to predict the commands, and not the requests. Options are keys of the recipe `finetune_shell`.
 """
 
 import logging
+import sys
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments
 from trl import ModelConfig, TrlParser
@@ -18,11 +20,13 @@ from encdec_slm.trainers.resuming import prepare_output_dir
 from encdec_slm.trainers.seq2seq_data import load_splits
 
 
+RECIPE = Path(__file__).resolve().parent.parent / "configuration" / "recipes" / "finetune_shell.yaml"
+
+
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args, training_args, model_args = TrlParser(
-        (FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig)
-    ).parse_args_and_config()
+    parser = TrlParser((FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig))
+    args, training_args, model_args = parser.parse_args_and_config(["--config", str(RECIPE), *sys.argv[1:]])
     training_args.eval_strategy = "no"
     name = model_args.model_name_or_path
     checkpoint = prepare_output_dir(training_args, KIND, [name], args.data_files)

@@ -231,7 +231,9 @@ def draw_plot(results):
 
     figure = Figure(figsize=(10, 3), layout="constrained")
     times, scores = figure.subplots(1, 2)
-    for label, model in list(SYSTEMS.values())[2::-1]:
+    # One bar for each model; the first label of the teacher names it.
+    labels = {model: label for label, model in reversed(SYSTEMS.values()) if model is not None}
+    for model, label in labels.items():
         if entry := find_fastest(results, model):
             label = f"{textwrap.fill(label, PLOT_LABEL_WIDTH)}\n{format_engine(entry)}"
             bars = times.barh(label, entry["milliseconds"], color="tab:blue")

@@ -73,8 +73,7 @@ def test_tokens_that_are_near_for_the_teacher_are_near_from_the_start(folder, na
 
 
 def test_the_baseline_is_trained_by_the_recipe(folder, monkeypatch, tmp_path):
-    recipe = ROOT / "configuration" / "recipes" / "finetune_shell.yaml"
-    options = {"config": recipe, "model_name_or_path": folder / "baseline", "train_file": folder / "train.jsonl"}
+    options = {"model_name_or_path": folder / "baseline", "train_file": folder / "train.jsonl"}
     options |= {"validation_file": folder / "train.jsonl", "test_file": folder / "train.jsonl", "max_steps": 2}
     options |= {"output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "use_cpu": "true"}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
