@@ -31,10 +31,10 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 def test_the_page_answers_while_one_types(browser, node_folder, tmp_path):  # noqa: F811
-    model, tokenizer = load_checkpoint(FOLDER)
+    model, tokenizer = load_checkpoint(FOLDER, dtype="float32")
     ids = model.generate(**tokenizer(REQUEST, return_tensors="pt"), num_beams=1)
     answer = tokenizer.decode(ids[0], skip_special_tokens=True)
-    export_transformers_js(FOLDER, tmp_path / "model", quantization="int8")
+    export_transformers_js(FOLDER, tmp_path / "model")
     shutil.copy(REPOSITORY / "examples" / "browser" / "index.html", tmp_path)
     (tmp_path / "node_modules").symlink_to(node_folder / "node_modules")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=tmp_path)) as server:
