@@ -688,12 +688,13 @@ def verdict_list(results):
             claims[verdict].setdefault(text, []).extend(names)
     are_missing = bool(claims.pop(MISSING))
     parts = {
-        verdict: [f"{text} ({', '.join(names)})" for text, names in found.items()] for verdict, found in claims.items()
+        verdict: [f"{text.replace(': ', ', ')} ({', '.join(names)})" for text, names in found.items()]
+        for verdict, found in claims.items()
     }
     return " ".join(
         (
             "The paper's claims on quality, [tested again](docs/evidence.md) with 2M parameters, seeds and intervals:",
-            *(f"*{verdict}*: {'; '.join(found)}." for verdict, found in parts.items() if found),
+            *(f"*{verdict.capitalize()}*: {'; '.join(found)}." for verdict, found in parts.items() if found),
             *(["Other comparisons are not finished."] if are_missing else []),
         )
     )
