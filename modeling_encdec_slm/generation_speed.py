@@ -2,28 +2,32 @@
 """Time to the first token and decode rate of `generate`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
 
-class _Clock:
+class _Streamer:
     """A streamer that records when tokens arrive; the prompt arrives first."""
 
-    def __init__(self):
-        self.moments = []
+    def __init__(self, clock):
+        self.clock, self.moments = clock, []
 
     def put(self, token_ids):
-        self.moments.append(time.perf_counter())
+        self.moments.append(self.clock())
 
     def end(self):
         pass
 
 
 def token_seconds(
-    model: PreTrainedModel, source_ids: torch.LongTensor, num_new_tokens: int, **inputs: torch.Tensor
+    model: PreTrainedModel,
+    source_ids: torch.LongTensor,
+    num_new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+    **inputs: torch.Tensor,
 ) -> list[float]:
     """Return the seconds from the call until each new token is known, with greedy search and a cache.
 
@@ -31,19 +35,20 @@ def token_seconds(
         model ([`~transformers.PreTrainedModel`]): In evaluation mode, encoder-decoder or decoder-only.
         source_ids (`torch.LongTensor` of shape `(1, source_length)`): Source or prompt.
         num_new_tokens (`int`): Tokens to generate; end-of-sequence tokens are not allowed before.
+        clock (`Callable`, *optional*, defaults to `time.perf_counter`): Returns the seconds.
         inputs (`torch.Tensor`): Further inputs, such as `pixel_values`.
     """
-    clock, start = _Clock(), time.perf_counter()
+    streamer, start = _Streamer(clock), clock()
     model.generate(
         source_ids,
         attention_mask=torch.ones_like(source_ids),
         max_new_tokens=num_new_tokens,
         min_new_tokens=num_new_tokens,
         do_sample=False,
-        streamer=clock,
+        streamer=streamer,
         **inputs,
     )
-    return [moment - start for moment in clock.moments[1:]]
+    return [moment - start for moment in streamer.moments[1:]]
 
 
 def decode_rate(seconds: Sequence[float]) -> float:

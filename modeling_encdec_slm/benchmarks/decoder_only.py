@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,11 @@ def export_decoder_only_genai(model: PreTrainedModel, folder: Path, quantization
 
 
 def time_decoder_only_tokens(
-    graph: RunGraph, config: PreTrainedConfig, source_ids: Sequence[int], num_new_tokens: int
+    graph: RunGraph,
+    config: PreTrainedConfig,
+    source_ids: Sequence[int],
+    num_new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[int]]:
     """Generate greedily; return the seconds from the call to each new token, and the tokens.
 
@@ -120,8 +124,9 @@ def time_decoder_only_tokens(
         config ([`~transformers.PreTrainedConfig`]): Config of the model.
         source_ids (`Sequence[int]`): The prompt.
         num_new_tokens (`int`): Number of tokens to generate.
+        clock (`Callable`, *optional*, defaults to `time.perf_counter`): Returns the seconds.
     """
-    start, seconds, token_ids = time.perf_counter(), [], []
+    start, seconds, token_ids = clock(), [], []
     names = cache_names(config.num_hidden_layers, "present", "decoder")
     shape = [1, config.num_key_value_heads, 0, config.head_dim]
     cache, ids = [torch.zeros(shape)] * len(names), torch.tensor([source_ids])
@@ -131,6 +136,6 @@ def time_decoder_only_tokens(
         shapes = {"logits": (1, 1, config.vocab_size), **dict.fromkeys(names, tuple(shape))}
         outputs = graph({"input_ids": ids, **past}, shapes)
         ids, cache = outputs["logits"].argmax(-1), [outputs[name] for name in names]
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         token_ids.append(ids.item())
     return seconds, token_ids

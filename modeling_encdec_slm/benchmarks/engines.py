@@ -30,6 +30,7 @@ from .decoder_only import (
 
 # Source ids and a number of new tokens -> seconds from the call until each of them is known.
 TokenSeconds = Callable[[Sequence[int], int], list[float]]
+Clock = Callable[[], float]
 DECODER_ONLY_FILE = "decoder_only_model.onnx"
 
 
@@ -52,24 +53,23 @@ def prepare(contender: Contender, folder: Path) -> None:
         _prepare_onnx(model, contender, output_dir)
 
 
-def load(contender: Contender, folder: Path, num_threads: int, is_cpu_time: bool = False) -> TokenSeconds:
+def load(contender: Contender, folder: Path, num_threads: int, clock: Clock = time.perf_counter) -> TokenSeconds:
     """Load a contender and return the function that times it.
 
     Args:
         contender ([`Contender`]): To load.
         folder (`Path`): Its bundle folder.
         num_threads (`int`): Threads of the engine.
-        is_cpu_time (`bool`, *optional*, defaults to `False`): Time all that this process does by CPU time.
+        clock (`Callable`, *optional*, defaults to `time.perf_counter`): Returns the seconds; `time.process_time`
+            returns those of CPU time.
     """
     torch.set_num_threads(num_threads)
-    if is_cpu_time:
-        time.perf_counter = time.process_time
     if contender.engine == "ctranslate2":
-        return _load_ctranslate2(contender, folder, num_threads)
+        return _load_ctranslate2(contender, folder, num_threads, clock)
     if contender.engine in ("onnxruntime", "openvino"):
-        return _load_onnx(contender, folder)
+        return _load_onnx(contender, folder, clock)
     if contender.engine == "onnxruntime_genai":
-        return _load_ort_genai(folder, num_threads)
+        return _load_ort_genai(folder, num_threads, clock)
     options = {}
     if contender.engine == "transformers-compiled":
         options["compile_config"] = CompileConfig(fullgraph=True, dynamic=False, mode="default")
@@ -77,7 +77,7 @@ def load(contender: Contender, folder: Path, num_threads: int, is_cpu_time: bool
         options["cache_implementation"] = "static"
     model = contender.build_model(getattr(torch, contender.precision))
     return lambda source_ids, num_new_tokens: token_seconds(
-        model, torch.tensor([source_ids], device=model.device), num_new_tokens, **options
+        model, torch.tensor([source_ids], device=model.device), num_new_tokens, clock, **options
     )
 
 
@@ -115,7 +115,7 @@ def _prepare_ctranslate2(model, contender, output_dir):
         spec.save(str(folder))
 
 
-def _load_ctranslate2(contender, folder, num_threads):
+def _load_ctranslate2(contender, folder, num_threads, clock):
     ctranslate2 = require_package("ctranslate2")
     options = {"device": contender.device, "compute_type": contender.precision, "intra_threads": num_threads}
     if contender.model == BASELINE:
@@ -129,8 +129,8 @@ def _load_ctranslate2(contender, folder, num_threads):
 
     def time_tokens(source_ids, num_new_tokens):
         moments, tokens = [], [f"<id_{token_id}>" for token_id in source_ids]
-        lengths, start = dict.fromkeys(names, num_new_tokens), time.perf_counter()
-        generate([tokens], callback=lambda result: moments.append(time.perf_counter()), **lengths, **fixed)
+        lengths, start = dict.fromkeys(names, num_new_tokens), clock()
+        generate([tokens], callback=lambda result: moments.append(clock()), **lengths, **fixed)
         return [moment - start for moment in moments]
 
     return time_tokens
@@ -151,16 +151,17 @@ def _prepare_onnx(model, contender, output_dir):
                 SharedWeights(folder).write_graph(graph, name)
 
 
-def _load_onnx(contender, folder):
+def _load_onnx(contender, folder, clock):
     if contender.engine == "openvino":
         open_graph = Compiler("CPU", contender.precision).open_graph
     else:
         open_graph = partial(open_onnxruntime_graph, providers=check_providers(None))
     config = contender.config
     if contender.model == OURS:
-        return partial(_time_encoder_decoder, DynamicEngine(folder, config, open_graph), config.decoder_start_token_id)
+        engine = DynamicEngine(folder, config, open_graph)
+        return partial(_time_encoder_decoder, engine, config.decoder_start_token_id, clock)
     graph = open_graph(folder / DECODER_ONLY_FILE)
-    return lambda source_ids, num_new_tokens: time_decoder_only_tokens(graph, config, source_ids, num_new_tokens)[0]
+    return lambda *task: time_decoder_only_tokens(graph, config, *task, clock)[0]
 
 
 def _prepare_ort_genai(model, contender, output_dir):
@@ -171,7 +172,7 @@ def _prepare_ort_genai(model, contender, output_dir):
         export_decoder_only_genai(model, folder, contender.precision)
 
 
-def _load_ort_genai(folder, num_threads):
+def _load_ort_genai(folder, num_threads, clock):
     onnxruntime_genai = require_package("onnxruntime_genai")
     options = {"decoder": {"session_options": {"intra_op_num_threads": num_threads}}}
     config = onnxruntime_genai.Config(str(folder))
@@ -179,26 +180,26 @@ def _load_ort_genai(folder, num_threads):
     model = onnxruntime_genai.Model(config)
 
     def time_tokens(source_ids, num_new_tokens):
-        start, seconds = time.perf_counter(), []
+        start, seconds = clock(), []
         params = onnxruntime_genai.GeneratorParams(model)
         params.set_search_options(max_length=len(source_ids) + num_new_tokens)
         generator = onnxruntime_genai.Generator(model, params)
         generator.append_tokens(source_ids)
         for _ in range(num_new_tokens):
             generator.generate_next_token()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return seconds
 
     return time_tokens
 
 
-def _time_encoder_decoder(engine, start_id, source_ids, num_new_tokens):
+def _time_encoder_decoder(engine, start_id, clock, source_ids, num_new_tokens):
     """Time greedy search without what `generate` adds, as for the baseline."""
-    start, seconds, ids = time.perf_counter(), [], torch.tensor([[start_id]])
+    start, seconds, ids = clock(), [], torch.tensor([[start_id]])
     encoding, cache = engine.encode(torch.tensor([source_ids])), engine.new_cache(1)
     for _ in range(num_new_tokens):
         ids = engine.decode(ids, encoding, None, cache)[:, -1].argmax(-1, keepdim=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds
 
 

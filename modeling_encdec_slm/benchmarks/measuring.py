@@ -56,9 +56,8 @@ def run_benchmark(
         if contender.engine not in TORCH_ENGINES and not find_bundle_folder(contender, folder).exists():
             print(f"Writing {contender.name}", flush=True)
             run_in_new_process(prepare, contender, folder)
-    groups = [
-        _measure(group, settings, num_repetitions, num_threads, folder, is_cpu_time) for group in _group(contenders)
-    ]
+    clock = time.process_time if is_cpu_time else time.perf_counter
+    groups = [_measure(group, settings, num_repetitions, num_threads, folder, clock) for group in _group(contenders)]
     rows = [_build_row(contender, groups, settings, folder) for contender in contenders]
     return {
         "machine": describe_machine("cuda" if any(one.device == "cuda" for one in contenders) else "cpu"),
@@ -79,7 +78,7 @@ def _group(contenders):
             yield usual + [one for one in on_device if one.engine == engine and one not in usual]
 
 
-def _measure(contenders, settings, num_repetitions, num_threads, folder, is_cpu_time):
+def _measure(contenders, settings, num_repetitions, num_threads, folder, clock):
     """Time contenders that take turns; each is loaded in its own process."""
     print(f"Loading {', '.join(one.name for one in contenders)}", flush=True)
     device, names = contenders[0].device, [one.name for one in contenders]
@@ -88,14 +87,13 @@ def _measure(contenders, settings, num_repetitions, num_threads, folder, is_cpu_
     try:
         for one in contenders:
             packages = () if one.engine in TORCH_ENGINES else (one.engine,)
-            load_one = partial(load, one, find_bundle_folder(one, folder), num_threads, is_cpu_time)
+            load_one = partial(load, one, find_bundle_folder(one, folder), num_threads, clock)
             workers[one] = Worker(one.name, load_one, device, packages)
             # A compiled step is compiled again for other lengths of caches, so each setting is run once before.
             is_compiled = one.engine == "transformers-compiled"
             for length, num_new_tokens in settings if is_compiled else [(settings[0][0], NUM_WARM_UP_TOKENS)]:
                 workers[one].token_seconds(_build_source(one, length), num_new_tokens)
         for repetition in range(num_repetitions):
-            clock = time.process_time if is_cpu_time else time.perf_counter
             bandwidth.append(memory_bandwidth(torch.ones(NUM_BUFFER_VALUES, device=device), clock))
             for place, (source_length, num_new_tokens) in enumerate(settings):
                 for one, worker in workers.items():
