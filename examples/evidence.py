@@ -28,10 +28,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import evidence_vision
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from evidence_flops import count_training_flops
 from evidence_statistics import (
     FAILS,
     HOLDS,
@@ -167,7 +168,9 @@ TASKS = {
     "shell": Task("shell", "nlc2cmd", 4_800, 64, 64, origin="nl2bash", test_file="test_random.jsonl"),
     "synopses": Task("text", "rougeL", 2_400, 96, 32),
     "docstrings": Task("docstrings", "rougeL", 2_400, 96, 32),
+    "visual": Task("vision", "exact", 9_000, 128, 24, max_validation_rows=300, batch_size=16, vocab_size=320),
 }
+VISUAL = "visual"
 # In the order in which they run: the headline first.
 COMPARISONS = (
     *((model, "equal-rows") for model in (OURS, DECODER_ONLY)),
@@ -179,6 +182,7 @@ ARMS = [
     for comparisons in (COMPARISONS[:2], *([one] for one in COMPARISONS[2:]))
     for task in TASKS
     for model, budget in comparisons
+    if task != VISUAL or model in (OURS, DECODER_ONLY)
 ]
 ARMS += [
     Arm("shell", TEACHER, num_seeds=1),
@@ -191,17 +195,15 @@ LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 LEARNING_RATE_LIMITS = (7.5e-4, 1.2e-2)
 # Sizes of the models: six layers of the width of the preset. Without dropout, because Llama has less of it.
 PRESET = "1m"
-SHAPE = {
-    **{"encoder_num_hidden_layers": 4, "decoder_num_hidden_layers": 2},
-    **{"attention_dropout": 0.0, "mlp_dropout": 0.0},
-}
+LAYERS = {"encoder_num_hidden_layers": 4, "decoder_num_hidden_layers": 2}
+SHAPE = {**LAYERS, "attention_dropout": 0.0, "mlp_dropout": 0.0}
 TRAINING = {
     **{"num_train_epochs": 1, "train_sampling_strategy": "sequential", "lr_scheduler_type": "cosine"},
     **{"warmup_steps": 0.05, "weight_decay": 0.01, "adam_beta2": 0.98, "logging_steps": 50, "save_strategy": "no"},
     **{"report_to": "none", "dataloader_pin_memory": False, "disable_tqdm": True},
 }
 COMMON_NAMES = {CROSS_ENTROPY, "equal-rows"}
-METRIC_NAMES = {"nlc2cmd": "NLC2CMD", "rougeL": "ROUGE-L"}
+METRIC_NAMES = {"nlc2cmd": "NLC2CMD", "rougeL": "ROUGE-L", "exact": "exact answers"}
 METRIC_LABELS = {metric: f"{name}, percent" for metric, name in METRIC_NAMES.items()}
 EVALUATION_BATCH_SIZE = 50
 # Claims of arXiv 2501.16273, and then of this repository: the first arm is better than the second. An arm is a model,
@@ -230,7 +232,9 @@ CLAIMS = (
 
 
 def build_config(model: str, tokenizer: Any) -> Any:
-    """Return the config of a model; all but the teacher have the same number of parameters within 1 %."""
+    """Return the config of a model; all of a task but the teacher have equal numbers of parameters within 1 %."""
+    if isinstance(tokenizer, evidence_vision.Images):
+        return evidence_vision.build_config(tokenizer, model == OURS)
     fields = preset_config(PRESET, tokenizer).to_diff_dict() | SHAPE
     base = EncDecSLMConfig(**fields | (TEACHER_WIDTH if model == TEACHER else {}))
     if model not in SPLITS:
@@ -242,42 +246,15 @@ def build_config(model: str, tokenizer: Any) -> Any:
     return fit_num_parameters(EncDecSLMConfig, fields, num_parameters(base), tolerance=0.01)
 
 
-def count_training_flops(config: Any, lengths: Sequence[tuple[int, int]]) -> int:
-    """Count the floating-point operations of one training step on rows without padding.
-
-    Counted are matrix products, a multiplication and an addition as two, as in `torch.utils.flop_counter`. Attention
-    counts in full although half of a causal one is masked, and a backward pass as two forward passes.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): Of an encoder-decoder or a decoder-only model.
-        lengths (`Sequence[tuple[int, int]]`): Tokens of source and target of each row. A decoder-only model reads as
-            many, in one row: the end of the source is the token that separates them.
-    """
-    sources, targets = np.array(lengths, dtype=np.int64).reshape(-1, 2).T
-    num_tokens = {"source": int(sources.sum()), "target": int(targets.sum()), "both": int((sources + targets).sum())}
-    total = 0
-    for name, module in build_model(config, "meta").named_modules():
-        if isinstance(module, torch.nn.Linear):
-            total += 2 * module.weight.numel() * num_tokens[_find_input(name, config)]
-    width = 4 * config.num_attention_heads * config.head_dim
-    if config.is_encoder_decoder:
-        total += width * config.encoder_num_hidden_layers * int((sources**2).sum())
-        total += width * config.decoder_num_hidden_layers * int((targets**2 + sources * targets).sum())
-    else:
-        total += width * config.num_hidden_layers * int(((sources + targets) ** 2).sum())
-    return 3 * total
-
-
-def _find_input(name, config):
-    if not config.is_encoder_decoder:
-        return "both"
-    is_source = "encoder." in name or name.endswith(("cross_attn.k_proj", "cross_attn.v_proj"))
-    return "source" if is_source else "target"
-
-
 @functools.cache
 def load_task(name: str, folder: Path | None) -> tuple[dict[str, list[dict]], Any, dict[str, int]]:
-    """Return the rows of a task by split, the tokenizer of its training rows, and how many rows are too long."""
+    """Return the rows of a task by split, the tokenizer of its training rows, and how many rows are too long.
+
+    In place of a tokenizer, the visual task has what reads its images.
+    """
+    if name == VISUAL:
+        splits, images = evidence_vision.load_rows(TASKS[name], LAYERS)
+        return splits, images, dict.fromkeys(splits, 0)
     task, files = TASKS[name], {"train": "train.jsonl", "validation": "validation.jsonl"}
     files["test"] = task.test_file
     if name == "docstrings":
@@ -350,19 +327,16 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output_dir / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for split, found in {"train": rows, "validation": splits["validation"], "test": splits["test"]}.items():
-        lines = (json.dumps({name: row[name] for name in ("source", "target")}) + "\n" for row in found)
-        write_file(folder / f"{split}.jsonl", "".join(lines))
-    model = folder / "model"
     set_seed(run.seed)
     start = initialize_model(run.arm, tokenizer, args)
     config = start.config
-    train_model(run, start, tokenizer, rows, folder, args)
+    is_visual = run.arm.task == VISUAL
+    (train_visual_model if is_visual else train_model)(run, start, tokenizer, {**splits, "train": rows}, folder, args)
     cpu_seconds = time.process_time() - cpu_started
     if run.arm.model == TEACHER:
-        shutil.copytree(model, find_teacher(run.arm.task, args), dirs_exist_ok=True)
-    validation_loss, num_tokens = row_losses(model, splits["validation"], task, args.device)
-    losses, num_test_tokens = row_losses(model, splits["test"], task, args.device)
+        shutil.copytree(folder / "model", find_teacher(run.arm.task, args), dirs_exist_ok=True)
+    measured = (measure_visual_model if is_visual else measure_model)(run, tokenizer, splits, folder, args)
+    (validation_loss, num_tokens), (losses, num_test_tokens), scores = measured
     return {
         "settings": run.settings(),
         "num_parameters": num_parameters(config),
@@ -375,7 +349,7 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "rows": {
             "num_tokens": num_test_tokens,
             "loss": [round(loss, 3) for loss in losses],
-            task.metric: [round(100 * score, 1) for score in score_answers(model, folder / "test.jsonl", task, args)],
+            task.metric: [round(100 * score, 1) for score in scores],
         },
         "device": args.device,
         "num_threads": torch.get_num_threads(),
@@ -404,11 +378,32 @@ def initialize_model(arm: Arm, tokenizer: Any, args: argparse.Namespace) -> Any:
     return build_model(build_config(arm.model, tokenizer))
 
 
-def train_model(run, model, tokenizer, rows, folder, args):
-    """Train a model on the rows in their order, and save it to the folder `model`."""
-    task, arm = TASKS[run.arm.task], run.arm
+def build_settings(run, folder, args):
+    """Return the training arguments of a run; its model is saved to `model` in the folder."""
     settings = {"seed": run.seed, "learning_rate": run.learning_rate, "use_cpu": args.device == "cpu", **TRAINING}
-    settings |= {"output_dir": str(folder / "model"), "per_device_train_batch_size": task.batch_size}
+    batch_size = TASKS[run.arm.task].batch_size
+    return settings | {"output_dir": str(folder / "model"), "per_device_train_batch_size": batch_size}
+
+
+def train_visual_model(run, model, images, splits, folder, args):
+    evidence_vision.train_model(model, images, splits["train"], build_settings(run, folder, args))
+
+
+def measure_visual_model(run, images, splits, folder, args):
+    """Return the same as `measure_model`."""
+    model = evidence_vision.load_model(folder / "model", run.arm.model == OURS, args.device)
+    losses = [evidence_vision.row_losses(model, images, splits[split]) for split in ("validation", "test")]
+    limit = TASKS[run.arm.task].max_target_length
+    return *losses, evidence_vision.score_answers(model, images, splits["test"], limit)
+
+
+def train_model(run, model, tokenizer, splits, folder, args):
+    """Train a model on the rows in their order."""
+    task, arm, rows = TASKS[run.arm.task], run.arm, splits["train"]
+    for split, found in splits.items():
+        lines = (json.dumps({name: row[name] for name in ("source", "target")}) + "\n" for row in found)
+        write_file(folder / f"{split}.jsonl", "".join(lines))
+    settings = build_settings(run, folder, args)
     lengths = {"max_source_length": task.max_source_length, "max_target_length": task.max_target_length}
     dataset = Dataset.from_list([{name: row[name] for name in ("source", "target")} for row in rows])
     chat_tokenizer = copy.deepcopy(tokenizer)
@@ -490,6 +485,13 @@ class CausalDistillationTrainer(Trainer):
         divergence = token_divergence(logits, teacher_logits, self.beta).mean()
         loss = KD_RATIO * divergence + (1 - KD_RATIO) * F.cross_entropy(logits, labels[chosen])
         return (loss, outputs) if return_outputs else loss
+
+
+def measure_model(run, tokenizer, splits, folder, args):
+    """Return losses and numbers of tokens of the validation rows, the same of the test rows, and their metric."""
+    task, model = TASKS[run.arm.task], folder / "model"
+    losses = [row_losses(model, splits[split], task, args.device) for split in ("validation", "test")]
+    return *losses, score_answers(model, folder / "test.jsonl", task, args)
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ from encdec_slm.trainers.new_models import train_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import evidence  # noqa: E402
+import evidence_flops  # noqa: E402
 import evidence_statistics  # noqa: E402
+import evidence_vision  # noqa: E402
 import shell_results  # noqa: E402
 
 
@@ -70,7 +72,34 @@ def test_training_flops_are_those_that_torch_counts(tokenizer, model, monkeypatc
         inputs["labels"] = inputs["input_ids"]
     with FlopCounterMode(display=False) as counter:
         network(**inputs).loss.backward()
-    counted = evidence.count_training_flops(config, [(source_length, target_length)] * rows)
+    counted = evidence_flops.count_training_flops(config, [(source_length, target_length)] * rows)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def visual_task():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence_vision, "NUM_ROWS", 8)
+        patch.setattr(evidence_vision, "NUM_HELD_OUT_ROWS", 2)
+        return evidence_vision.load_rows(evidence.TASKS[evidence.VISUAL], evidence.LAYERS)
+
+
+@pytest.mark.parametrize("model", [evidence.OURS, evidence.DECODER_ONLY])
+def test_visual_models_learn_the_same_targets(visual_task, model):
+    splits, images = visual_task
+    config = evidence.build_config(model, images)
+    assert num_parameters(config) == pytest.approx(num_parameters(images.config), rel=0.01)
+    network = build_model(config, attn_implementation="eager").eval()
+    rows = splits["test"]
+    losses, num_tokens = evidence_vision.row_losses(network, images, rows)
+    assert num_tokens == [row["lengths"][1] for row in rows]
+    alone = [evidence_vision.row_losses(network, images, [row])[0][0] for row in rows]
+    assert alone == pytest.approx(losses, rel=1e-4)
+    assert set(evidence_vision.score_answers(network, images, rows, 4)) <= {0.0, 1.0}
+    # One row has no padding, so torch counts what is counted here.
+    with FlopCounterMode(display=False) as counter:
+        network(**evidence_vision.RowCollator(images.encoder, model == evidence.OURS)(rows[:1])).loss.backward()
+    counted = evidence_flops.count_training_flops(config, [rows[0]["lengths"]])
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
