@@ -209,6 +209,7 @@ EVALUATION_BATCH_SIZE = 50
 # Claims of arXiv 2501.16273, and then of this repository: the first arm is better than the second. An arm is a model,
 # its training and its budget.
 NUM_PAPER_CLAIMS = 6
+SHORT_VERDICTS = {HOLDS: "holds", FAILS: "does not hold", UNKNOWN: "unclear"}
 CLAIMS = (
     ("better than decoder-only: equal size and rows", (OURS,), (DECODER_ONLY,)),
     ("the same, decoder-only also learns the source", (OURS,), (SOURCE_SUPERVISED,)),
@@ -677,33 +678,20 @@ def plot_link(results):
     return f"![Loss and task metric of each seed]({PLOT.name})"
 
 
-def verdict_list(results):
-    """List the claims of the paper by verdict, for README.md."""
-    claims = {HOLDS: {}, FAILS: {}, UNKNOWN: {}, MISSING: {}}
+def verdict_table(results):
+    """Return the verdicts on the claims of the paper, by loss and by task metric, for README.md."""
+    verdicts = {}
     for text, name, compared in judge_claims(results):
-        if text not in [claim[0] for claim in CLAIMS[:NUM_PAPER_CLAIMS]]:
-            continue
-        verdicts = {MISSING: [name]} if compared is None else {}
-        for measure, result in (compared or {}).items():
-            verdicts.setdefault(result["verdict"], []).append(f"{name} {METRIC_NAMES.get(measure, measure)}")
-        for verdict, names in verdicts.items():
-            claims[verdict].setdefault(text, []).extend(names)
-    are_missing = bool(claims.pop(MISSING))
-    parts = {
-        verdict: [f"{text.replace(': ', ', ')} ({', '.join(names)})" for text, names in found.items()]
-        for verdict, found in claims.items()
-    }
-    return " ".join(
-        (
-            "The paper's claims on quality, [tested again](docs/evidence.md) with 2M parameters, seeds and intervals:",
-            *(f"*{verdict.capitalize()}*: {'; '.join(found)}." for verdict, found in parts.items() if found),
-            *(["Other comparisons are not finished."] if are_missing else []),
-        )
-    )
+        both = [MISSING] if compared is None else [SHORT_VERDICTS[one["verdict"]] for one in compared.values()]
+        verdicts.setdefault(text, {})[name] = ", ".join(both)
+    rows = [["claim of the paper", *TASKS]]
+    for text, *_ in CLAIMS[:NUM_PAPER_CLAIMS]:
+        rows.append([text, *(verdicts.get(text, {}).get(name, "") for name in TASKS)])
+    return format_table(rows, markdown=True).replace("---:", "---")
 
 
 BLOCKS = {"claims": claim_table, "quality": quality_table, "plot": plot_link, "budgets": budget_table}
-PAGES = {PAGE: BLOCKS, ROOT / "README.md": {"evidence": verdict_list}}
+PAGES = {PAGE: BLOCKS, ROOT / "README.md": {"evidence": verdict_table}}
 
 
 def draw_plot(results: Mapping[str, Mapping]) -> Any:
