@@ -7,6 +7,7 @@
 `docs/shell.md` says where the sources are. Writes OUT/train.jsonl and the folders OUT/student and OUT/baseline, whose
 tokenizer is that of the teacher, trimmed to the rows, and whose token embeddings are the principal components of the
 teacher's: words that mean the same are near each other from the start. No training request is near a held-out one.
+OUT/last.jsonl has the rows of the last training, without programs that few people use.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.trainers.decoder_only_job import CHAT_TEMPLATE
 from encdec_slm.trainers.new_models import preset_config
-from encdec_slm.trainers.tasks.shell import build_training_rows
+from encdec_slm.trainers.tasks.shell import build_training_rows, choose_last_rows
 from encdec_slm.trainers.tasks.shell_sources import read_fig, read_nl2bash, read_tldr
 from encdec_slm.vocabulary import trim_tokenizer
 
@@ -44,6 +45,7 @@ def main():
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_rows(arguments.output_dir / "train.jsonl", rows)
+    write_rows(arguments.output_dir / "last.jsonl", choose_last_rows(rows))
     texts = (text for row in rows for text in (row.source, row.target))
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokenizer, teacher_ids = trim_tokenizer(tokenizer, texts, max_size=arguments.vocabulary_size)

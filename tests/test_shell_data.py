@@ -53,10 +53,12 @@ def folder(tmp_path_factory):
     return folder / "out"
 
 
-def test_rows_are_decontaminated_and_come_from_both_sources(folder):
-    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert {row["target"] for row in rows} == {"ls folders", "ls links", "ls users", "df"}
-    assert {row["origin"] for row in rows} == {"nl2bash", "tldr"}
+@pytest.mark.parametrize("name", ["train", "last"])
+def test_rows_are_decontaminated_and_come_from_all_sources(folder, name):
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    targets = {row["target"] for row in rows if row["origin"] != "everyday"}
+    assert targets == {"ls folders", "ls links", "ls users", "df"}
+    assert {row["origin"] for row in rows} == {"nl2bash", "tldr", "everyday"}
 
 
 @pytest.mark.parametrize("name", ["student", "baseline"])

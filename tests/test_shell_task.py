@@ -5,17 +5,21 @@ import gzip
 import io
 import json
 import random
+import re
 import shutil
 import tarfile
 
 import pytest
 
 from encdec_slm.trainers.tasks.shell import (
+    EVERYDAY,
     LiteralVariation,
     build_request,
     build_training_rows,
     check_syntax,
+    choose_last_rows,
     decontaminate,
+    everyday_rows,
     fig_rows,
     fill_placeholders,
     keep_usable,
@@ -211,6 +215,28 @@ def test_training_rows_are_the_same_each_time_and_hold_no_held_out_request():
     held_out = [NL2BASH[1]]
     rows = build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, copies=4)
     assert rows == build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, copies=4)
-    assert {row.origin for row in rows} == {"nl2bash", "tldr", "fig"}
+    assert {row.origin for row in rows} == {"nl2bash", "tldr", "fig", "everyday"}
     assert NL2BASH[0] in rows and NL2BASH[1] not in rows
+    rows = [row for row in rows if row.origin != "everyday"]
     assert len(rows) == len(set(rows)) > 10
+
+
+def test_everyday_requests_name_what_their_commands_name():
+    rows = everyday_rows(copies=3)
+    assert rows == everyday_rows(copies=3) and rows != everyday_rows(copies=3, seed=1)
+    num_requests = sum(line[0] not in "$#" for line in EVERYDAY.read_text().splitlines())
+    assert len(rows) == 3 * num_requests
+    assert not any("{{" in row.source + row.target for row in rows)
+    requests = {row.source.lower(): row.target for row in rows}
+    assert requests["show free memory"] == "free -h"
+    copies = {row.target: row.source for row in rows if re.fullmatch(r"cp [\w.-]+ [\w.-]+", row.target)}
+    assert copies
+    for command, request in copies.items():
+        first, second = command.split()[1:]
+        assert first != second and first.removesuffix(".bak") in request
+
+
+def test_the_last_training_has_no_rows_of_rare_programs():
+    rare, common = ShellRow("draw", "asciiart", "tldr"), ShellRow("print", "cat a.txt", "tldr")
+    nl2bash, everyday = ShellRow("draw", "asciiart", "nl2bash"), ShellRow("draw", "asciiart", "everyday")
+    assert choose_last_rows([rare, common, nl2bash, everyday]) == [common, nl2bash, everyday]

@@ -27,6 +27,9 @@ MAX_FIG_ROWS = 25  # of one program
 WORDS = json.loads(Path(__file__).with_name("shell_words.json").read_text(encoding="utf-8"))
 COMMON_PROGRAMS = frozenset(WORDS["common_programs"])
 PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}")
+EVERYDAY = Path(__file__).with_name("shell_everyday.txt")
+# A kind of words of `shell_words.json`; which word of this kind; and which part of it, if it is a pair.
+KIND = re.compile(r"\{\{([a-z_]+)(\d?)(?::(\d))?\}\}")
 
 
 # Make rows
@@ -151,6 +154,50 @@ def fig_rows(descriptions: Iterable[dict]) -> list[ShellRow]:
     return keep_usable(rows)
 
 
+def everyday_rows(copies: int = 30, seed: int = 0) -> list[ShellRow]:
+    """Make rows from the commands of `shell_everyday.txt`, each of which has several requests.
+
+    Args:
+        copies (`int`, *optional*, defaults to 30): Rows per request, with other words where it has placeholders.
+        seed (`int`, *optional*, defaults to 0): Of all choices.
+    """
+    rows, command = [], ""
+    for line in EVERYDAY.read_text(encoding="utf-8").splitlines():
+        if line.startswith("$ "):
+            command = line[2:]
+        elif not line.startswith("#"):
+            for copy in range(copies):
+                rows.append(_fill_everyday(line, command, random.Random(f"{seed} {command} {line} {copy}")))
+    usable = {(row.source.lower(), row.target) for row in keep_usable(rows)}
+    return [row for row in rows if (row.source.lower(), row.target) in usable]
+
+
+def _fill_everyday(request, command, generator):
+    chosen = {}
+
+    def replace(match):
+        kind, number, part = match.groups()
+        if (kind, number) not in chosen:
+            taken = chosen.values()
+            value = generator.choice([word for word in WORDS["everyday"][kind] if word not in taken])
+            if kind in WORDS["everyday_names"] and generator.random() < 0.5:
+                value = _new_name(generator) + re.search(r"(\.\w+)?$", value)[0]
+            chosen[kind, number] = value
+        value = chosen[kind, number]
+        return value if isinstance(value, str) else value[int(part or 0)]
+
+    source, target = (KIND.sub(replace, text) for text in (request, command))
+    is_word = source[1:2].islower()
+    return ShellRow(
+        source[0].upper() + source[1:] if is_word and generator.random() < 0.4 else source, target, "everyday"
+    )
+
+
+def _new_name(generator):
+    ending = generator.choice(("", "", "", "1", "2", "_old", "-new", "42"))
+    return "".join(generator.choices(WORDS["syllables"], k=generator.randint(1, 3))) + ending
+
+
 # Vary literals
 
 # A word of a request that more requests than this share is English ("home", "file"); others are names to copy.
@@ -213,11 +260,7 @@ class LiteralVariation:
             return f"{self._replacement(stem, target, generator)}.{ending}"
         if f".{piece}" in target:
             return generator.choice(WORDS["file_endings"])
-        if self._names and generator.random() < 0.6:
-            name = generator.choice(self._names)
-        else:
-            ending = generator.choice(("", "", "", "1", "2", "_old", "-new", "42"))
-            name = "".join(generator.choices(WORDS["syllables"], k=generator.randint(1, 3))) + ending
+        name = generator.choice(self._names) if self._names and generator.random() < 0.6 else _new_name(generator)
         if f"${piece}" in target or f"{{{piece}" in target or f"{piece}=" in target:
             name = re.sub(r"\W", "_", name)  # a variable
         if piece.isupper():
@@ -277,7 +320,7 @@ def build_training_rows(
     """Build the training rows of the shell model, shuffled in the same way on every machine.
 
     Each NL2Bash row comes once as it is and `copies` times with other literals, each tldr example with two choices of
-    values, and at most 25 descriptions of each of Fig's programs.
+    values, each request of [`everyday_rows`] with 30, and at most 25 descriptions of each of Fig's programs.
 
     Args:
         nl2bash (`Sequence[ShellRow]`): Training rows of [`read_nl2bash`].
@@ -298,7 +341,15 @@ def build_training_rows(
         if per_program[program] <= MAX_FIG_ROWS:
             chosen.append(row)
     rows = keep_usable([*nl2bash, *varied, *tldr_rows(examples, variants=2, seed=seed), *chosen])
+    rows += everyday_rows(seed=seed)
     return sorted(decontaminate(rows, [row.source for row in held_out]), key=row_order)
+
+
+def choose_last_rows(rows: Iterable[ShellRow]) -> list[ShellRow]:
+    """Choose the rows of the last training: all but those of programs that few people use."""
+    everyday = {line.split()[1] for line in EVERYDAY.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")}
+    programs = everyday | COMMON_PROGRAMS
+    return [row for row in rows if row.origin in ("nl2bash", "everyday") or row.target.split()[0] in programs]
 
 
 # Decontaminate
