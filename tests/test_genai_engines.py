@@ -167,6 +167,8 @@ def test_a_second_turn_and_a_too_long_source_are_refused(folder):
     generator.generate_next_token()
     with pytest.raises(RuntimeError):
         generator.append_tokens(np.array([[9, 8, 7]], np.int32))
+    with pytest.raises(RuntimeError, match="31"):
+        onnxruntime_genai.Generator(engine.model, params).append_tokens(np.ones((1, 31), np.int32))
     too_long = onnxruntime_genai.GeneratorParams(engine.model)
     with pytest.raises(RuntimeError, match="context_length"):
         too_long.set_search_options(max_length=SHAPE["max_position_embeddings"] + 1)

@@ -65,7 +65,7 @@ def model():
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("js") / "float32"
-    return export_transformers_js(model, folder, tokenizer=build_byte_tokenizer())
+    return export_transformers_js(model, folder, tokenizer=build_byte_tokenizer(model_max_length=10**6))
 
 
 def test_both_branches_give_the_logits_of_the_model(model, exported):
@@ -112,6 +112,10 @@ def test_fewer_bits_give_the_logits_of_rounded_weights(model, exported, tmp_path
     # Activations of products with integers have 8 bits.
     assert (compute_logits(tmp_path, batch, target_ids) - expected).norm() < error * expected.norm()
     assert weights.path.stat().st_size < (exported / "onnx" / "decoder_model_merged.onnx_data").stat().st_size
+
+
+def test_sources_are_cut_at_the_positions_of_the_model(exported):
+    assert AutoTokenizer.from_pretrained(exported).model_max_length == SHAPE["max_position_embeddings"]
 
 
 def test_after_an_end_token_there_are_end_tokens_only(exported):

@@ -60,7 +60,9 @@ def write_engine_bundle(
                     f"The tokenizer is a {type(bundle.tokenizer).__name__}, but {format} needs a fast one, which "
                     "is saved as tokenizer.json. Convert it, or export to onnx."
                 )
-            bundle.tokenizer = copy.deepcopy(bundle.tokenizer)
+            bundle.tokenizer = tokenizer = copy.deepcopy(bundle.tokenizer)
+            # transformers.js cuts sources there.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, bundle.model.config.max_position_embeddings)
         check_rope(bundle.model.config)
         set_plain_attention(bundle.model)
         bundle.manifest.update(opset=OPSET, quantization=quantization)

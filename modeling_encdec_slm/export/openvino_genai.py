@@ -132,6 +132,7 @@ def export_openvino_genai(
         if bundle.tokenizer is not None:
             # The pipeline would apply it to each source.
             bundle.tokenizer.chat_template = None
+            bundle.tokenizer.init_kwargs.pop("chat_template", None)
             _convert_tokenizer(openvino, bundle)
     return Path(output_dir)
 
