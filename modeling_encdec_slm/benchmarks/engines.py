@@ -174,7 +174,8 @@ def _prepare_ort_genai(model, contender, output_dir):
 
 def _load_ort_genai(folder, num_threads, clock):
     onnxruntime_genai = require_package("onnxruntime_genai")
-    options = {"decoder": {"session_options": {"intra_op_num_threads": num_threads}}}
+    # Models of random weights may exceed their length.
+    options = {"context_length": 2**17, "decoder": {"session_options": {"intra_op_num_threads": num_threads}}}
     config = onnxruntime_genai.Config(str(folder))
     config.overlay(json.dumps({"model": options}))
     model = onnxruntime_genai.Model(config)

@@ -53,7 +53,9 @@ def run_benchmark(
         (ratios of this family to the baseline).
     """
     for contender in contenders:
-        if contender.engine not in TORCH_ENGINES and not find_bundle_folder(contender, folder).exists():
+        # A run that was killed leaves a hidden folder.
+        is_written = any(find_bundle_folder(contender, folder).glob("[!.]*"))
+        if contender.engine not in TORCH_ENGINES and not is_written:
             print(f"Writing {contender.name}", flush=True)
             run_in_new_process(prepare, contender, folder)
     clock = time.process_time if is_cpu_time else time.perf_counter
