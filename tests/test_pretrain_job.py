@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from ddp_worker import build
+from torch._dynamo.utils import counters
 from transformers import Seq2SeqTrainingArguments
 
 from encdec_slm.checkpoints import load_checkpoint
@@ -99,6 +100,17 @@ def test_arguments_that_do_not_fit_are_refused(corpus, tmp_path, monkeypatch):
     (tmp_path / "small.txt").write_text("one document")
     with pytest.raises(ValueError, match="held-out"):
         run(tmp_path / "run", str(tmp_path / "small.txt"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_batches_of_all_shapes_share_one_compiled_graph(corpus, tmp_path, monkeypatch):
+    for name in ("BACKEND", "USE_DYNAMIC"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")  # restored after the run, which sets them
+    monkeypatch.delenv("ACCELERATE_DYNAMO_USE_DYNAMIC")
+    torch.compiler.reset()
+    counters["stats"].clear()
+    run(tmp_path, corpus, {"torch_compile": True, "torch_compile_backend": "eager"})
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -75,7 +75,7 @@ def build_optimizer(name: str, model: nn.Module, training_args: TrainingArgument
     """Build the optimizer of a training run.
 
     Args:
-        name (`str`): `"adamw"` or `"muon"`.
+        name (`str`): One of `OPTIMIZERS`.
         model ([`~torch.nn.Module`]): Is trained.
         training_args ([`~transformers.TrainingArguments`]): Learning rate, weight decay and betas.
 
@@ -83,10 +83,8 @@ def build_optimizer(name: str, model: nn.Module, training_args: TrainingArgument
         `None` for `"adamw"`, which the Trainer builds itself from `optim`.
 
     Raises:
-        ValueError: No such optimizer, or the training shards its matrices.
+        ValueError: The training shards the matrices of Muon.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
     if name == "adamw":
         return None
     if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class PretrainArguments:
         max_length (`int`, *optional*, defaults to 512): Most tokens of a row, before it is denoised.
         optimizer (`str`, *optional*, defaults to `"adamw"`): Or `"muon"`, for the matrices of the layers.
         max_eval_samples (`int`, *optional*, defaults to 200): Pieces of held-out documents that are measured.
+        attn_implementation (`str`, *optional*): Such as `"flash_attention_2"`. `None` means `"sdpa"`.
 
     Raises:
         ValueError: A value is out of its range.
@@ -81,6 +83,7 @@ class PretrainArguments:
     max_length: int = field(default=512, metadata={"help": "Most tokens of a row."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon."})
     max_eval_samples: int = field(default=200, metadata={"help": "Pieces of held-out documents that are measured."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as flash_attention_2."})
 
     def __post_init__(self):
         for name, values in (("objective", tuple(OBJECTIVES)), ("optimizer", OPTIMIZERS)):
@@ -114,7 +117,7 @@ def pretrain(args: PretrainArguments, training_args: Seq2SeqTrainingArguments) -
     folders = [*find_source_folders(args.model_name_or_path), *(source.name for source in sources)]
     checkpoint = prepare_output_dir(training_args, KIND, [name for name in folders if Path(name).exists()])
     run = {**dataclasses.asdict(args), "sources": describe_sources(sources, args.text_column)}
-    run |= {"seed": training_args.seed, "max_eval_samples": None}
+    run |= {"seed": training_args.seed, "max_eval_samples": None, "attn_implementation": None}
     _check_same_run(run, checkpoint)
     set_seed(training_args.seed)
     model, tokenizer = _build_model(args, sources, training_args.seed)
@@ -201,6 +204,9 @@ def _check_arguments(args, training_args):
     training_args.prediction_loss_only = True
     # The data set skips the rows of a continued run itself, which takes less time.
     training_args.ignore_data_skip = True
+    if training_args.torch_compile:
+        # Packs differ in shape. Without this, the model is also compiled for the shape of the first batch alone.
+        os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
 
 
 def _check_same_run(run, checkpoint):
@@ -231,7 +237,7 @@ def _train(trainer, checkpoint):
 def _build_model(args, sources, seed):
     """Load a model, or build one with a tokenizer that is trained on the first documents."""
     if args.model_name_or_path is not None:
-        model, tokenizer = load_checkpoint(args.model_name_or_path)
+        model, tokenizer = load_checkpoint(args.model_name_or_path, attn_implementation=args.attn_implementation)
         add_sentinel_tokens(tokenizer)
         if len(tokenizer) > model.config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
@@ -239,7 +245,10 @@ def _build_model(args, sources, seed):
     documents = itertools.islice(mix_documents(sources, seed, args.text_column), TOKENIZER_ROWS)
     tokenizer = train_tokenizer(documents, args.vocab_size, args.max_length + NUM_SENTINELS)
     add_sentinel_tokens(tokenizer)
-    return EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer)), tokenizer
+    model = EncDecSLMForConditionalGeneration(preset_config(args.preset, tokenizer))
+    if args.attn_implementation is not None:
+        model.set_attn_implementation(args.attn_implementation)
+    return model, tokenizer
 
 
 __all__ = ["PretrainArguments", "pretrain"]
