@@ -148,11 +148,11 @@ def readme_table(results):
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
         "(`test_random`), and on 80 that people ask every day (`examples/everyday.jsonl`). This model answers as "
-        "`encdec-slm shell` does, by a search with 20 beams. The decoder-only baseline had only the first of its four "
-        "trainings; it and the model after its first training search with five beams, and Qwen "
+        "`encdec-slm shell` does, with 20 beams. The decoder-only baseline had only the first of four trainings; it "
+        "and the model after its first training search with five beams, and Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
-        "with one thread. InterCode-ALFA and the last row are published figures, of other tests and machines."
+        "with one. InterCode-ALFA and the last row are published."
     )
     return f"{table}\n\n{textwrap.fill(note, 119)}"
 
