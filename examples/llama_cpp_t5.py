@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a T5 student to GGUF with llama.cpp's converter, and compare its answers in llama.cpp with transformers.
 
-    encdec-slm finetune --preset 1m --architecture t5 --train_file train.jsonl ... --output_dir outputs/t5
+    encdec-slm distill --student_architecture t5 --teacher_cache outputs/labels ... --output_dir outputs/t5
     python examples/llama_cpp_t5.py outputs/t5 outputs/t5.gguf --llama-cpp llama.cpp --rows test_random.jsonl
 
 Needs `pip install llama-cpp-python`; its source package has the folder `vendor/llama.cpp` with the converter. The
@@ -87,7 +87,9 @@ def build_answer(tokenizer, model):
     @torch.inference_mode()
     def answer(text):
         inputs = tokenizer(text, return_tensors="pt")
-        return model.generate(**inputs, num_beams=1, max_new_tokens=MAX_NEW_TOKENS)[0, 1:].tolist()
+        # The search of `LlamaCppT5`, whatever the recipe of the training has saved.
+        options = {"num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": MAX_NEW_TOKENS}
+        return model.generate(**inputs, **options)[0, 1:].tolist()
 
     return answer
 
