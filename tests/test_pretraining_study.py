@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study of objectives and optimizers, with tiny models and a few steps."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "pretraining_study.py"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import pretraining_study  # noqa: E402
+import shell_results  # noqa: E402
+
+
+def test_docs_state_what_the_results_file_says():
+    text = pretraining_study.PAGE.read_text(encoding="utf-8")
+    assert shell_results.update_blocks(text, pretraining_study.BLOCKS, pretraining_study.load_runs()) == text
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch, capsys):
-    """Run the script; returns what it prints, and the folder."""
-    spec = importlib.util.spec_from_file_location("pretraining_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "VOCAB_SIZE", 300)
-    monkeypatch.setattr(module, "MAX_LENGTH", 16)
-    monkeypatch.setattr(module, "ARMS", (("span", "adamw"), ("ul2", "muon"), module.NO_PRETRAINING))
+def study(tmp_path, monkeypatch):
+    """Run the study with tiny models; returns the runs of the results file."""
+    (tmp_path / "page.md").write_text(
+        "<!-- pretraining study: written by examples/pretraining_study.py -->\n<!-- end -->\n"
+    )
+    arms = (("span", "adamw"), ("ul2", "muon"), pretraining_study.NO_PRETRAINING)
+    changed = {"RESULTS": tmp_path / "results.jsonl", "PAGE": tmp_path / "page.md", "ARMS": arms}
+    for name, value in {**changed, "VOCAB_SIZE": 300, "MAX_LENGTH": 16}.items():
+        monkeypatch.setattr(pretraining_study, name, value)
     (tmp_path / "corpus").mkdir()
     for number in range(400):
         (tmp_path / "corpus" / f"{number}.txt").write_text(f"The number {number} is followed by {number + 1}.")
@@ -30,23 +39,20 @@ def study(tmp_path, monkeypatch, capsys):
     def study(*options):
         small = ["--preset", "tiny", "--steps", "2", "--finetuning_steps", "1", "--eval_rows", "4", "--seeds", "0"]
         paths = ["--output_dir", str(tmp_path / "study"), "--sources", str(tmp_path / "corpus")]
-        module.main([*paths, "--tasks", f"shell={tmp_path}", *small, "--use_cpu", *options])
-        return capsys.readouterr().out, tmp_path / "study"
+        pretraining_study.main([*paths, "--tasks", f"shell={tmp_path}", *small, "--use_cpu", *options])
+        return pretraining_study.load_runs()
 
     return study
 
 
-def test_each_arm_is_pretrained_and_finetuned_once(study):
-    output, folder = study()
-    paths = sorted(folder.glob("*.json"))
-    assert [path.stem for path in paths] == ["none-adamw-0", "span-adamw-0", "ul2-muon-0"]
-    assert output.count(" | 1 | ") == 3 and "shell nlc2cmd" in output
-    runs = [json.loads(path.read_text()) for path in paths]
+def test_each_arm_is_pretrained_and_finetuned_once(study, tmp_path):
+    runs = study()
+    assert [run["objective"] for run in runs] == ["span", "ul2", None]
     assert all(set(run["losses"]) == {"span", "prefix", "ul2"} and "nlc2cmd" in run["tasks"]["shell"] for run in runs)
     assert len({run["losses"]["span"] for run in runs}) == 3
-    times = [path.stat().st_mtime_ns for path in paths]
-    paths[0].unlink()
-    output, _ = study("--table_only")
-    assert output.count(" | 1 | ") == 2 and "missing" in output
-    study()
-    assert [path.stat().st_mtime_ns for path in paths[1:]] == times[1:] and paths[0].exists()
+    pretraining_study.RESULTS.write_text("".join(json.dumps(run) + "\n" for run in runs[1:]))
+    study("--table_only")
+    page = (tmp_path / "page.md").read_text()
+    assert page.count(" | 1 | ") == 2 and "missing" in page and "shell nlc2cmd" in page
+    assert study()[:2] == runs[1:]
+    assert {run["settings"]["steps"] for run in study("--steps", "1")} == {1}

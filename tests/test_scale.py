@@ -25,7 +25,7 @@ SHARDED = Path(__file__).with_name("sharded_on_cpu.py")
 SETTINGS = {
     **{"preset": "tiny", "vocab_size": 300, "max_length": 32, "max_steps": 6, "logging_steps": 1, "save_steps": 3},
     **{"lr_scheduler_type": "constant", "learning_rate": 1e-2, "weight_decay": 0.0, "use_cpu": "true"},
-    **{"max_eval_samples": 20, "eval_strategy": "no", "disable_tqdm": "true"},
+    **{"optimizer": "adamw", "max_eval_samples": 20, "eval_strategy": "no", "disable_tqdm": "true"},
 }
 
 
