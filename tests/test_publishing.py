@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import encdec_slm
 from conftest import build_byte_tokenizer, build_model, save_text_folder
-from encdec_slm.export import export_ctranslate2
+from encdec_slm.export import export_ctranslate2, export_openvino_genai, export_ort_genai
 from encdec_slm.hub_cards import fresh_process, publish
 from encdec_slm.hub_cards.fresh_process import check_in_fresh_process
 from encdec_slm.hub_cards.repository_checks import find_problem
@@ -526,6 +526,25 @@ def test_the_card_loads_exports_by_the_name_of_the_repository(
     exec(compile(code, "README.md", "exec"), {})
     generated, exported = capsys.readouterr().out.strip().splitlines()[-2:]
     assert exported == generated or (exported and source_name == "text_folder")  # which is in int8
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.parametrize("engine", ["onnxruntime_genai", "openvino_genai"])
+def test_the_card_runs_exports_of_engines(hub, engine, tmp_path, checked, monkeypatch):
+    pytest.importorskip(engine)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for part in (build_model(vocab_size=260), build_byte_tokenizer(ends_sources=False)):
+        part.save_pretrained(tmp_path / "source")
+    export = export_ort_genai if engine == "onnxruntime_genai" else export_openvino_genai
+    bundle = export(tmp_path / "source", tmp_path / "bundle")
+    options = {"bundles": [bundle], "facts": {"example": "a b"}, "push": True}
+    done = publish(tmp_path / "source", "me/tiny", output_dir=tmp_path / "out", **options)
+    snippets = re.findall(r"```python\n(.*?)```", (done.folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = "\n".join([*snippets[:2], next(snippet for snippet in snippets if f"import {engine}" in snippet)])
+    code, printed = code.replace("32", "8").replace('"main"', repr(done.commit)), []
+    exec(compile(code, "README.md", "exec"), {"print": printed.append})
+    assert printed[-2] == [printed[-1]]
 
 
 DOWNLOADER = """\
