@@ -151,8 +151,8 @@ def publish(
         create_pr (`bool`, *optional*, defaults to `False`): Upload as a pull request to the main branch.
         processing_class (tokenizer or processor, *optional*): `None` takes the one beside the weights; for a model in
             memory, the one in the folder that it was loaded from.
-        bundles (`Sequence[str | Path]`, *optional*): Folders of `export_ctranslate2` and `export_onnx`, copied to
-            `ctranslate2/` and `onnx/`. Folders of these names in the source are copied too.
+        bundles (`Sequence[str | Path]`, *optional*): Folders of exports, one of each format, copied to a folder of
+            the format's name. Folders of these names in the source are copied too.
         facts (`dict`, *optional*): Facts for the card that no file records. They take precedence over recorded ones:
             `description`, `training_data`, `teacher`, `objective`, `hardware`, `energy`, `limits`, `example` (a source
             for the snippets), `license`, `name`, `language` (defaults to `"en"`), `datasets`, `base_model`, `tags`.
