@@ -65,16 +65,16 @@ class ShellContender(Contender):
         return model
 
 
-def load_llama_cpp(path, num_threads):
+def load_llama_cpp(path, num_threads, num_tokens=512, clock=time.perf_counter):
     """Return the function that times a GGUF file in llama.cpp."""
     from llama_cpp import Llama
 
-    model = Llama(str(path), n_ctx=512, n_threads=num_threads, n_threads_batch=num_threads, verbose=False)
+    model = Llama(str(path), n_ctx=num_tokens, n_threads=num_threads, n_threads_batch=num_threads, verbose=False)
 
     def time_tokens(source_ids, num_new_tokens):
-        start = time.perf_counter()
+        start = clock()
         tokens = model.generate(source_ids, temp=0.0, repeat_penalty=1.0)
-        return [time.perf_counter() - start for _, _ in zip(range(num_new_tokens), tokens, strict=False)]
+        return [clock() - start for _, _ in zip(range(num_new_tokens), tokens, strict=False)]
 
     return time_tokens
 
