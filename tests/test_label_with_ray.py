@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import build_byte_tokenizer
+from conftest import build_byte_tokenizer, build_model
 from encdec_slm.trainers.teacher_cache import TeacherCache
 
 
@@ -47,6 +48,22 @@ def test_two_workers_label_all_rows_although_one_is_killed(tmp_path):
             process.wait()
     cache = TeacherCache(tmp_path / "out")
     assert [example["row"] for example in cache.read(0, NUM_ROWS)] == list(range(NUM_ROWS))
+
+
+@pytest.mark.slow
+def test_evaluation_of_the_docs_scores_all_rows(tmp_path):
+    tokenizer = build_byte_tokenizer()
+    build_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "outputs" / "finetune_docstrings")
+    tokenizer.save_pretrained(tmp_path / "outputs" / "finetune_docstrings")
+    rows = [json.dumps({"source": f"question {number}", "target": f"answer {number}"}) for number in range(50)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    page = (SCRIPT.parent.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python not run: needs Ray\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    start = "import ray\nray.init(num_cpus=4, include_dashboard=False)\n"
+    command = [sys.executable, "-W", "ignore", "-c", f"{start}{snippet}\nprint(scored.count())"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.stdout.split()[1:] == ["50"] and 0.0 <= float(run.stdout.split()[0]) <= 1.0, run.stderr[-3000:]
 
 
 def _children(process):
