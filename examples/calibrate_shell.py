@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrate the confidence of `encdec-slm shell` on a validation file, and measure its answers.
 
-    python examples/calibrate_shell.py MODEL --validation validation.jsonl [--test test.jsonl ...] [--output-dir OUT]
+    python examples/calibrate_shell.py MODEL --validation FILE [FILE ...] [--test FILE ...] [--output-dir OUT]
 
-The files have rows of `source` and `target`. An answer is right if it has the same programs with the same flags as the
-target. Writes shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`,
-which it also saves in OUT/<name of the file>, the expected calibration error without and with calibration, and
-how often answers of which there is no doubt are right.
+The files have rows of `source` and `target`. The fit uses as many rows of each validation file as the smallest one
+has, its first ones. An answer is right if it has the same programs with the same flags as the target. Writes
+shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`, which it also
+saves in OUT/<name of the file>, the expected calibration error without and with calibration, and how often answers of
+which there is no doubt are right.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Calibrate a model; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a shell model")
-    parser.add_argument("--validation", required=True, type=Path, help="rows for the fit")
+    parser.add_argument("--validation", nargs="+", required=True, type=Path, help="rows for the fit")
     parser.add_argument("--test", nargs="*", default=[], type=Path, help="rows for checks")
     parser.add_argument("--output-dir", type=Path, help="folder for the results of the files")
     parser.add_argument(
@@ -40,15 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
 
-    model, calibration = load_shell_model(args.model), None
-    for path in (args.validation, *args.test):
+    model, evaluated = load_shell_model(args.model), {}
+    for path in (*args.validation, *args.test):
         output_dir = None if args.output_dir is None else args.output_dir / path.stem
-        results, scores, labels = evaluate_answers(model, path, output_dir)
-        if calibration is None:
-            calibration = fit_calibration(scores, labels, args.threshold)
-            calibration.save(args.model)
-            print(f"Wrote {CALIBRATION_FILE} to {args.model}.")
-            print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
+        evaluated[path] = evaluate_answers(model, path, output_dir)
+    size = min(len(evaluated[path][1]) for path in args.validation)
+    scores, labels = ([value for path in args.validation for value in evaluated[path][part][:size]] for part in (1, 2))
+    calibration = fit_calibration(scores, labels, args.threshold)
+    calibration.save(args.model)
+    print(f"Wrote {CALIBRATION_FILE} to {args.model}.")
+    print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
+    for path, (results, scores, labels) in evaluated.items():
         print(f"{path}: {', '.join(f'{name} {metric}' for name, metric in results.models[0].metrics.items())}")
         print_check(calibration, scores, labels)
 

@@ -173,13 +173,14 @@ def test_the_script_calibrates_a_model(shell_export, tmp_path, capsys):
         {"source": request, "target": model.answer(request)[0].command if number % 3 else "ls"}
         for number, request in enumerate(requests)
     ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("long", "short", "test")]
+    for path, number in zip(paths, (30, 12, 30), strict=True):
+        Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows[:number]))
     script = runpy.run_path(str(ROOT / "examples" / "calibrate_shell.py"))
-    script["main"]([str(folder), "--validation", str(path), "--test", str(path), "--threshold", "0.3"])
+    script["main"]([str(folder), "--validation", *paths[:2], "--test", paths[2], "--threshold", "0.3"])
     calibration = Calibration.load(folder)
-    assert calibration.num_examples == 30 and calibration.threshold == 0.3
-    assert capsys.readouterr().out.count("66.7% right") == 2
+    assert calibration.num_examples == 24 and calibration.threshold == 0.3
+    assert capsys.readouterr().out.count("66.7% right") == 3
 
 
 # Requests
