@@ -147,14 +147,14 @@ def readme_table(results):
     latency = results["latency"]
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
-        "(`test_random`), and on 80 that people ask every day, with the expected programs and flags. This model "
+        "(`test_random`), and on 80 everyday ones of ours, with the expected programs and flags. This model "
         "answers as `encdec-slm shell` does. The decoder-only baseline had only the first of four trainings; it "
         "and the model after its first training search with five beams, and Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
         "with one. InterCode-ALFA and the last row are published."
     )
-    return f"{table}\n\n{textwrap.fill(note, 119)}"
+    return f"{table}\n\n{textwrap.fill(note, 119, break_on_hyphens=False)}"
 
 
 def score_table(results):
