@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put measurements of the shell model into shell_results.json, and write the tables of README.md and docs/shell.md.
 
-    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--benchmark FILE] [--answers]
+    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--compare FOLDER FOLDER] [--benchmark FILE] \
+        [--answers]
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
-of shell, shell-beams, decoder-only, teacher, teacher-examples and nearest. FILE was written by
-examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without options, the tables and
-the plot are written again from shell_results.json.
+of shell, shell-beams, decoder-only, teacher, teacher-examples and nearest. --compare takes the folders of this model
+after its first training and of the decoder-only baseline, and bootstraps differences of the same rows. FILE was
+written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without options, the
+tables and the plot are written again from shell_results.json.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import re
 import textwrap
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
@@ -44,6 +48,7 @@ METRICS = {
 }
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
+NUM_BOOTSTRAP = 5_000
 PLOT_LABEL_WIDTH = 28
 
 
@@ -64,6 +69,28 @@ def read_evaluation(folder):
         if not (is_greedy and name == "nlc2cmd_top5")
     }
     return Path(results.dataset.name).stem, {"num_rows": results.num_rows["test"], "metrics": metrics}
+
+
+def compare_rows(first, second):
+    """Return the name of the rows, and by metric the mean difference of two systems with its 95 % interval."""
+    from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
+
+    answers = [
+        {
+            row["source"]: shell_metrics(row["prediction"].splitlines(), row["references"][0])
+            for row in map(json.loads, Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines())
+            if "prediction" in row
+        }
+        for folder in (first, second)
+    ]
+    if answers[0].keys() != answers[1].keys():
+        raise ValueError(f"{first} and {second} have different rows, but these are compared in pairs.")
+    differences = {}
+    for name in ("nlc2cmd", "nlc2cmd_top5"):
+        values = 100 * np.array([one[name] - answers[1][source][name] for source, one in answers[0].items()])
+        drawn = np.random.default_rng(0).choice(values, (NUM_BOOTSTRAP, len(values))).mean(1)
+        differences[name] = np.round([values.mean(), *np.percentile(drawn, (2.5, 97.5))], 2).tolist()
+    return read_evaluation(first)[0], differences
 
 
 def find_mistakes(folder):
@@ -169,6 +196,16 @@ def score_table(results):
     return "\n\n".join(tables)
 
 
+def difference_table(results):
+    rows = [
+        ["this model - baseline, after the same training", *(METRICS[name] for name in ("nlc2cmd", "nlc2cmd_top5"))]
+    ]
+    for name, found in results["differences"].items():
+        cells = (f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" for value, low, high in found.values())
+        rows.append([f"`{name}`", *cells])
+    return format_table(rows, markdown=True)
+
+
 def latency_table(results):
     rows = [["model", "engine", "weights", "ms per answer"]]
     for one in results["latency"]["entries"]:
@@ -213,7 +250,10 @@ def find_fastest(results, model):
 
 BLOCKS = {
     "README.md": {"answer": readme_demo, "results": readme_table},
-    "docs/shell.md": {"scores": score_table, "latency": latency_table, "mistakes": mistakes_table},
+    "docs/shell.md": {
+        **{"scores": score_table, "differences": difference_table},
+        **{"latency": latency_table, "mistakes": mistakes_table},
+    },
 }
 
 
@@ -261,6 +301,7 @@ def draw_plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", nargs="*", default=[], metavar="SYSTEM=FOLDER")
+    parser.add_argument("--compare", nargs=2, metavar="FOLDER")
     parser.add_argument("--benchmark", type=Path, metavar="FILE")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
@@ -273,6 +314,9 @@ def main():
         results["evaluations"].setdefault(system, {})[name] = evaluation
         if (system, name) == ("shell", "test_random"):
             results["mistakes"] = find_mistakes(folder)
+    if arguments.compare is not None:
+        name, differences = compare_rows(*arguments.compare)
+        results.setdefault("differences", {})[name] = differences
     if arguments.benchmark is not None:
         report = json.loads(arguments.benchmark.read_text(encoding="utf-8"))
         entries = [{key: value for key, value in one.items() if key != "seconds"} for one in report["entries"]]

@@ -49,6 +49,24 @@ def test_measurements_are_collected_and_shown(tmp_path, monkeypatch):
     assert "33.3 [" in (tmp_path / "README.md").read_text() and (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_systems_are_compared_on_the_same_rows(tmp_path):
+    lines = [json.dumps({"source": f"list {number}", "target": "ls -a"}) + "\n" for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
+    for command in ("ls -a", "df"):
+        evaluate_checkpoint(
+            lambda sources, command=command: [[command]] * len(sources),
+            "shell",
+            output_dir=tmp_path / command[:2],
+            **options,
+        )
+    name, differences = shell_results.compare_rows(tmp_path / "ls", tmp_path / "df")
+    assert name == "rows" and differences == {"nlc2cmd": [200.0] * 3, "nlc2cmd_top5": [200.0] * 3}
+    with pytest.raises(ValueError, match="rows"):
+        (tmp_path / "df" / "predictions.jsonl").write_text("")
+        shell_results.compare_rows(tmp_path / "ls", tmp_path / "df")
+
+
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
