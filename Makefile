@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 export ASK ?=
-SOURCE := def is_empty(items): return len(items) == 0
+SOURCE := list running docker containers
 
 # The oldest transformers that setup.cfg allows.
 OLDEST_TRANSFORMERS := 5.18.0
@@ -31,6 +31,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 # Threads of so small models mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/shell_demo.py $${ASK:+"$$ASK"}
+	$(BIN)/python -m encdec_slm.trainers.tasks.shell outputs/everyday.jsonl \
+		--held-out examples/everyday.jsonl examples/everyday_validation.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/use_pipeline.py outputs/distill_demo "$(SOURCE)"
 

@@ -23,6 +23,7 @@ from encdec_slm.trainers.tasks.shell import (
     fig_rows,
     fill_placeholders,
     keep_usable,
+    main,
     tldr_rows,
 )
 from encdec_slm.trainers.tasks.shell_sources import ShellRow, read_fig, read_nl2bash, read_tldr
@@ -234,6 +235,15 @@ def test_everyday_requests_name_what_their_commands_name():
     for command, request in copies.items():
         first, second = command.split()[1:]
         assert first != second and first.removesuffix(".bak") in request
+
+
+def test_everyday_rows_are_written_without_held_out_requests(tmp_path, capsys):
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"source": "Show free memory", "target": "free -h"}) + "\n")
+    main([str(tmp_path / "rows" / "everyday.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "everyday.jsonl").read_text().splitlines()]
+    assert f"{len(rows):,} rows" in capsys.readouterr().out and len(rows) > 18_000
+    requests = {row["source"].lower() for row in rows}
+    assert "show memory usage" in requests and "show free memory" not in requests
 
 
 def test_the_last_training_has_no_rows_of_rare_programs():
