@@ -32,7 +32,7 @@ import evidence_vision
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from evidence_flops import count_training_flops
+from evidence_measures import count_training_flops, sum_losses
 from evidence_statistics import (
     FAILS,
     HOLDS,
@@ -495,27 +495,18 @@ def measure_model(run, tokenizer, splits, folder, args):
     return *losses, score_answers(model, folder / "test.jsonl", task, args)
 
 
-@torch.no_grad()
 def row_losses(folder: Path, rows: Sequence[Mapping], task: Task, device: str | None) -> tuple[list[float], list[int]]:
-    """Return the loss of each row, in nats, summed over the tokens of its target, and the number of these tokens."""
+    """Load a model, and return what [`sum_losses`] does."""
     model, tokenizer = load_model(folder, device=device)
     dataset = Dataset.from_list([{name: row[name] for name in ("source", "target")} for row in rows])
     lengths = (task.max_source_length, task.max_target_length)
     if model.config.is_encoder_decoder:
         encoder = RowEncoder(tokenizer, *lengths, model.config.decoder_start_token_id)
-        dataset, collate, shift = encode_rows(dataset, encoder, "rows"), encoder.collate, 0
+        dataset, collate = encode_rows(dataset, encoder, "rows"), encoder.collate
     else:
         dataset = encode_joined_rows(dataset, tokenizer, *lengths, supervise_source=False)
-        collate, shift = DataCollatorForSeq2Seq(tokenizer), 1
-    losses, num_tokens = [], []
-    for batch in DataLoader(dataset, EVALUATION_BATCH_SIZE, collate_fn=collate):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch["labels"][:, shift:]
-        logits = model(**batch).logits[:, : labels.shape[1]]
-        loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-        losses += loss.sum(1).tolist()
-        num_tokens += (labels >= 0).sum(1).tolist()
-    return losses, num_tokens
+        collate = DataCollatorForSeq2Seq(tokenizer)
+    return sum_losses(model, DataLoader(dataset, EVALUATION_BATCH_SIZE, collate_fn=collate))
 
 
 def score_answers(model, file, task, args):

@@ -2,12 +2,12 @@
 """The visual task of examples/evidence.py: questions about images, for a vision-text model and a LLaVA-NeXT."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from evidence_measures import sum_losses
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import LlavaNextForConditionalGeneration, Seq2SeqTrainingArguments, Trainer
@@ -105,34 +105,14 @@ def train_model(model: Any, images: Images, rows: Sequence[dict], settings: Mapp
     """Train a model on the rows in their order, and save it."""
     collate = RowCollator(images.encoder, model.config.is_encoder_decoder)
     training_args = Seq2SeqTrainingArguments(**settings, remove_unused_columns=False)
-    trainer = Trainer(model, training_args, collate, _Rows(rows))
+    trainer = Trainer(model, training_args, collate, rows)
     trainer.train()
     trainer.save_model()
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-@torch.no_grad()
 def row_losses(model: Any, images: Images, rows: Sequence[dict]) -> tuple[list[float], list[int]]:
-    """Return the loss of each row, in nats, summed over the tokens of its target, and the number of these tokens."""
-    shift = 0 if model.config.is_encoder_decoder else 1
-    losses, num_tokens = [], []
-    for batch in _batches(model, images, rows, has_target=True):
-        labels = batch["labels"][:, shift:]
-        logits = model(**batch).logits[:, : labels.shape[1]]
-        loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-        losses += loss.sum(1).tolist()
-        num_tokens += (labels != LABELS_PADDING).sum(1).tolist()
-    return losses, num_tokens
+    """Return what [`sum_losses`] does."""
+    return sum_losses(model, _build_batches(model, images, rows))
 
 
 @torch.no_grad()
@@ -140,17 +120,17 @@ def score_answers(model: Any, images: Images, rows: Sequence[dict], max_new_toke
     """Return for each row 1 if the greedy answer is exact, else 0."""
     tokenizer, completions = images.encoder.tokenizer, []
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    for batch in _batches(model, images, rows, has_target=False):
+    for batch in _build_batches(model, images, rows, has_target=False):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         output = model.generate(**batch, **ids, do_sample=False, max_new_tokens=max_new_tokens)
         start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         completions += tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
     return [float(text.strip() == row["answer"].strip()) for text, row in zip(completions, rows, strict=True)]
 
 
-def _batches(model, images, rows, has_target) -> Iterator[dict[str, torch.Tensor]]:
+def _build_batches(model, images, rows, has_target=True):
     collate = RowCollator(images.encoder, model.config.is_encoder_decoder, has_target)
-    for batch in DataLoader(_Rows(rows), EVALUATION_BATCH_SIZE, collate_fn=collate):
-        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return DataLoader(rows, EVALUATION_BATCH_SIZE, collate_fn=collate)
 
 
 def load_model(folder: Path, is_encoder_decoder: bool, device: str) -> Any:

@@ -20,8 +20,6 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
 
@@ -48,7 +46,6 @@ METRICS = {
 }
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
-NUM_BOOTSTRAP = 5_000
 PLOT_LABEL_WIDTH = 28
 
 
@@ -73,6 +70,7 @@ def read_evaluation(folder):
 
 def compare_rows(first, second):
     """Return the name of the rows, and by metric the mean difference of two systems with its 95 % interval."""
+    from encdec_slm.trainers.evaluation.results import mean_with_interval
     from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
 
     answers = [
@@ -85,12 +83,12 @@ def compare_rows(first, second):
     ]
     if answers[0].keys() != answers[1].keys():
         raise ValueError(f"{first} and {second} have different rows, but these are compared in pairs.")
-    differences = {}
-    for name in ("nlc2cmd", "nlc2cmd_top5"):
-        values = 100 * np.array([one[name] - answers[1][source][name] for source, one in answers[0].items()])
-        drawn = np.random.default_rng(0).choice(values, (NUM_BOOTSTRAP, len(values))).mean(1)
-        differences[name] = np.round([values.mean(), *np.percentile(drawn, (2.5, 97.5))], 2).tolist()
-    return read_evaluation(first)[0], differences
+    names = ("nlc2cmd", "nlc2cmd_top5")
+    differences = [
+        {name: one[name] - answers[1][source][name] for name in names} for source, one in answers[0].items()
+    ]
+    metrics = mean_with_interval(differences).items()
+    return read_evaluation(first)[0], {name: [metric.value, metric.low, metric.high] for name, metric in metrics}
 
 
 def find_mistakes(folder):

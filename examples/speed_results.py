@@ -23,7 +23,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from evidence_flops import count_training_flops
+from evidence_measures import count_training_flops
 from shell_results import update_blocks
 
 from encdec_slm.benchmarks.contenders import BASELINE, OURS, load_config

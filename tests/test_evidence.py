@@ -21,7 +21,7 @@ from encdec_slm.trainers.new_models import train_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import evidence  # noqa: E402
-import evidence_flops  # noqa: E402
+import evidence_measures  # noqa: E402
 import evidence_statistics  # noqa: E402
 import evidence_vision  # noqa: E402
 import shell_results  # noqa: E402
@@ -72,7 +72,7 @@ def test_training_flops_are_those_that_torch_counts(tokenizer, model, monkeypatc
         inputs["labels"] = inputs["input_ids"]
     with FlopCounterMode(display=False) as counter:
         network(**inputs).loss.backward()
-    counted = evidence_flops.count_training_flops(config, [(source_length, target_length)] * rows)
+    counted = evidence_measures.count_training_flops(config, [(source_length, target_length)] * rows)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -99,7 +99,7 @@ def test_visual_models_learn_the_same_targets(visual_task, model):
     # One row has no padding, so torch counts what is counted here.
     with FlopCounterMode(display=False) as counter:
         network(**evidence_vision.RowCollator(images.encoder, model == evidence.OURS)(rows[:1])).loss.backward()
-    counted = evidence_flops.count_training_flops(config, [rows[0]["lengths"]])
+    counted = evidence_measures.count_training_flops(config, [rows[0]["lengths"]])
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -168,15 +168,23 @@ def everyday_rows(copies: int = 30, seed: int = 0) -> list[ShellRow]:
         copies (`int`, *optional*, defaults to 30): Rows per request, with other words where it has placeholders.
         seed (`int`, *optional*, defaults to 0): Of all choices.
     """
-    rows, command = [], ""
+    rows = [
+        _fill_everyday(request, command, random.Random(f"{seed} {command} {request} {copy}"))
+        for request, command in _read_everyday()
+        for copy in range(copies)
+    ]
+    usable = {(row.source.lower(), row.target) for row in keep_usable(rows)}
+    return [row for row in rows if (row.source.lower(), row.target) in usable]
+
+
+def _read_everyday():
+    """Yield requests and commands, with placeholders."""
+    command = ""
     for line in EVERYDAY.read_text(encoding="utf-8").splitlines():
         if line.startswith("$ "):
             command = line[2:]
         elif not line.startswith("#"):
-            for copy in range(copies):
-                rows.append(_fill_everyday(line, command, random.Random(f"{seed} {command} {line} {copy}")))
-    usable = {(row.source.lower(), row.target) for row in keep_usable(rows)}
-    return [row for row in rows if (row.source.lower(), row.target) in usable]
+            yield line, command
 
 
 def _fill_everyday(request, command, generator):
@@ -354,8 +362,7 @@ def build_training_rows(
 
 def choose_last_rows(rows: Iterable[ShellRow]) -> list[ShellRow]:
     """Choose the rows of the last training: all but those of programs that few people use."""
-    everyday = {line.split()[1] for line in EVERYDAY.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")}
-    programs = everyday | COMMON_PROGRAMS
+    programs = {command.split()[0] for _, command in _read_everyday()} | COMMON_PROGRAMS
     return [row for row in rows if row.origin in ("nl2bash", "everyday") or row.target.split()[0] in programs]
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count the floating-point operations of training, for examples/evidence.py."""
+"""What examples/evidence.py counts and measures of any model: operations of training, and losses of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from encdec_slm.configuration.sizes import build_model
+from encdec_slm.trainers.row_encoding import LABELS_PADDING
 
 
 def count_training_flops(config: Any, lengths: Sequence[tuple[int, int]]) -> int:
@@ -50,3 +52,24 @@ def _find_input(name, config):
         return "both"
     is_source = "encoder." in name or name.endswith(("cross_attn.k_proj", "cross_attn.v_proj"))
     return "source" if is_source else "target"
+
+
+@torch.no_grad()
+def sum_losses(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[list[float], list[int]]:
+    """Return the loss of each row, in nats, summed over the tokens of its target, and the number of these tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): An encoder-decoder, or a decoder-only model that reads source and
+            target in one row.
+        batches (`Iterable[Mapping]`): Inputs of the model, with `labels`.
+    """
+    shift = 0 if model.config.is_encoder_decoder else 1
+    losses, num_tokens = [], []
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch["labels"][:, shift:]
+        logits = model(**batch).logits[:, : labels.shape[1]]
+        loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        losses += loss.sum(1).tolist()
+        num_tokens += (labels != LABELS_PADDING).sum(1).tolist()
+    return losses, num_tokens
