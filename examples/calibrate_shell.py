@@ -3,11 +3,11 @@
 
     python examples/calibrate_shell.py MODEL --validation FILE [FILE ...] [--test FILE ...] [--output-dir OUT]
 
-The files have rows of `source` and `target`. The fit uses as many rows of each validation file as the smallest one
-has, its first ones. An answer is right if it has the same programs with the same flags as the target. Writes
-shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`, which it also
-saves in OUT/<name of the file>, the expected calibration error without and with calibration, and how often answers of
-which there is no doubt are right.
+The files have rows of `source` and `target`, which may be a list of commands that are all right. The fit uses as many
+rows of each validation file as the smallest one has, its first ones. An answer is right if it has the same
+programs with the same flags as a target. Writes shell_calibration.json into the folder MODEL. For each file it prints
+the metrics of the task `shell`, which it also saves in OUT/<name of the file>, the expected calibration error without
+and with calibration, and how often answers of which there is no doubt are right.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def evaluate_answers(
     for row in rows:
         for answer in answers[row["source"]][:1]:
             scores.append(answer.log_probability)
-            labels.append(command_template(answer.command) == command_template(row["target"]))
+            targets = [row["target"]] if isinstance(row["target"], str) else row["target"]
+            labels.append(command_template(answer.command) in map(command_template, targets))
     return results, scores, labels
 
 

@@ -75,7 +75,7 @@ def compare_rows(first, second):
 
     answers = [
         {
-            row["source"]: shell_metrics(row["prediction"].splitlines(), row["references"][0])
+            row["source"]: shell_metrics(row["prediction"].splitlines(), row["references"])
             for row in map(json.loads, Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines())
             if "prediction" in row
         }
@@ -115,7 +115,7 @@ def find_mistakes(folder):
 def classify(answer, expected):
     from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
 
-    metrics = shell_metrics([answer], expected)
+    metrics = shell_metrics([answer], [expected])
     if metrics["exact"]:
         return "same command"
     if not metrics["valid_bash"]:

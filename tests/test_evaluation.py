@@ -542,6 +542,19 @@ def test_a_function_is_scored_on_shell_commands(tmp_path):
         evaluate_checkpoint(lambda sources: ["ls"], "shell", dataset_name=rows, **options)
 
 
+def test_a_request_may_have_several_right_commands(tmp_path):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [COMMANDS[0], {"source": "count", "target": ["ls | wc -l", "ls -l d0"]}]
+    )
+    results = evaluate_checkpoint(
+        lambda sources: ["ls -l d0"] * 2, "shell", dataset_name=rows, show_progress=False, num_bootstrap=20
+    )
+    assert results.saved.metrics["exact"].value == 100
+    rows = write_rows(tmp_path / "empty.jsonl", [{"source": "count", "target": []}])
+    with pytest.raises(ValueError, match="at least one command"):
+        evaluate_checkpoint(lambda sources: ["ls"], "shell", dataset_name=rows)
+
+
 def test_models_give_five_answers_to_a_shell_request(text_folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", COMMANDS)
     results = evaluate_checkpoint(text_folder, "shell", dataset_name=rows, output_dir=tmp_path / "out", **QUIET)

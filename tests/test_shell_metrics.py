@@ -98,11 +98,17 @@ def test_bash_judges_syntax_without_running_anything(command, expected, tmp_path
 
 
 def test_all_metrics_of_a_row():
-    metrics = shell_metrics(["ls -l x", "du"], "ls -l y")
+    metrics = shell_metrics(["ls -l x", "du"], ["ls -l y"])
     assert metrics == {
         **{"nlc2cmd": 1.0, "nlc2cmd_top5": 1.0, "template": 1.0, "exact": 0.0},
         **{"first_utility": 1.0, "valid_bash": 1.0},
     }
+
+
+def test_each_metric_is_that_of_the_nearest_right_command():
+    metrics = shell_metrics(["du -s .", "ls"], ["df", "du -s x", "ls -s ."])
+    assert metrics == shell_metrics(["du -s ."], ["du -s x"]) | {"exact": 0.0}
+    assert shell_metrics(["du -s  ."], ["df", "du -s ."])["exact"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -143,19 +143,19 @@ def parse_command(answer: str) -> str:
     return re.sub(r"^[$#] +", "", lines[0]).strip("`") if lines else ""
 
 
-def shell_metrics(predictions: Sequence[str], reference: str) -> dict[str, float]:
+def shell_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Compute all metrics of one row, each from 0 to 1 but the two scores, which go from -1 to 1.
 
     Args:
         predictions (`Sequence[str]`): Answers, the best first.
-        reference (`str`): The expected command.
+        references (`Sequence[str]`): Right commands. Each metric is that of the reference where it is highest.
     """
     best = predictions[0] if predictions else ""
     return {
-        "nlc2cmd": nlc2cmd_score(best, reference),
-        "nlc2cmd_top5": nlc2cmd_list_score(predictions, reference),
-        "template": float(command_template(best) == command_template(reference)),
-        "exact": float(best.split() == reference.split()),
-        "first_utility": float(first_utility(best) == first_utility(reference)),
+        "nlc2cmd": max(nlc2cmd_score(best, reference) for reference in references),
+        "nlc2cmd_top5": max(nlc2cmd_list_score(predictions, reference) for reference in references),
+        "template": float(command_template(best) in map(command_template, references)),
+        "exact": float(best.split() in [reference.split() for reference in references]),
+        "first_utility": float(first_utility(best) in map(first_utility, references)),
         "valid_bash": float(is_valid_bash(best)),
     }

@@ -134,8 +134,17 @@ def _read_text(values, where):
     return Example(source, (target,))
 
 
+def _read_commands(values, where):
+    source, targets = values
+    check_text(source, "source", where)
+    targets = _check_texts(targets if isinstance(targets, (list, tuple)) else [targets], "target", where)
+    if not targets:
+        raise ValueError(f"{where} has no `target`, but at least one command is required.")
+    return Example(source, targets)
+
+
 def _shell_scores(prediction, references):
-    return shell_metrics(prediction.splitlines(), references[0])
+    return shell_metrics(prediction.splitlines(), references)
 
 
 def _read_code(values, where):
@@ -221,7 +230,7 @@ TASKS = {
     "shell": EvaluationTask(
         about="shell commands for requests: NLC2CMD score, template and exact match, first utility, valid Bash",
         columns=(("source",), ("target",)),
-        read=_read_text,
+        read=_read_commands,
         score=_shell_scores,
         max_new_tokens=96,
         num_answers=5,

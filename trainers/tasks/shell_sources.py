@@ -133,7 +133,8 @@ def read_nl2bash(path: str | Path) -> list[ShellRow]:
     """Read NL2Bash's pairs.
 
     Args:
-        path (`str` or `Path`): Folder with `all.nl` and `all.cm`, or a JSON Lines file with `source` and `target`.
+        path (`str` or `Path`): Folder with `all.nl` and `all.cm`, or a JSON Lines file with `source` and `target`. If
+            `target` is a list of commands, the first is read.
 
     Raises:
         ValueError: The two files have different numbers of lines.
@@ -145,8 +146,12 @@ def read_nl2bash(path: str | Path) -> list[ShellRow]:
             raise ValueError(f"all.nl of {str(path)!r} has {len(sources)} lines, but all.cm has {len(targets)}.")
         pairs = zip(sources, targets, strict=True)
     else:
-        pairs = ((row["source"], row["target"]) for row in list(read_data_file(path)))
+        pairs = ((row["source"], _first(row["target"])) for row in list(read_data_file(path)))
     return [ShellRow(_one_line(source), _one_line(target), "nl2bash") for source, target in pairs]
+
+
+def _first(target):
+    return target[0] if isinstance(target, list) else target
 
 
 def _one_line(text):
