@@ -32,7 +32,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/shell_demo.py $${ASK:+"$$ASK"}
 	$(BIN)/python -m encdec_slm.trainers.tasks.shell outputs/everyday.jsonl \
-		--held-out examples/everyday.jsonl examples/everyday_validation.jsonl
+		--held-out examples/everyday.jsonl examples/everyday_validation.jsonl --topics basics --copies 30
 	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/use_pipeline.py outputs/distill_demo "$(SOURCE)"
 

@@ -7,7 +7,8 @@
 `docs/shell.md` says where the sources are. Writes OUT/train.jsonl and the folders OUT/student and OUT/baseline, whose
 tokenizer is that of the teacher, trimmed to the rows, and whose token embeddings are the principal components of the
 teacher's: words that mean the same are near each other from the start. No training request is near a held-out one.
-OUT/last.jsonl has the rows of the last training, without programs that few people use.
+OUT/last.jsonl has the rows of the last training, without programs that few people use, and OUT/teacher.jsonl those of
+examples/shell_teacher.py, with fewer variations.
 """
 
 import argparse
@@ -36,16 +37,20 @@ EMBEDDING_SCALE = 0.03
 def main():
     arguments = parse_arguments()
     held_out = [row for path in arguments.held_out for row in read_nl2bash(path)]
+    nl2bash = read_nl2bash(arguments.nl2bash)
     rows = build_training_rows(
-        read_nl2bash(arguments.nl2bash),
+        nl2bash,
         read_tldr(arguments.tldr),
         read_fig(arguments.fig) if arguments.fig else [],
         held_out,
         arguments.copies,
+        arguments.everyday_copies,
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_rows(arguments.output_dir / "train.jsonl", rows)
     write_rows(arguments.output_dir / "last.jsonl", choose_last_rows(rows))
+    teacher_rows = build_training_rows(nl2bash, [], [], held_out, copies=1, everyday_copies=1)
+    write_rows(arguments.output_dir / "teacher.jsonl", teacher_rows)
     texts = (text for row in rows for text in (row.source, row.target))
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokenizer, teacher_ids = trim_tokenizer(tokenizer, texts, max_size=arguments.vocabulary_size)
@@ -92,6 +97,7 @@ def parse_arguments():
     parser.add_argument("--fig", help="folder of the npm package @withfig/autocomplete")
     parser.add_argument("--teacher", required=True, help="decoder-only model whose tokenizer and embeddings are used")
     parser.add_argument("--copies", type=int, default=9, help="of each NL2Bash row, with other literals")
+    parser.add_argument("--everyday-copies", type=int, default=6, help="of each everyday request, with other words")
     parser.add_argument("--preset", default="10m")
     parser.add_argument("--vocabulary-size", type=int, default=6144)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

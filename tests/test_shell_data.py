@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conftest import build_byte_tokenizer
 from encdec_slm.checkpoints import load_checkpoint
+from encdec_slm.vocabulary import old_token_ids
 
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import shell_baseline  # noqa: E402
 import shell_data  # noqa: E402
+import shell_teacher  # noqa: E402
 
 
 def write_jsonl(path, rows):
@@ -44,7 +46,8 @@ def folder(tmp_path_factory):
         "nl2bash": write_jsonl(folder / "nl2bash.jsonl", rows),
         "held-out": write_jsonl(folder / "held_out.jsonl", rows[:1]),
         "tldr": write_jsonl(folder / "tldr.jsonl", [{**page, "example": "df"} for page in pages]),
-        **{"teacher": str(folder / "teacher"), "preset": "tiny", "copies": "0", "vocabulary-size": "300"},
+        **{"teacher": str(folder / "teacher"), "preset": "tiny", "copies": "0", "everyday-copies": "1"},
+        "vocabulary-size": "300",
     }
     arguments = [str(folder / "out"), *(part for name, value in options.items() for part in (f"--{name}", value))]
     with pytest.MonkeyPatch.context() as patch:
@@ -74,13 +77,40 @@ def test_tokens_that_are_near_for_the_teacher_are_near_from_the_start(folder, na
     assert (first - other).norm() > 0.1 * first.norm()
 
 
-def test_the_baseline_is_trained_by_the_recipe(folder, monkeypatch, tmp_path):
-    options = {"model_name_or_path": folder / "baseline", "train_file": folder / "train.jsonl"}
-    options |= {"validation_file": folder / "train.jsonl", "test_file": folder / "train.jsonl", "max_steps": 2}
-    options |= {"output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "use_cpu": "true"}
+def run_training(example, folder, monkeypatch, output_dir, **options):
+    """Run two steps of an example that trains a decoder-only model."""
+    rows = [{"source": "list files", "target": "ls"}] * 8
+    options |= {
+        f"{name}_file": write_jsonl(output_dir.with_suffix(".jsonl"), rows) for name in ("train", "validation", "test")
+    }
+    options |= {"output_dir": output_dir, "per_device_train_batch_size": 2, "use_cpu": "true", "max_steps": 2}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["shell_baseline.py", *arguments])
-    shell_baseline.main()
+    monkeypatch.setattr(sys, "argv", [example.__file__, *arguments])
+    example.main()
+
+
+def test_the_baseline_is_trained_by_the_recipe(folder, monkeypatch, tmp_path):
+    run_training(shell_baseline, folder, monkeypatch, tmp_path / "run", model_name_or_path=folder / "baseline")
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "baseline", tmp_path / "run"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+
+
+def test_a_teacher_with_trimmed_embeddings_predicts_as_before(folder):
+    teacher = AutoModelForCausalLM.from_pretrained(folder.parent / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "baseline")
+    old_ids = old_token_ids(tokenizer)
+    ids = torch.tensor([tokenizer("list a b")["input_ids"]])
+    expected = teacher(torch.tensor(old_ids)[ids]).logits[..., old_ids]
+    torch.testing.assert_close(shell_teacher.trim_embeddings(teacher, tokenizer)(ids).logits, expected)
+    assert teacher.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_teacher_is_tuned_and_saved_whole(folder, monkeypatch, tmp_path):
+    options = {"model_name_or_path": folder.parent / "teacher", "tokenizer": folder / "baseline"}
+    run_training(shell_teacher, folder, monkeypatch, tmp_path / "run", optimizer="adamw", lora_r=2, **options)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(folder.parent / "teacher")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert tuned.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "merged"))
+    assert not torch.allclose(before.state_dict()[name], tuned.state_dict()[name], atol=1e-4, rtol=0)

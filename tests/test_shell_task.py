@@ -13,7 +13,10 @@ import pytest
 
 from encdec_slm.trainers.tasks.shell import (
     EVERYDAY,
+    KIND,
+    WORDS,
     LiteralVariation,
+    _other_value,
     build_request,
     build_training_rows,
     check_syntax,
@@ -26,6 +29,7 @@ from encdec_slm.trainers.tasks.shell import (
     main,
     tldr_rows,
 )
+from encdec_slm.trainers.tasks.shell_requests import choose_requests
 from encdec_slm.trainers.tasks.shell_sources import ShellRow, read_fig, read_nl2bash, read_tldr
 
 
@@ -214,8 +218,9 @@ def test_no_training_request_is_near_a_held_out_request():
 
 def test_training_rows_are_the_same_each_time_and_hold_no_held_out_request():
     held_out = [NL2BASH[1]]
-    rows = build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, copies=4)
-    assert rows == build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, copies=4)
+    options = {"copies": 4, "everyday_copies": 1}
+    rows = build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, **options)
+    assert rows == build_training_rows(NL2BASH, EXAMPLES, [OPTION], held_out, **options)
     assert {row.origin for row in rows} == {"nl2bash", "tldr", "fig", "everyday"}
     assert NL2BASH[0] in rows and NL2BASH[1] not in rows
     rows = [row for row in rows if row.origin != "everyday"]
@@ -223,9 +228,10 @@ def test_training_rows_are_the_same_each_time_and_hold_no_held_out_request():
 
 
 def test_everyday_requests_name_what_their_commands_name():
-    rows = everyday_rows(copies=3)
-    assert rows == everyday_rows(copies=3) and rows != everyday_rows(copies=3, seed=1)
-    num_requests = sum(line[0] not in "$#" for line in EVERYDAY.read_text().splitlines())
+    options = {"copies": 3, "topics": ["basics"]}
+    rows = everyday_rows(**options)
+    assert rows == everyday_rows(**options) and rows != everyday_rows(**options, seed=1)
+    num_requests = sum(line[0] not in "$#" for line in (EVERYDAY / "basics.txt").read_text().splitlines())
     assert len(rows) == 3 * num_requests
     assert not any("{{" in row.source + row.target for row in rows)
     requests = {row.source.lower(): row.target for row in rows}
@@ -239,14 +245,74 @@ def test_everyday_requests_name_what_their_commands_name():
 
 def test_everyday_rows_are_written_without_held_out_requests(tmp_path, capsys):
     (tmp_path / "held_out.jsonl").write_text(json.dumps({"source": "Show free memory", "target": "free -h"}) + "\n")
-    main([str(tmp_path / "rows" / "everyday.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl")])
+    options = ["--topics", "basics", "--copies", "2"]
+    main([str(tmp_path / "rows" / "everyday.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl"), *options])
     rows = [json.loads(line) for line in (tmp_path / "rows" / "everyday.jsonl").read_text().splitlines()]
-    assert f"{len(rows):,} rows" in capsys.readouterr().out and len(rows) > 18_000
+    assert f"{len(rows):,} rows" in capsys.readouterr().out and 1_000 < len(rows) < 1_300
     requests = {row["source"].lower() for row in rows}
     assert "show memory usage" in requests and "show free memory" not in requests
+    with pytest.raises(ValueError, match="'cooking', but about basics"):
+        main([str(tmp_path / "everyday.jsonl"), "--topics", "cooking"])
+
+
+def test_everyday_requests_have_one_command_each_and_their_words_exist():
+    commands = {}
+    for path in EVERYDAY.iterdir():
+        for line in path.read_text().splitlines():
+            if line.startswith("#"):
+                continue
+            if line.startswith("$ "):
+                command = line[2:]
+            else:
+                assert commands.setdefault(line.lower(), command) == command, line
+            assert {match[1] for match in KIND.finditer(line)} <= WORDS["everyday"].keys(), line
+            assert "{{" not in KIND.sub("", line), line
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        *[("notes.txt", r".+\.txt"), ("a.tar.gz", r".+\.tar\.gz"), (".bashrc", r"\..+"), ("src/", r"[^/]+/")],
+        *[("10.0.0.5", r"\d+(\.\d+){3}"), ("500M", r"[1-9]\d{1,3}M"), ("2024-05-06", r"20\d\d-\d\d-\d\d")],
+        *[
+            ("/var/log", "/var/log"),
+            ("~", "~"),
+            ("/home/al/x.py", r"/home/[^/]+/[^/]+\.py"),
+            ("http://a.org/b.iso", r"http://\S+\.org/\S+\.iso"),
+        ],
+        *[
+            ("a@b.org", r"\S+@\S+\.org"),
+        ],
+    ],
+)
+def test_other_values_have_the_same_form(value, form):
+    values = {_other_value(value, random.Random(seed)) for seed in range(8)}
+    assert all(re.fullmatch(form, other) for other in values), values
+    assert len(values) > 4 or values == {value}
 
 
 def test_the_last_training_has_no_rows_of_rare_programs():
     rare, common = ShellRow("draw", "asciiart", "tldr"), ShellRow("print", "cat a.txt", "tldr")
     nl2bash, everyday = ShellRow("draw", "asciiart", "nl2bash"), ShellRow("draw", "asciiart", "everyday")
     assert choose_last_rows([rare, common, nl2bash, everyday]) == [common, nl2bash, everyday]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kept"),
+    [
+        (["how many lines has notes.txt?", "number of lines,  notes.txt"], [0, 1]),
+        (["how many lines are there?", "lines of other.txt please"], []),  # another name
+        (["notes.txt lines number", "lines notes.txt"], [0]),  # too short
+        (["Count the lines of notes.txt!", "how long is notes.txt in lines", "how long is notes.txt in lines?"], [1]),
+        (["show the beginning of notes.txt"], []),  # leads to another command
+    ],
+)
+def test_requests_of_a_teacher_are_filtered(candidates, kept):
+    row = ShellRow("count the lines of notes.txt", "wc -l notes.txt", "nl2bash")
+
+    def answer(request):
+        return ["head notes.txt"] if "beginning" in request else ["cat x", "wc -l other.txt"]
+
+    chosen = choose_requests(row, candidates, LiteralVariation([row]), answer)
+    assert [one.source for one in chosen] == [" ".join(candidates[index].split()) for index in kept]
+    assert {(one.target, one.origin) for one in chosen} <= {(row.target, "teacher")}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shell task: a request in English, the command out.
 
-    python -m encdec_slm.trainers.tasks.shell everyday.jsonl [--held-out FILE ...]
+    python -m encdec_slm.trainers.tasks.shell everyday.jsonl [--held-out FILE ...] [--topics TOPIC ...] [--copies N]
 
 writes rows of what people ask every day, without requests that are near those of the files, which have `source` and
 `target`. Other rows come from tldr-pages, Fig's completion specs and NL2Bash (arXiv 1802.08979); `shell_sources` reads
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...checkpoints import write_file
+from ...errors import format_list
 from ..evaluation.shell_metrics import is_valid_bash
 from .shell_sources import ShellRow, read_nl2bash
 
@@ -34,7 +35,7 @@ MAX_FIG_ROWS = 25  # of one program
 WORDS = json.loads(Path(__file__).with_name("shell_words.json").read_text(encoding="utf-8"))
 COMMON_PROGRAMS = frozenset(WORDS["common_programs"])
 PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}")
-EVERYDAY = Path(__file__).with_name("shell_everyday.txt")
+EVERYDAY = Path(__file__).with_name("shell_everyday")
 # A kind of words of `shell_words.json`; which word of this kind; and which part of it, if it is a pair.
 KIND = re.compile(r"\{\{([a-z_]+)(\d?)(?::(\d))?\}\}")
 
@@ -161,30 +162,38 @@ def fig_rows(descriptions: Iterable[dict]) -> list[ShellRow]:
     return keep_usable(rows)
 
 
-def everyday_rows(copies: int = 30, seed: int = 0) -> list[ShellRow]:
-    """Make rows from the commands of `shell_everyday.txt`, each of which has several requests.
+def everyday_rows(copies: int = 6, seed: int = 0, topics: Sequence[str] = ()) -> list[ShellRow]:
+    """Make rows from the commands of the folder `shell_everyday`, each of which has several requests.
 
     Args:
-        copies (`int`, *optional*, defaults to 30): Rows per request, with other words where it has placeholders.
+        copies (`int`, *optional*, defaults to 6): Rows per request, with other words where it has placeholders.
         seed (`int`, *optional*, defaults to 0): Of all choices.
+        topics (`Sequence[str]`, *optional*): Names of files in the folder, such as `"basics"`. Empty takes all.
+
+    Raises:
+        ValueError: There is no such topic.
     """
     rows = [
         _fill_everyday(request, command, random.Random(f"{seed} {command} {request} {copy}"))
-        for request, command in _read_everyday()
+        for request, command in _read_everyday(topics)
         for copy in range(copies)
     ]
     usable = {(row.source.lower(), row.target) for row in keep_usable(rows)}
     return [row for row in rows if (row.source.lower(), row.target) in usable]
 
 
-def _read_everyday():
+def _read_everyday(topics=()):
     """Yield requests and commands, with placeholders."""
-    command = ""
-    for line in EVERYDAY.read_text(encoding="utf-8").splitlines():
-        if line.startswith("$ "):
-            command = line[2:]
-        elif not line.startswith("#"):
-            yield line, command
+    files = {path.stem: path for path in sorted(EVERYDAY.glob("*.txt"))}
+    for topic in topics or files:
+        if topic not in files:
+            raise ValueError(f"There are no everyday requests about {topic!r}, but about {format_list(files)}.")
+        path, command = files[topic], ""
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("$ "):
+                command = line[2:]
+            elif not line.startswith("#"):
+                yield line, command
 
 
 def _fill_everyday(request, command, generator):
@@ -195,8 +204,8 @@ def _fill_everyday(request, command, generator):
         if (kind, number) not in chosen:
             taken = chosen.values()
             value = generator.choice([word for word in WORDS["everyday"][kind] if word not in taken])
-            if kind in WORDS["everyday_names"] and generator.random() < 0.5:
-                value = _new_name(generator) + re.search(r"(\.\w+)?$", value)[0]
+            if kind in WORDS["everyday_names"] and generator.random() < 0.6:
+                value = _other_value(value, generator)
             chosen[kind, number] = value
         value = chosen[kind, number]
         return value if isinstance(value, str) else value[int(part or 0)]
@@ -208,9 +217,41 @@ def _fill_everyday(request, command, generator):
     )
 
 
+def _other_value(value, generator):
+    """Return another value of the same form: a number, a date, an address, a path, or a name with the same ending."""
+    if value in WORDS["kept_names"]:
+        return value
+    if re.fullmatch(r"\d+(\.\d+){3}", value):
+        return ".".join(str(generator.randint(1, 254)) for _ in range(4))
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        return f"{generator.randint(2015, 2027)}-{generator.randint(1, 12):02}-{generator.randint(1, 28):02}"
+    if number := re.fullmatch(r"(\d+)([a-zA-Z%]*)", value):
+        digits = max(1, len(number[1]) + generator.choice((-1, 0, 0, 1)))
+        return str(generator.randint(10 ** (digits - 1), 10**digits - 1)) + number[2]
+    if "://" in value:
+        scheme, _, address = value.partition("://")
+        return f"{scheme}://{_other_value(address, generator)}"
+    if "/" in value.strip("/"):
+        return "/".join(_other_value(part, generator) for part in value.split("/"))
+    if "@" in value:
+        return "@".join(_other_value(part, generator) for part in value.split("@"))
+    start, ending = re.fullmatch(r"([/.~]*).*?((?:\.[a-z]\w*)*/?)", value).groups()
+    return start + _new_name(generator) + ending
+
+
 def _new_name(generator):
-    ending = generator.choice(("", "", "", "1", "2", "_old", "-new", "42"))
-    return "".join(generator.choices(WORDS["syllables"], k=generator.randint(1, 3))) + ending
+    """Invent the name of a file, a folder or a user, as people do."""
+    word, other = generator.sample(WORDS["names"], 2)
+    invented = "".join(generator.choices(WORDS["syllables"], k=generator.randint(1, 3)))
+    number = generator.choice((str(generator.randint(1, 99)), f"20{generator.randint(10, 29)}", "old", "new", "v2"))
+    separator = generator.choice("_--")
+    return generator.choice(
+        (
+            *(invented, invented, word, word, word.capitalize(), invented.capitalize()),
+            *(word + separator + other, word + separator + number, invented + separator + number),
+            *(word + number, invented + generator.choice("123456789"), invented + separator + word),
+        )
+    )
 
 
 # Vary literals
@@ -236,13 +277,13 @@ class LiteralVariation:
         self._frequency = Counter(word for row in rows for word in _words(row.source))
         programs = {row.target.split()[0] for row in rows if row.target.split()}
         self._fixed = programs | COMMON_PROGRAMS
-        literals = (piece for row in rows for piece in self._literals(row))
+        literals = (piece for row in rows for piece in self.find_literals(row))
         self._names = sorted({name for name in literals if not name.isdigit()})
 
     def __call__(self, row: ShellRow, generator: random.Random) -> ShellRow:
         """Return the row with other literals."""
         source, target, taken = row.source, row.target, set(PIECE.findall(row.source + " " + row.target))
-        for piece in self._literals(row):
+        for piece in self.find_literals(row):
             other = self._replacement(piece, target, generator)
             if other not in taken:
                 taken.add(other)
@@ -250,7 +291,7 @@ class LiteralVariation:
                 source, target = (whole.sub(other, text) for text in (source, target))
         return ShellRow(source, target, row.origin)
 
-    def _literals(self, row):
+    def find_literals(self, row: ShellRow) -> list[str]:
         """Return the pieces of the command that the request names literally, the longest first."""
         pieces = {match[0] for match in PIECE.finditer(row.target) if not _is_option(row.target, match.start())}
         named = pieces.intersection(PIECE.findall(row.source))
@@ -330,12 +371,13 @@ def build_training_rows(
     descriptions: Iterable[dict],
     held_out: Sequence[ShellRow],
     copies: int = 9,
+    everyday_copies: int = 6,
     seed: int = 0,
 ) -> list[ShellRow]:
     """Build the training rows of the shell model, shuffled in the same way on every machine.
 
     Each NL2Bash row comes once as it is and `copies` times with other literals, each tldr example with two choices of
-    values, each request of [`everyday_rows`] with 30, and at most 25 descriptions of each of Fig's programs.
+    values, each everyday request with `everyday_copies`, and at most 25 descriptions of each of Fig's programs.
 
     Args:
         nl2bash (`Sequence[ShellRow]`): Training rows of [`read_nl2bash`].
@@ -343,6 +385,7 @@ def build_training_rows(
         descriptions (`Iterable[dict]`): From [`read_fig`].
         held_out (`Sequence[ShellRow]`): Validation and test rows; see [`decontaminate`].
         copies (`int`, *optional*, defaults to 9): Varied rows per NL2Bash row.
+        everyday_copies (`int`, *optional*, defaults to 6): See [`everyday_rows`].
         seed (`int`, *optional*, defaults to 0): Of all choices.
     """
     nl2bash = keep_usable(nl2bash)
@@ -356,7 +399,7 @@ def build_training_rows(
         if per_program[program] <= MAX_FIG_ROWS:
             chosen.append(row)
     rows = keep_usable([*nl2bash, *varied, *tldr_rows(examples, variants=2, seed=seed), *chosen])
-    rows += everyday_rows(seed=seed)
+    rows += everyday_rows(everyday_copies, seed)
     return sorted(decontaminate(rows, [row.source for row in held_out]), key=row_order)
 
 
@@ -389,6 +432,12 @@ def decontaminate(rows: Iterable[ShellRow], held_out: Iterable[str], max_similar
     return [row for row in rows if _nearest_similarity(_words(row.source), held_out, by_word) <= max_similarity]
 
 
+def word_similarity(first: str, second: str) -> float:
+    """Return the Jaccard similarity of the sets of words of two texts."""
+    first, second = _words(first), _words(second)
+    return len(first & second) / max(1, len(first | second))
+
+
 def _words(text):
     return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
 
@@ -411,9 +460,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--held-out", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--topics", nargs="*", default=[], metavar="TOPIC", help="default: all")
+    parser.add_argument("--copies", type=int, default=6, help="rows of each request; default: 6")
     args = parser.parse_args(arguments)
     held_out = [row.source for path in args.held_out for row in read_nl2bash(path)]
-    rows = sorted(decontaminate(everyday_rows(), held_out), key=row_order)
+    rows = everyday_rows(args.copies, topics=args.topics)
+    rows = sorted(decontaminate(rows, held_out), key=row_order)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_file(args.output, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
     print(f"{len(rows):,} rows")
