@@ -135,6 +135,15 @@ def test_a_student_that_is_an_adapter_is_trained_further(finished, arguments, tm
     assert isinstance(load_checkpoint(tmp_path / "run")[0], PeftModel)
 
 
+def test_muon_trains_other_weights_than_adamw(finished, arguments, tmp_path):
+    args = arguments(optimizer="muon", compare_with_cross_entropy=False)
+    results = distill(args, training_args(tmp_path / "muon", teacher_model_name_or_path=f"{finished[0]}_teacher"))
+    losses = [one["distilled student"].metrics["loss"].value for one in (results, finished[1])]
+    assert losses[0] != losses[1] and results.settings["optimizer"] == "muon"
+    with pytest.raises(ValueError, match="adamw, muon"):
+        arguments(optimizer="sgd")
+
+
 def test_a_student_that_is_a_t5_is_distilled_on_distributions_and_generates(finished, arguments, tmp_path):
     args = arguments(student_architecture="t5", compare_with_cross_entropy=False)
     results = distill(args, training_args(tmp_path / "t5", teacher_model_name_or_path=f"{finished[0]}_teacher"))

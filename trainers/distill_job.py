@@ -42,6 +42,7 @@ from .jobs import (
     text_metrics,
     train,
 )
+from .muon import build_optimizer, check_optimizer
 from .new_models import TOKENIZER_ROWS, build_model, train_tokenizer
 from .resuming import (
     check_output_dir,
@@ -113,6 +114,8 @@ class DistillArguments(DataArguments):
         teacher_prompt_template (`str`, *optional*): Jinja template of what the teacher reads instead of the source: a
             text with `{{`, or the path of a file. Its fields are the columns of the data, as in
             [`~encdec_slm.trainers.prompt_templates.load_prompt_template`].
+        optimizer (`str`, *optional*, defaults to `"adamw"`): Of the student; or `"muon"`, see
+            [`~encdec_slm.trainers.muon.MuonWithAdamW`].
         compare_with_cross_entropy (`bool`, *optional*, defaults to `True`): Also train the same student without the
             teacher, for the same steps and rows.
 
@@ -133,10 +136,12 @@ class DistillArguments(DataArguments):
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of a new teacher."})
     use_chat_template: bool = field(default=True, metadata={"help": "Use the teacher's chat template, if it has one."})
     teacher_prompt_template: str | None = field(default=None, metadata={"help": "Jinja text or file, with columns."})
+    optimizer: str = field(default="adamw", metadata={"help": "Of the student: adamw or muon."})
     compare_with_cross_entropy: bool = field(default=True, metadata={"help": "Also train a student without teacher."})
 
     def __post_init__(self):
         super().__post_init__()
+        check_optimizer(self.optimizer)
         if self.trim_vocabulary and self.model_name_or_path is not None:
             raise ValueError(
                 "`trim_vocabulary` is for a new student, but `model_name_or_path` is given. Trim its vocabulary by "
@@ -377,6 +382,7 @@ def _build_trainer(args, training_args, teacher, tokenizer, splits):
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         teacher_processing_class=teacher.tokenizer,
+        optimizers=(build_optimizer(args.optimizer, student, training_args), None),
     )
     measured = trainer.greedy_generation_config
     ends = measured.eos_token_id
@@ -469,6 +475,7 @@ def _build_results(args, student, entries, splits, teacher_name):
             splits,
             max_source_length=training_args.max_source_length,
             max_completion_length=training_args.max_completion_length,
+            optimizer=args.optimizer,
         ),
     )
 

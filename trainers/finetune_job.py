@@ -24,7 +24,7 @@ from .jobs import (
     text_metrics,
     train,
 )
-from .muon import OPTIMIZERS, build_optimizer
+from .muon import build_optimizer, check_optimizer
 from .new_models import build_text_model
 from .packing import DataCollatorWithPacking
 from .resuming import prepare_output_dir
@@ -74,8 +74,7 @@ class FinetuneArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}.")
+        check_optimizer(self.optimizer)
         for kind in ("source", "target"):
             packed_length, length = getattr(self, f"packed_{kind}_length"), getattr(self, f"max_{kind}_length")
             if packed_length is not None and not self.packing:

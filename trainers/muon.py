@@ -71,6 +71,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+def check_optimizer(name: str) -> None:
+    """Check the name of an optimizer.
+
+    Raises:
+        ValueError: It is not one of `OPTIMIZERS`.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+
+
 def build_optimizer(name: str, model: nn.Module, training_args: TrainingArguments) -> MuonWithAdamW | None:
     """Build the optimizer of a training run.
 
@@ -93,4 +103,4 @@ def build_optimizer(name: str, model: nn.Module, training_args: TrainingArgument
     return MuonWithAdamW(model, training_args.learning_rate, training_args.weight_decay, betas)
 
 
-__all__ = ["OPTIMIZERS", "MuonWithAdamW", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "MuonWithAdamW", "build_optimizer", "check_optimizer"]
