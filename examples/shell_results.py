@@ -6,10 +6,10 @@
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
-of shell, shell-beams, decoder-only, teacher, teacher-examples and nearest. --compare takes the folders of this model
-after its first training and of the decoder-only baseline, and bootstraps differences of the same rows. FILE was
-written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without options, the
-tables and the plot are written again from shell_results.json.
+of shell, shell-beams, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. --compare takes the folders
+of this model after its first training and of the decoder-only baseline, and bootstraps differences of the same rows.
+FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without
+options, the tables and the plot are written again from shell_results.json.
 """
 
 import argparse
@@ -34,6 +34,7 @@ SYSTEMS = {
     "decoder-only": ("decoder-only baseline of the same size", "decoder-only"),
     "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
     "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
+    "teacher-tuned": ("Qwen2.5-Coder-0.5B-Instruct, tuned by LoRA", None),
     "nearest": ("commands of the nearest training requests", None),
 }
 METRICS = {
@@ -157,7 +158,7 @@ def readme_table(results):
     for key, (label, model) in SYSTEMS.items():
         evaluation = results["evaluations"].get(key, {}).get("test_random")
         scores = [format_metric(evaluation, name) for name in ("nlc2cmd", "nlc2cmd_top5")]
-        scores.append(format_metric(results["evaluations"].get(key, {}).get("everyday"), "template"))
+        scores.append(format_metric(results["evaluations"].get(key, {}).get("everyday_blind"), "template"))
         entry = find_fastest(results, model)
         parameters, size, speed = "-", "-", "-" if model is None else MISSING
         if entry is not None:
@@ -172,8 +173,8 @@ def readme_table(results):
     latency = results["latency"]
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
-        "(`test_random`), and on 80 everyday ones of ours, with the expected programs and flags. This model "
-        "answers as `encdec-slm shell` does. The decoder-only baseline had only the first of four trainings; it "
+        "(`test_random`), and on 100 to 300 everyday ones (`everyday_blind`), with right programs and flags. This "
+        "model answers as `encdec-slm shell` does. The decoder-only baseline had only the first of five trainings; it "
         "and the model after its first training search with five beams, and Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
@@ -184,7 +185,7 @@ def readme_table(results):
 
 def score_table(results):
     tables = []
-    for name in ("test_random", "test", "everyday"):
+    for name in ("test_random", "test", "everyday_blind"):
         rows = [[f"`{name}`", "rows", *METRICS.values()]]
         for key, (label, _) in SYSTEMS.items():
             evaluation = results["evaluations"].get(key, {}).get(name)
