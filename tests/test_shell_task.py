@@ -304,6 +304,7 @@ def test_the_last_training_has_no_rows_of_rare_programs():
         (["how many lines are there?", "lines of other.txt please"], []),  # another name
         (["notes.txt lines number", "lines notes.txt"], [0]),  # too short
         (["Count the lines of notes.txt!", "how long is notes.txt in lines", "how long is notes.txt in lines?"], [1]),
+        (["wc -l notes.txt", "$ wc -l notes.txt "], []),  # the command itself
         (["show the beginning of notes.txt"], []),  # leads to another command
     ],
 )

@@ -32,17 +32,17 @@ def choose_requests(
         answer (`Callable[[str], Sequence[str]]`): Returns commands for a request (the round trip). One of them must
             have the programs and flags of the command.
         max_similarity (`float`, *optional*, defaults to 0.8): Jaccard similarity of the sets of words above which a
-            candidate repeats the request, or one that was kept before.
+            candidate repeats the request, the command, or a candidate that was kept before.
     """
     literals, template = variation.find_literals(row), command_template(row.target)
-    kept = [row.source]
+    known = [row.source, row.target]
     for candidate in (" ".join(text.split()) for text in candidates):
         if (
             MIN_REQUEST_WORDS <= len(candidate.split()) <= MAX_REQUEST_WORDS
             and candidate.isprintable()
             and all(literal in candidate for literal in literals)
-            and all(word_similarity(candidate, other) <= max_similarity for other in kept)
+            and all(word_similarity(candidate, other) <= max_similarity for other in known)
             and template in map(command_template, answer(candidate))
         ):
-            kept.append(candidate)
-    return [ShellRow(request, row.target, "teacher") for request in kept[1:]]
+            known.append(candidate)
+    return [ShellRow(request, row.target, "teacher") for request in known[2:]]
