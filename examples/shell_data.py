@@ -97,7 +97,7 @@ def parse_arguments():
     parser.add_argument("--fig", help="folder of the npm package @withfig/autocomplete")
     parser.add_argument("--teacher", required=True, help="decoder-only model whose tokenizer and embeddings are used")
     parser.add_argument("--copies", type=int, default=9, help="of each NL2Bash row, with other literals")
-    parser.add_argument("--everyday-copies", type=int, default=6, help="of each everyday request, with other words")
+    parser.add_argument("--everyday-copies", type=int, default=4, help="of each everyday request, with other words")
     parser.add_argument("--preset", default="10m")
     parser.add_argument("--vocabulary-size", type=int, default=6144)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

@@ -174,7 +174,7 @@ def readme_table(results):
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
         "(`test_random`), and on 100 to 300 everyday ones (`everyday_blind`), with right programs and flags. This "
-        "model answers as `encdec-slm shell` does. The decoder-only baseline had only the first of five trainings; it "
+        "model answers as `encdec-slm shell` does. The decoder-only baseline had only the first of six trainings; it "
         "and the model after its first training search with five beams, and Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "

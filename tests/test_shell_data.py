@@ -4,6 +4,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from conftest import build_byte_tokenizer
 from encdec_slm.checkpoints import load_checkpoint
+from encdec_slm.trainers.teacher_cache import CacheHeader, Example, write_shard
 from encdec_slm.vocabulary import old_token_ids
 
 
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import shell_baseline  # noqa: E402
 import shell_data  # noqa: E402
+import shell_requests  # noqa: E402
 import shell_teacher  # noqa: E402
 
 
@@ -114,3 +117,25 @@ def test_the_teacher_is_tuned_and_saved_whole(folder, monkeypatch, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert tuned.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "merged"))
     assert not torch.allclose(before.state_dict()[name], tuned.state_dict()[name], atol=1e-4, rtol=0)
+
+
+def test_requests_of_a_teacher_become_training_rows(monkeypatch, tmp_path, capsys):
+    rows = [{"source": "count the lines of a.txt", "target": "wc -l a.txt"}, {"source": "show x", "target": "cat x"}]
+    texts = [[" how many lines has a.txt?\nassistant", "lines of another file"], ["what does x say?"]]
+    examples = [
+        Example(row, str(row), None, sample, text)
+        for row, all_ in enumerate(texts)
+        for sample, text in enumerate(all_)
+    ]
+    header = CacheHeader("teacher", *["x"] * 3, vocab_size=9, distributions=None, completions="{}", rows_per_shard=2)
+    write_shard(tmp_path / "labels", header, 0, 2, examples)
+    commands = {"how many lines has a.txt?": "wc -l", "what does x say?": "echo x"}
+    model = SimpleNamespace(answer=lambda request, number: [SimpleNamespace(command=commands[request])])
+    monkeypatch.setattr(shell_requests, "load_shell_model", lambda name: model)
+    output = tmp_path / "requests.jsonl"
+    arguments = [write_jsonl(tmp_path / "rows.jsonl", rows), str(output), "--labels", str(tmp_path / "labels")]
+    monkeypatch.setattr(sys, "argv", ["shell_requests.py", *arguments])
+    shell_requests.main()
+    expected = {"source": "how many lines has a.txt?", "target": "wc -l a.txt", "origin": "teacher"}
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [expected]
+    assert capsys.readouterr().out == "3 requests were written, and 1 are kept.\n"

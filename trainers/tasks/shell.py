@@ -162,11 +162,11 @@ def fig_rows(descriptions: Iterable[dict]) -> list[ShellRow]:
     return keep_usable(rows)
 
 
-def everyday_rows(copies: int = 6, seed: int = 0, topics: Sequence[str] = ()) -> list[ShellRow]:
+def everyday_rows(copies: int = 4, seed: int = 0, topics: Sequence[str] = ()) -> list[ShellRow]:
     """Make rows from the commands of the folder `shell_everyday`, each of which has several requests.
 
     Args:
-        copies (`int`, *optional*, defaults to 6): Rows per request, with other words where it has placeholders.
+        copies (`int`, *optional*, defaults to 4): Rows per request, with other words where it has placeholders.
         seed (`int`, *optional*, defaults to 0): Of all choices.
         topics (`Sequence[str]`, *optional*): Names of files in the folder, such as `"basics"`. Empty takes all.
 
@@ -371,7 +371,7 @@ def build_training_rows(
     descriptions: Iterable[dict],
     held_out: Sequence[ShellRow],
     copies: int = 9,
-    everyday_copies: int = 6,
+    everyday_copies: int = 4,
     seed: int = 0,
 ) -> list[ShellRow]:
     """Build the training rows of the shell model, shuffled in the same way on every machine.
@@ -385,7 +385,7 @@ def build_training_rows(
         descriptions (`Iterable[dict]`): From [`read_fig`].
         held_out (`Sequence[ShellRow]`): Validation and test rows; see [`decontaminate`].
         copies (`int`, *optional*, defaults to 9): Varied rows per NL2Bash row.
-        everyday_copies (`int`, *optional*, defaults to 6): See [`everyday_rows`].
+        everyday_copies (`int`, *optional*, defaults to 4): See [`everyday_rows`].
         seed (`int`, *optional*, defaults to 0): Of all choices.
     """
     nl2bash = keep_usable(nl2bash)
@@ -461,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--held-out", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--topics", nargs="*", default=[], metavar="TOPIC", help="default: all")
-    parser.add_argument("--copies", type=int, default=6, help="rows of each request; default: 6")
+    parser.add_argument("--copies", type=int, default=4, help="rows of each request; default: 4")
     args = parser.parse_args(arguments)
     held_out = [row.source for path in args.held_out for row in read_nl2bash(path)]
     rows = everyday_rows(args.copies, topics=args.topics)
