@@ -156,6 +156,8 @@ def readme_table(results):
     )
     rows = [header]
     for key, (label, model) in SYSTEMS.items():
+        if key == "nearest":  # docs/shell.md has it
+            continue
         evaluation = results["evaluations"].get(key, {}).get("test_random")
         scores = [format_metric(evaluation, name) for name in ("nlc2cmd", "nlc2cmd_top5")]
         scores.append(format_metric(results["evaluations"].get(key, {}).get("everyday_blind"), "template"))
