@@ -12,6 +12,7 @@ script. Without ROWS, the table is written again from that file.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -180,6 +181,7 @@ def find_folder(label, precision):
 
 
 def write_exports(labels):
+    shutil.rmtree(EXPORTS, ignore_errors=True)  # they may be those of another model
     for label in labels:
         _, format, precisions, _ = ENGINES[label]
         for precision in precisions if format else ():
