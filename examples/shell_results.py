@@ -270,11 +270,11 @@ def update_blocks(text, blocks, results):
 
 
 def draw_plot(results):
-    """Draw the milliseconds of an answer, and the score of first answers with its interval."""
+    """Draw the milliseconds of an answer, and the scores of first answers with their intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    times, scores = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    times, *scores = figure.subplots(1, 3)
     # One bar for each model; the first label of the teacher names it.
     labels = {model: label for label, model in reversed(SYSTEMS.values()) if model is not None}
     for model, label in labels.items():
@@ -285,17 +285,20 @@ def draw_plot(results):
     times.set_xscale("log")
     times.set_xlim(1, 3 * times.get_xlim()[1])
     times.set_title(f"ms per answer of {results['latency']['num_tokens']} tokens")
-    measured = [
-        (label, results["evaluations"][key]["test_random"]["metrics"]["nlc2cmd"])
-        for key, (label, _) in reversed(SYSTEMS.items())
-        if "test_random" in results["evaluations"].get(key, {})
+    shown = [
+        ("test_random", "nlc2cmd", "NLC2CMD, first answer"),
+        ("everyday_blind", "template", "everyday, right (%)"),
     ]
-    for label, (value, low, high) in measured:
-        label = textwrap.fill(label, PLOT_LABEL_WIDTH)
-        scores.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
-    scores.margins(y=0.2)
-    scores.grid(axis="x", alpha=0.3)
-    scores.set_title("NLC2CMD, first answer")
+    for axes, (name, metric, title) in zip(scores, shown, strict=True):
+        for key, (label, _) in reversed(SYSTEMS.items()):
+            if name in results["evaluations"].get(key, {}):
+                value, low, high = results["evaluations"][key][name]["metrics"][metric]
+                label = textwrap.fill(label, PLOT_LABEL_WIDTH)
+                axes.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
+        axes.margins(y=0.1)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_title(title)
+    scores[1].tick_params(labelleft=False)
     return figure
 
 
