@@ -31,7 +31,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt Makefile
 # Threads of so small models mostly wait for each other: one is faster on a busy machine.
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/shell_demo.py $${ASK:+"$$ASK"}
-	$(BIN)/python -m encdec_slm.trainers.tasks.shell outputs/everyday.jsonl \
+	$(BIN)/python examples/everyday_rows.py outputs/everyday.jsonl \
 		--held-out examples/everyday.jsonl examples/everyday_validation.jsonl --topics basics --copies 30
 	OMP_NUM_THREADS=1 $(BIN)/encdec-slm distill --config distill_demo
 	OMP_NUM_THREADS=1 $(BIN)/python examples/use_pipeline.py outputs/distill_demo "$(SOURCE)"

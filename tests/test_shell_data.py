@@ -18,6 +18,7 @@ from encdec_slm.vocabulary import old_token_ids
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
+import everyday_rows  # noqa: E402
 import shell_baseline  # noqa: E402
 import shell_data  # noqa: E402
 import shell_requests  # noqa: E402
@@ -117,6 +118,20 @@ def test_the_teacher_is_tuned_and_saved_whole(folder, monkeypatch, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert tuned.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "merged"))
     assert not torch.allclose(before.state_dict()[name], tuned.state_dict()[name], atol=1e-4, rtol=0)
+
+
+def test_everyday_rows_are_written_without_held_out_requests(tmp_path, capsys):
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"source": "Show free memory", "target": "free -h"}) + "\n")
+    options = ["--topics", "basics", "--copies", "2"]
+    everyday_rows.main(
+        [str(tmp_path / "rows" / "everyday.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl"), *options]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "everyday.jsonl").read_text().splitlines()]
+    assert f"{len(rows):,} rows" in capsys.readouterr().out and 1_000 < len(rows) < 1_300
+    requests = {row["source"].lower() for row in rows}
+    assert "show memory usage" in requests and "show free memory" not in requests
+    with pytest.raises(ValueError, match="'cooking', but about basics"):
+        everyday_rows.main([str(tmp_path / "everyday.jsonl"), "--topics", "cooking"])
 
 
 def test_requests_of_a_teacher_become_training_rows(monkeypatch, tmp_path, capsys):

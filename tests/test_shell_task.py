@@ -26,7 +26,6 @@ from encdec_slm.trainers.tasks.shell import (
     fig_rows,
     fill_placeholders,
     keep_usable,
-    main,
     tldr_rows,
 )
 from encdec_slm.trainers.tasks.shell_requests import choose_requests
@@ -241,18 +240,6 @@ def test_everyday_requests_name_what_their_commands_name():
     for command, request in copies.items():
         first, second = command.split()[1:]
         assert first != second and first.removesuffix(".bak") in request
-
-
-def test_everyday_rows_are_written_without_held_out_requests(tmp_path, capsys):
-    (tmp_path / "held_out.jsonl").write_text(json.dumps({"source": "Show free memory", "target": "free -h"}) + "\n")
-    options = ["--topics", "basics", "--copies", "2"]
-    main([str(tmp_path / "rows" / "everyday.jsonl"), "--held-out", str(tmp_path / "held_out.jsonl"), *options])
-    rows = [json.loads(line) for line in (tmp_path / "rows" / "everyday.jsonl").read_text().splitlines()]
-    assert f"{len(rows):,} rows" in capsys.readouterr().out and 1_000 < len(rows) < 1_300
-    requests = {row["source"].lower() for row in rows}
-    assert "show memory usage" in requests and "show free memory" not in requests
-    with pytest.raises(ValueError, match="'cooking', but about basics"):
-        main([str(tmp_path / "everyday.jsonl"), "--topics", "cooking"])
 
 
 def test_everyday_requests_have_one_command_each_and_their_words_exist():

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shell task: a request in English, the command out.
 
-    python -m encdec_slm.trainers.tasks.shell everyday.jsonl [--held-out FILE ...] [--topics TOPIC ...] [--copies N]
-
-writes rows of what people ask every day, without requests that are near those of the files, which have `source` and
-`target`. Other rows come from tldr-pages, Fig's completion specs and NL2Bash (arXiv 1802.08979); `shell_sources` reads
-them.
+Rows come from what people ask every day, tldr-pages, Fig's completion specs and NL2Bash (arXiv 1802.08979);
+`shell_sources` reads the last three. examples/shell_data.py and examples/everyday_rows.py write them.
 """
 
-import argparse
-import dataclasses
 import hashlib
 import json
 import random
@@ -19,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ...checkpoints import write_file
 from ...errors import format_list
 from ..evaluation.shell_metrics import is_valid_bash
-from .shell_sources import ShellRow, read_nl2bash
+from .shell_sources import ShellRow
 
 
 # Pages of tldr about systems that have another shell.
@@ -453,23 +447,3 @@ def _nearest_similarity(words, held_out, by_word):
 def row_order(row: ShellRow) -> str:
     """Return a key that shuffles rows in the same way on every machine."""
     return hashlib.sha256(f"{row.source}\0{row.target}".encode()).hexdigest()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the everyday rows; see the top of this module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--held-out", nargs="*", default=[], metavar="FILE")
-    parser.add_argument("--topics", nargs="*", default=[], metavar="TOPIC", help="default: all")
-    parser.add_argument("--copies", type=int, default=4, help="rows of each request; default: 4")
-    args = parser.parse_args(arguments)
-    held_out = [row.source for path in args.held_out for row in read_nl2bash(path)]
-    rows = everyday_rows(args.copies, topics=args.topics)
-    rows = sorted(decontaminate(rows, held_out), key=row_order)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(args.output, "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-    print(f"{len(rows):,} rows")
-
-
-if __name__ == "__main__":
-    main()
