@@ -24,24 +24,35 @@ RECIPE = Path(__file__).resolve().parent.parent / "configuration" / "recipes" / 
 
 
 def main():
+    train_on_commands(load_baseline)
+
+
+def load_baseline(name, args, model_args):
+    return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+
+
+def train_on_commands(load, arguments_class=FinetuneArguments):
+    """Train what `load(name, args, model_args)` returns, a model and its tokenizer; return both and the folder."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = TrlParser((FinetuneArguments, Seq2SeqTrainingArguments, ModelConfig))
+    parser = TrlParser((arguments_class, Seq2SeqTrainingArguments, ModelConfig))
     args, training_args, model_args = parser.parse_args_and_config(["--config", str(RECIPE), *sys.argv[1:]])
     training_args.eval_strategy = "no"
     name = model_args.model_name_or_path
     checkpoint = prepare_output_dir(training_args, KIND, [name], args.data_files)
+    model, tokenizer = load(name, args, model_args)
     train_causal_model(
-        AutoModelForCausalLM.from_pretrained(name, dtype="float32"),
-        AutoTokenizer.from_pretrained(name),
+        model,
+        tokenizer,
         load_splits(args, training_args.seed)["train"],
         training_args,
         args.max_source_length,
         args.max_target_length,
         checkpoint,
-        base_model="baseline",
+        base_model=name,
         supervise_source=False,
         optimizer=args.optimizer,
     )
+    return model, tokenizer, Path(training_args.output_dir)
 
 
 if __name__ == "__main__":

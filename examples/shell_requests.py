@@ -2,7 +2,7 @@
 """Choose among requests that a teacher wrote for the commands of rows, and write them as training rows.
 
     encdec-slm label Qwen/Qwen2.5-Coder-0.5B-Instruct rows.jsonl outputs/question --completions \\
-        --prompt-template examples/shell_prompts/request_question.txt --no-chat --max-new-tokens 40 \\
+        --prompt-template examples/shell_prompts/request_question.txt --no-chat --max-new-tokens 32 \\
         --temperature 0.8 --top-p 0.95
     python examples/shell_requests.py rows.jsonl outputs/requests.jsonl --labels outputs/question --model MODEL
 

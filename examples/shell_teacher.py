@@ -3,31 +3,23 @@
 
     python examples/shell_teacher.py --model_name_or_path Qwen/Qwen2.5-Coder-0.5B-Instruct \\
         --tokenizer outputs/shell_data/baseline --train_file outputs/shell_data/teacher.jsonl \\
-        --output_dir outputs/shell_teacher
+        --optimizer adamw --learning_rate 4e-4 --output_dir outputs/shell_teacher
 
 First, its embeddings are trimmed to the tokens that the student has, which leaves 363M of 494M parameters. It reads a
 request and the token that starts the student's commands, and learns to predict the command. Options are keys of the
 recipe `finetune_shell`. A stopped run resumes. OUTPUT_DIR/merged has the tuned model, for `encdec-slm label`.
 """
 
-import logging
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments
-from trl import ModelConfig, TrlParser, get_peft_config
+from shell_baseline import train_on_commands
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import get_peft_config
 
-from encdec_slm.trainers.decoder_only_job import KIND, train_causal_model
 from encdec_slm.trainers.finetune_job import LORA_TARGET_MODULES, FinetuneArguments
-from encdec_slm.trainers.resuming import prepare_output_dir
-from encdec_slm.trainers.seq2seq_data import load_splits
 from encdec_slm.vocabulary import old_token_ids
-
-
-RECIPE = Path(__file__).resolve().parent.parent / "configuration" / "recipes" / "finetune_shell.yaml"
 
 
 @dataclass
@@ -38,33 +30,19 @@ class TeacherArguments(FinetuneArguments):
 
 
 def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = TrlParser((TeacherArguments, Seq2SeqTrainingArguments, ModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config(["--config", str(RECIPE), *sys.argv[1:]])
-    training_args.eval_strategy = "no"
-    name = model_args.model_name_or_path
-    checkpoint = prepare_output_dir(training_args, KIND, [name], args.data_files)
+    model, tokenizer, folder = train_on_commands(load_teacher, TeacherArguments)
+    model.merge_and_unload().save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+
+
+def load_teacher(name, args, model_args):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     # Only the adapters are trained, so bfloat16 is enough for the others.
     model = trim_embeddings(AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), tokenizer)
     config = replace(
         model_args, use_peft=True, lora_target_modules=list(LORA_TARGET_MODULES), lora_task_type="CAUSAL_LM"
     )
-    model = get_peft_model(model, get_peft_config(config))
-    train_causal_model(
-        model,
-        tokenizer,
-        load_splits(args, training_args.seed)["train"],
-        training_args,
-        args.max_source_length,
-        args.max_target_length,
-        checkpoint,
-        base_model=name,
-        supervise_source=False,
-    )
-    merged = Path(training_args.output_dir) / "merged"
-    model.merge_and_unload().save_pretrained(merged)
-    tokenizer.save_pretrained(merged)
+    return get_peft_model(model, get_peft_config(config)), tokenizer
 
 
 def trim_embeddings(model, tokenizer):

@@ -220,8 +220,7 @@ def _other_value(value, generator):
     if re.fullmatch(r"\d{4}-\d\d-\d\d", value):
         return f"{generator.randint(2015, 2027)}-{generator.randint(1, 12):02}-{generator.randint(1, 28):02}"
     if number := re.fullmatch(r"(\d+)([a-zA-Z%]*)", value):
-        digits = max(1, len(number[1]) + generator.choice((-1, 0, 0, 1)))
-        return str(generator.randint(10 ** (digits - 1), 10**digits - 1)) + number[2]
+        return _number_like(number[1], generator) + number[2]
     if "://" in value:
         scheme, _, address = value.partition("://")
         return f"{scheme}://{_other_value(address, generator)}"
@@ -321,6 +320,11 @@ class LiteralVariation:
 def _other_number(number, generator):
     if re.fullmatch("[0-7]{3,4}", number):  # permissions
         return "".join(generator.choices("01234567", k=len(number)))
+    return _number_like(number, generator)
+
+
+def _number_like(number, generator):
+    """Return a number of about as many digits."""
     length = max(1, len(number) + generator.choice((-1, 0, 0, 1)))
     return str(generator.randrange(10 ** (length - 1), 10**length))
 
