@@ -7,8 +7,7 @@
 `docs/shell.md` says where the sources are. Writes OUT/train.jsonl and the folders OUT/student and OUT/baseline, whose
 tokenizer is that of the teacher, trimmed to the rows, and whose token embeddings are the principal components of the
 teacher's: words that mean the same are near each other from the start. No training request is near a held-out one.
-OUT/last.jsonl has the rows of the last training, without programs that few people use, and OUT/teacher.jsonl those of
-examples/shell_teacher.py, with fewer variations.
+OUT/teacher.jsonl has the rows of examples/shell_teacher.py, with fewer variations.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from encdec_slm.checkpoints import write_file
 from encdec_slm.configuration import decoder_only_twin
 from encdec_slm.trainers.decoder_only_job import CHAT_TEMPLATE
 from encdec_slm.trainers.new_models import preset_config
-from encdec_slm.trainers.tasks.shell import build_training_rows, choose_last_rows
+from encdec_slm.trainers.tasks.shell import build_training_rows
 from encdec_slm.trainers.tasks.shell_sources import read_fig, read_nl2bash, read_tldr
 from encdec_slm.vocabulary import trim_tokenizer
 
@@ -48,7 +47,6 @@ def main():
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     write_rows(arguments.output_dir / "train.jsonl", rows)
-    write_rows(arguments.output_dir / "last.jsonl", choose_last_rows(rows))
     teacher_rows = build_training_rows(nl2bash, [], [], held_out, copies=1, everyday_copies=1)
     write_rows(arguments.output_dir / "teacher.jsonl", teacher_rows)
     texts = (text for row in rows for text in (row.source, row.target))
@@ -97,7 +95,7 @@ def parse_arguments():
     parser.add_argument("--fig", help="folder of the npm package @withfig/autocomplete")
     parser.add_argument("--teacher", required=True, help="decoder-only model whose tokenizer and embeddings are used")
     parser.add_argument("--copies", type=int, default=9, help="of each NL2Bash row, with other literals")
-    parser.add_argument("--everyday-copies", type=int, default=4, help="of each everyday request, with other words")
+    parser.add_argument("--everyday-copies", type=int, default=3, help="of each everyday request, with other words")
     parser.add_argument("--preset", default="10m")
     parser.add_argument("--vocabulary-size", type=int, default=6144)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")

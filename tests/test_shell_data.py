@@ -60,9 +60,8 @@ def folder(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("name", ["train", "last"])
-def test_rows_are_decontaminated_and_come_from_all_sources(folder, name):
-    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+def test_rows_are_decontaminated_and_come_from_all_sources(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     targets = {row["target"] for row in rows if row["origin"] != "everyday"}
     assert targets == {"ls folders", "ls links", "ls users", "df"}
     assert {row["origin"] for row in rows} == {"nl2bash", "tldr", "everyday"}

@@ -20,7 +20,6 @@ from encdec_slm.trainers.tasks.shell import (
     build_request,
     build_training_rows,
     check_syntax,
-    choose_last_rows,
     decontaminate,
     everyday_rows,
     fig_rows,
@@ -278,10 +277,10 @@ def test_other_values_have_the_same_form(value, form):
     assert len(values) > 4 or values == {value}
 
 
-def test_the_last_training_has_no_rows_of_rare_programs():
-    rare, common = ShellRow("draw", "asciiart", "tldr"), ShellRow("print", "cat a.txt", "tldr")
-    nl2bash, everyday = ShellRow("draw", "asciiart", "nl2bash"), ShellRow("draw", "asciiart", "everyday")
-    assert choose_last_rows([rare, common, nl2bash, everyday]) == [common, nl2bash, everyday]
+def test_training_rows_of_tldr_are_about_programs_that_people_use():
+    examples = [{**EXAMPLES[0], "command": program, "example": f"{program} a"} for program in ("asciiart", "cat")]
+    rows = build_training_rows([], examples, [], [], everyday_copies=1)
+    assert {row.target for row in rows if row.origin == "tldr"} == {"cat a"}
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,11 @@ def fig_rows(descriptions: Iterable[dict]) -> list[ShellRow]:
     return keep_usable(rows)
 
 
-def everyday_rows(copies: int = 4, seed: int = 0, topics: Sequence[str] = ()) -> list[ShellRow]:
+def everyday_rows(copies: int = 3, seed: int = 0, topics: Sequence[str] = ()) -> list[ShellRow]:
     """Make rows from the commands of the folder `shell_everyday`, each of which has several requests.
 
     Args:
-        copies (`int`, *optional*, defaults to 4): Rows per request, with other words where it has placeholders.
+        copies (`int`, *optional*, defaults to 3): Rows per request, with other words where it has placeholders.
         seed (`int`, *optional*, defaults to 0): Of all choices.
         topics (`Sequence[str]`, *optional*): Names of files in the folder, such as `"basics"`. Empty takes all.
 
@@ -369,13 +369,14 @@ def build_training_rows(
     descriptions: Iterable[dict],
     held_out: Sequence[ShellRow],
     copies: int = 9,
-    everyday_copies: int = 4,
+    everyday_copies: int = 3,
     seed: int = 0,
 ) -> list[ShellRow]:
     """Build the training rows of the shell model, shuffled in the same way on every machine.
 
-    Each NL2Bash row comes once as it is and `copies` times with other literals, each tldr example with two choices of
-    values, each everyday request with `everyday_copies`, and at most 25 descriptions of each of Fig's programs.
+    Each NL2Bash row comes once as it is and `copies` times with other literals, each everyday request with
+    `everyday_copies` choices of words, each tldr example with two, and at most 25 descriptions of each of Fig's
+    programs. Of tldr's programs, those count that people use: the common ones, and those of everyday commands.
 
     Args:
         nl2bash (`Sequence[ShellRow]`): Training rows of [`read_nl2bash`].
@@ -383,7 +384,7 @@ def build_training_rows(
         descriptions (`Iterable[dict]`): From [`read_fig`].
         held_out (`Sequence[ShellRow]`): Validation and test rows; see [`decontaminate`].
         copies (`int`, *optional*, defaults to 9): Varied rows per NL2Bash row.
-        everyday_copies (`int`, *optional*, defaults to 4): See [`everyday_rows`].
+        everyday_copies (`int`, *optional*, defaults to 3): See [`everyday_rows`].
         seed (`int`, *optional*, defaults to 0): Of all choices.
     """
     nl2bash = keep_usable(nl2bash)
@@ -396,15 +397,11 @@ def build_training_rows(
         per_program[program] += 1
         if per_program[program] <= MAX_FIG_ROWS:
             chosen.append(row)
-    rows = keep_usable([*nl2bash, *varied, *tldr_rows(examples, variants=2, seed=seed), *chosen])
+    programs = {command.split()[0] for _, command in _read_everyday()} | COMMON_PROGRAMS
+    known = [row for row in tldr_rows(examples, variants=2, seed=seed) if row.target.split()[0] in programs]
+    rows = keep_usable([*nl2bash, *varied, *known, *chosen])
     rows += everyday_rows(everyday_copies, seed)
     return sorted(decontaminate(rows, [row.source for row in held_out]), key=row_order)
-
-
-def choose_last_rows(rows: Iterable[ShellRow]) -> list[ShellRow]:
-    """Choose the rows of the last training: all but those of programs that few people use."""
-    programs = {command.split()[0] for _, command in _read_everyday()} | COMMON_PROGRAMS
-    return [row for row in rows if row.origin in ("nl2bash", "everyday") or row.target.split()[0] in programs]
 
 
 # Decontaminate
