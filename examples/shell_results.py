@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put measurements of the shell model into shell_results.json, and write the tables of README.md and docs/shell.md.
 
-    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--compare FOLDER FOLDER] [--benchmark FILE] \
-        [--answers]
+    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--benchmark FILE] [--answers]
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
-of shell, shell-beams, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. --compare takes the folders
-of this model after its first training and of the decoder-only baseline, and bootstraps differences of the same rows.
-FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again. Without
-options, the tables and the plot are written again from shell_results.json.
+of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
+system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
+compared. FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
+Without options, the tables and the plot are written again from shell_results.json.
 """
 
 import argparse
@@ -17,8 +16,10 @@ import json
 import random
 import re
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+
+from evidence_statistics import compare, format_mean
 
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
@@ -30,8 +31,8 @@ PLOT = ROOT / "docs" / "shell.png"
 # Name in the tables, and model in the benchmark.
 SYSTEMS = {
     "shell": ("this model", "encoder-decoder"),
-    "shell-beams": ("this model after its first training", None),
-    "decoder-only": ("decoder-only baseline of the same size", "decoder-only"),
+    "encoder-decoder": ("encoder-decoder, first 1,000 steps", None),
+    "decoder-only": ("decoder-only baseline of the same size, first 1,000 steps", "decoder-only"),
     "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
     "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
     "teacher-tuned": ("Qwen2.5-Coder-0.5B-Instruct, tuned by LoRA", None),
@@ -45,6 +46,7 @@ METRICS = {
     "first_utility": "first program",
     "valid_bash": "valid Bash",
 }
+COMPARED = ("nlc2cmd", "nlc2cmd_top5", "template")
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
 PLOT_LABEL_WIDTH = 28
@@ -57,39 +59,77 @@ def load_results():
 # Collect
 
 
-def read_evaluation(folder):
-    """Return the name of the rows, and the metrics of an evaluation; of greedy search only those of one answer."""
-    results = RunResults.load(Path(folder, "evaluation.json"))
+def read_evaluations(folders):
+    """Return the name of the rows, their number, and the metrics of an evaluation: of several, the means over seeds.
+
+    Of greedy search, these are the metrics of one answer.
+    """
+    from encdec_slm.trainers.evaluation.results import mean_with_interval
+
+    results = RunResults.load(Path(folders[0], "evaluation.json"))
+    metrics = results.saved.metrics
+    if len(folders) > 1:
+        means = (
+            {name: sum(row[name] for row in rows) / len(rows) for name in METRICS}
+            for rows in zip(*read_rows(folders), strict=True)
+        )
+        metrics = mean_with_interval(list(means))
     is_greedy = results.settings.get("num_beams") == 1
     metrics = {
         name: [metric.value, metric.low, metric.high]
-        for name, metric in results.saved.metrics.items()
+        for name, metric in metrics.items()
         if not (is_greedy and name == "nlc2cmd_top5")
     }
     return Path(results.dataset.name).stem, {"num_rows": results.num_rows["test"], "metrics": metrics}
 
 
-def compare_rows(first, second):
-    """Return the name of the rows, and by metric the mean difference of two systems with its 95 % interval."""
-    from encdec_slm.trainers.evaluation.results import mean_with_interval
+def read_rows(folders):
+    """Return for each folder the metrics of all rows, from 0 to 1, in the same order."""
     from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
 
-    answers = [
+    by_folder = [
         {
             row["source"]: shell_metrics(row["prediction"].splitlines(), row["references"])
             for row in map(json.loads, Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines())
             if "prediction" in row
         }
-        for folder in (first, second)
+        for folder in folders
     ]
-    if answers[0].keys() != answers[1].keys():
-        raise ValueError(f"{first} and {second} have different rows, but these are compared in pairs.")
-    names = ("nlc2cmd", "nlc2cmd_top5")
-    differences = [
-        {name: one[name] - answers[1][source][name] for name in names} for source, one in answers[0].items()
-    ]
-    metrics = mean_with_interval(differences).items()
-    return read_evaluation(first)[0], {name: [metric.value, metric.low, metric.high] for name, metric in metrics}
+    if len({tuple(sorted(rows)) for rows in by_folder}) > 1:
+        raise ValueError(f"{' and '.join(map(str, folders))} have different rows, but these are compared in pairs.")
+    return [[rows[source] for source in by_folder[0]] for rows in by_folder]
+
+
+def compare_seeds(firsts, seconds):
+    """Compare two systems by the evaluations of their seeds, in the order of the folders.
+
+    Returns:
+        `dict`: By metric what `evidence_statistics.compare` returns, in percent, and `means` of the seeds.
+    """
+    rows = read_rows([*firsts, *seconds])
+    arms = rows[: len(firsts)], rows[len(firsts) :]
+    differences = {}
+    for name in COMPARED:
+        runs = [
+            {
+                seed: {"rows": {name: [100 * row[name] for row in one], "num_tokens": [1] * len(one)}}
+                for seed, one in enumerate(arm)
+            }
+            for arm in arms
+        ]
+        means = [[sum(run["rows"][name]) / len(run["rows"][name]) for run in arm.values()] for arm in runs]
+        differences[name] = {"means": means, **compare(*runs, name)}
+    return differences
+
+
+def collect_evaluations(results, folders):
+    """Put evaluations into the results: `folders` are those of the seeds, by system and name of the rows."""
+    for (system, name), seeds in folders.items():
+        results["evaluations"].setdefault(system, {})[name] = read_evaluations(seeds)[1]
+        if (system, name) == ("shell", "test_random"):
+            results["mistakes"] = find_mistakes(seeds[0])
+        if system == "decoder-only" and len(others := folders.get(("encoder-decoder", name), [])) == len(seeds) > 2:
+            results["differences"][name] = compare_seeds(others, seeds)
 
 
 def find_mistakes(folder):
@@ -198,12 +238,13 @@ def score_table(results):
 
 
 def difference_table(results):
-    rows = [
-        ["this model - baseline, after the same training", *(METRICS[name] for name in ("nlc2cmd", "nlc2cmd_top5"))]
-    ]
+    columns = ("encoder-decoder", "decoder-only", "difference", "over rows", "over seeds")
+    rows = [["rows", "metric", *columns]]
     for name, found in results["differences"].items():
-        cells = (f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" for value, low, high in found.values())
-        rows.append([f"`{name}`", *cells])
+        for metric, one in found.items():
+            intervals = ("[{:+.1f}, {:+.1f}]".format(*one[kind]) for kind in ("rows", "seeds"))
+            means = (format_mean(values, metric) for values in one["means"])
+            rows.append([f"`{name}`", METRICS[metric], *means, f"{one['difference']:+.1f}", *intervals])
     return format_table(rows, markdown=True)
 
 
@@ -305,22 +346,17 @@ def draw_plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", nargs="*", default=[], metavar="SYSTEM=FOLDER")
-    parser.add_argument("--compare", nargs=2, metavar="FOLDER")
     parser.add_argument("--benchmark", type=Path, metavar="FILE")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
     results = load_results()
+    folders = defaultdict(list)
     for item in arguments.evaluation:
         system, _, folder = item.partition("=")
         if system not in SYSTEMS:
             parser.error(f"--evaluation is {item!r}, but must begin with one of {', '.join(SYSTEMS)} and =")
-        name, evaluation = read_evaluation(folder)
-        results["evaluations"].setdefault(system, {})[name] = evaluation
-        if (system, name) == ("shell", "test_random"):
-            results["mistakes"] = find_mistakes(folder)
-    if arguments.compare is not None:
-        name, differences = compare_rows(*arguments.compare)
-        results.setdefault("differences", {})[name] = differences
+        folders[system, read_evaluations([folder])[0]].append(folder)
+    collect_evaluations(results, folders)
     if arguments.benchmark is not None:
         report = json.loads(arguments.benchmark.read_text(encoding="utf-8"))
         entries = [{key: value for key, value in one.items() if key != "seconds"} for one in report["entries"]]

@@ -49,22 +49,32 @@ def test_measurements_are_collected_and_shown(tmp_path, monkeypatch):
     assert "33.3 [" in (tmp_path / "README.md").read_text() and (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_systems_are_compared_on_the_same_rows(tmp_path):
+def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
+    """Two of three seeds of a system are right; the other system never is."""
     lines = [json.dumps({"source": f"list {number}", "target": "ls -a"}) + "\n" for number in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
-    for command in ("ls -a", "df"):
+    folders = {("encoder-decoder", "rows"): [], ("decoder-only", "rows"): []}
+    for number, command in enumerate(("ls -a", "df", "ls -a", "df", "df", "df")):
         evaluate_checkpoint(
             lambda sources, command=command: [[command]] * len(sources),
             "shell",
-            output_dir=tmp_path / command[:2],
+            output_dir=tmp_path / str(number),
             **options,
         )
-    name, differences = shell_results.compare_rows(tmp_path / "ls", tmp_path / "df")
-    assert name == "rows" and differences == {"nlc2cmd": [200.0] * 3, "nlc2cmd_top5": [200.0] * 3}
+        folders["encoder-decoder" if number < 3 else "decoder-only", "rows"].append(tmp_path / str(number))
+    results = {"evaluations": {}, "differences": {}}
+    shell_results.collect_evaluations(results, folders)
+    assert results["evaluations"]["encoder-decoder"]["rows"]["metrics"]["exact"] == [66.67] * 3
+    compared = results["differences"]["rows"]["template"]
+    assert compared["means"] == [[100, 0, 100], [0, 0, 0]]
+    # Student's t with two degrees of freedom: 4.303 * 57.74 / 3 ** 0.5
+    assert compared["seeds"] == pytest.approx([66.67 - 143.4, 66.67 + 143.4], abs=0.1)
+    assert compared["rows"] == pytest.approx([66.67, 66.67], abs=0.01) and compared["difference"] > 66
+    assert "66.7 ± 33.3" in shell_results.difference_table(results)
+    (tmp_path / "5" / "predictions.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows"):
-        (tmp_path / "df" / "predictions.jsonl").write_text("")
-        shell_results.compare_rows(tmp_path / "ls", tmp_path / "df")
+        shell_results.collect_evaluations(results, folders)
 
 
 @pytest.mark.parametrize(
