@@ -39,6 +39,17 @@ def test_what_is_no_command_has_no_utilities(command):
     assert parse_utilities(command) is None
 
 
+@pytest.mark.parametrize("command", ["A='${1'", "A='${1' && ls ${B}", "~{`|${`1"])
+def test_expansions_without_an_end_are_not_parsed(command):
+    """bashlex would read them until the memory is full."""
+    assert parse_utilities(command) is None
+    assert command_template(command) == command
+
+
+def test_expansions_with_an_end_are_parsed():
+    assert parse_utilities("echo '${A}' ${B} 'c'") == (Utility("echo"),)
+
+
 # Worked out by hand from the formula in section 3 of arXiv 2103.02523.
 @pytest.mark.parametrize(
     ("prediction", "reference", "expected"),

@@ -16,6 +16,8 @@ from ...errors import require_package
 
 # Utilities whose options begin with one dash and are whole words.
 LONG_OPTION_UTILITIES = ("find", "java", "gcc", "convert", "ffmpeg", "xset", "xrandr", "openssl")
+# A parameter expansion that never ends, or not before its quotation does: bashlex would look for its end forever.
+ENDLESS_EXPANSION = re.compile(r"\$\{[^}]*$|'[^']*\$\{[^}']*'")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def parse_utilities(command: str) -> tuple[Utility, ...] | None:
     arguments, and its options as their flags.
     """
     bashlex = require_package("bashlex")
+    if ENDLESS_EXPANSION.search(command):
+        return None
     try:
         trees = bashlex.parse(command)
     except (bashlex.errors.ParsingError, NotImplementedError, AttributeError, IndexError, AssertionError, TypeError):
