@@ -3,11 +3,11 @@
 
     python examples/calibrate_shell.py MODEL --validation FILE [FILE ...] [--test FILE ...] [--output-dir OUT]
 
-The files have rows of `source` and `target`, which may be a list of commands that are all right. The fit uses as many
-rows of each validation file as the smallest one has, its first ones. An answer is right if it has the same
-programs with the same flags as a target. Writes shell_calibration.json into the folder MODEL. For each file it prints
-the metrics of the task `shell`, which it also saves in OUT/<name of the file>, the expected calibration error without
-and with calibration, and how often answers of which there is no doubt are right.
+The files have rows of `source` and `target`, which may be a list of commands that are all right. In the fit, all
+validation files count equally. An answer is right if it has the same programs with the same flags as a target. Writes
+shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`, which it also
+saves in OUT/<name of the file>, the expected calibration error without and with calibration, and how often answers of
+which there is no doubt are right.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
 from encdec_slm_cli.shell_model import ShellModel, load_shell_model
+from encdec_slm_cli.shell_syntax import first_program
 
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
@@ -45,22 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in (*args.validation, *args.test):
         output_dir = None if args.output_dir is None else args.output_dir / path.stem
         evaluated[path] = evaluate_answers(model, path, output_dir)
-    size = min(len(evaluated[path][1]) for path in args.validation)
-    scores, labels = ([value for path in args.validation for value in evaluated[path][part][:size]] for part in (1, 2))
-    calibration = fit_calibration(scores, labels, args.threshold)
+    parts = [evaluated[path][1] for path in args.validation]
+    weights = [sum(map(len, parts)) / (len(parts) * len(part)) for part in parts for _ in part]
+    scores, labels, programs = zip(*(answer for part in parts for answer in part), strict=True)
+    calibration = fit_calibration(scores, labels, programs, weights, args.threshold)
     calibration.save(args.model)
     print(f"Wrote {CALIBRATION_FILE} to {args.model}.")
     print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
-    for path, (results, scores, labels) in evaluated.items():
+    for path, (results, answers) in evaluated.items():
         print(f"{path}: {', '.join(f'{name} {metric}' for name, metric in results.models[0].metrics.items())}")
-        print_check(calibration, scores, labels)
+        print_check(calibration, answers)
 
 
 def evaluate_answers(
     model: ShellModel, path: Path, output_dir: Path | None
-) -> tuple[RunResults, list[float], list[bool]]:
-    """Return the metrics of the answers to all requests, the log-probability of the first answer to each request, and
-    whether it is right.
+) -> tuple[RunResults, list[tuple[float, bool, str]]]:
+    """Return the metrics of the answers to all requests, and of the first answer to each request its log-probability,
+    whether it is right, and its first program.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     answers = {row["source"]: model.answer(row["source"], NUM_ANSWERS) for row in rows}
@@ -70,18 +72,19 @@ def evaluate_answers(
 
     options = {"dataset_name": path, "output_dir": output_dir, "show_progress": False}
     results = evaluate_checkpoint(encdec_slm_shell, task="shell", **options)
-    scores, labels = [], []
+    checked = []
     for row in rows:
         for answer in answers[row["source"]][:1]:
-            scores.append(answer.log_probability)
             targets = [row["target"]] if isinstance(row["target"], str) else row["target"]
-            labels.append(command_template(answer.command) in map(command_template, targets))
-    return results, scores, labels
+            is_right = command_template(answer.command) in map(command_template, targets)
+            checked.append((answer.log_probability, is_right, first_program(answer.command)))
+    return results, checked
 
 
-def print_check(calibration: Calibration, scores: Sequence[float], labels: Sequence[bool]) -> None:
+def print_check(calibration: Calibration, answers: Sequence[tuple[float, bool, str]]) -> None:
     """Print how well confidences tell right answers from wrong ones."""
-    confidences = [calibration.confidence(score) for score in scores]
+    scores, labels, programs = zip(*answers, strict=True)
+    confidences = list(map(calibration.confidence, scores, programs))
     sure = [
         label for confidence, label in zip(confidences, labels, strict=True) if confidence >= calibration.threshold
     ]

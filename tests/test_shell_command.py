@@ -28,8 +28,9 @@ PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 REQUEST = "w7 w9 w4"
 # Most tokens are options, so that commands differ in more than arguments.
 WORDS = [f"w{number}" if number < 10 else f"-w{number}" for number in range(4, 97)]
-SURE = Calibration(slope=0.0, intercept=2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
-NOT_SURE = Calibration(slope=0.0, intercept=-2.0, threshold=0.5, expected_calibration_error=0.0, num_examples=10)
+FITTED = {"program_offsets": {}, "threshold": 0.5, "expected_calibration_error": 0.0, "num_examples": 10}
+SURE = Calibration(slope=0.0, intercept=2.0, **FITTED)
+NOT_SURE = Calibration(slope=0.0, intercept=-2.0, **FITTED)
 
 
 def save_shell_folder(folder, words=WORDS):
@@ -179,7 +180,7 @@ def test_the_script_calibrates_a_model(shell_export, tmp_path, capsys):
     script = runpy.run_path(str(ROOT / "examples" / "calibrate_shell.py"))
     script["main"]([str(folder), "--validation", *paths[:2], "--test", paths[2], "--threshold", "0.3"])
     calibration = Calibration.load(folder)
-    assert calibration.num_examples == 24 and calibration.threshold == 0.3
+    assert calibration.num_examples == 42 and calibration.threshold == 0.3
     assert capsys.readouterr().out.count("66.7% right") == 3
 
 
@@ -333,7 +334,7 @@ def draw_answers(num_answers, slope, intercept):
 
 def test_calibration_recovers_the_probabilities(tmp_path):
     scores, labels = draw_answers(5000, slope=0.7, intercept=1.5)
-    fitted = fit_calibration(scores, labels, threshold=0.4)
+    fitted = fit_calibration(scores, labels, [str(number) for number in range(5000)], threshold=0.4)
     assert fitted.slope == pytest.approx(0.7, abs=0.06) and fitted.intercept == pytest.approx(1.5, abs=0.15)
     assert fitted.expected_calibration_error < 0.03 and fitted.threshold == 0.4 and fitted.num_examples == 5000
     fitted.save(tmp_path)
@@ -342,11 +343,23 @@ def test_calibration_recovers_the_probabilities(tmp_path):
 
 @pytest.mark.parametrize("labels", [[True] * 20, [False] * 20, [True, False] * 10])
 def test_calibration_of_answers_that_scores_do_not_tell_apart(labels):
-    fitted = fit_calibration([-1.0] * 20, labels)
+    fitted = fit_calibration([-1.0] * 20, labels, ["ls"] * 20)
     assert fitted.threshold == sum(labels) / 20
-    assert fitted.confidence(-1.0) == pytest.approx(sum(labels) / 20, abs=0.06)
-    separated = fit_calibration([-1.0, -9.0] * 10, [True, False] * 10)
-    assert separated.confidence(-9.0) < 0.1 < 0.9 < separated.confidence(-1.0)
+    assert fitted.confidence(-1.0, "ls") == pytest.approx(sum(labels) / 20, abs=0.06)
+    separated = fit_calibration([-1.0, -9.0] * 10, [True, False] * 10, ["ls"] * 20)
+    assert separated.confidence(-9.0, "ls") < 0.1 < 0.9 < separated.confidence(-1.0, "ls")
+
+
+def test_frequent_programs_have_a_confidence_of_their_own():
+    """Of the answers with the same probability, three of four of `ls` are right, and one of four of `find`."""
+    labels = [number % 4 != 0 for number in range(400)] + [number % 4 == 0 for number in range(400)]
+    programs = ["ls"] * 400 + ["find"] * 400
+    fitted = fit_calibration([-1.0] * 800, labels, programs)
+    assert fitted.confidence(-1.0, "ls") == pytest.approx(0.75, abs=0.02)
+    assert fitted.confidence(-1.0, "find") == pytest.approx(0.25, abs=0.02)
+    assert fitted.confidence(-1.0, "df") == pytest.approx(0.5, abs=0.05)
+    weights = [3.0 if label else 1.0 for label in labels]
+    assert fit_calibration([-1.0] * 800, labels, programs, weights).threshold == 0.75
 
 
 def test_expected_calibration_error_is_the_gap_in_each_bin():
@@ -357,10 +370,10 @@ def test_expected_calibration_error_is_the_gap_in_each_bin():
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (([-1.0] * 20, [True] * 19), "is_correct"),
-        (([-1.0] * 3, [True] * 3), "3"),
-        (([-math.inf] * 20, [True] * 20), "scores"),
-        (([-1.0] * 20, [True] * 20, 1.5), "threshold"),
+        (([-1.0] * 20, [True] * 19, ["ls"] * 20), "is_correct"),
+        (([-1.0] * 3, [True] * 3, ["ls"] * 3), "3"),
+        (([-math.inf] * 20, [True] * 20, ["ls"] * 20), "scores"),
+        (([-1.0] * 20, [True] * 20, ["ls"] * 20, None, 1.5), "threshold"),
     ],
 )
 def test_calibration_refuses(arguments, name):

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,18 +13,21 @@ from pathlib import Path
 CALIBRATION_FILE = "shell_calibration.json"
 NUM_BINS = 10
 NUM_FOLDS = 5
-MAX_STEPS = 100
-# Of the logistic regression, so that scores without any information fit too.
-RIDGE = 1e-6
+# Answers that begin with a program need an offset of their own if there are at least this many.
+MIN_ANSWERS = 50
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Platt scaling of log-probabilities (Platt, 1999): confidence = sigmoid(slope * score + intercept).
+    """Platt scaling of log-probabilities (Platt, 1999), with an offset for frequent programs.
+
+    confidence = sigmoid(slope * score + intercept + offset of the first program)
 
     Args:
         slope (`float`): Per nat.
         intercept (`float`): Log-odds of an answer with log-probability 0.
+        program_offsets (`dict[str, float]`): Log-odds that are added for answers that begin with a program, such as
+            `find`, whose flags are a matter of taste more often.
         threshold (`float`): Below this confidence, an answer is not sure.
         expected_calibration_error (`float`): From 0 to 1; of rows that were left out of the fit in turn.
         num_examples (`int`): Rows of the fit.
@@ -31,13 +35,14 @@ class Calibration:
 
     slope: float
     intercept: float
+    program_offsets: dict[str, float]
     threshold: float
     expected_calibration_error: float
     num_examples: int
 
-    def confidence(self, score: float) -> float:
-        """Return the probability that an answer with this log-probability is right."""
-        return _sigmoid(self.slope * score + self.intercept)
+    def confidence(self, score: float, program: str) -> float:
+        """Return the probability that an answer with this log-probability and first program is right."""
+        return _sigmoid(self.slope * score + self.intercept + self.program_offsets.get(program, 0.0))
 
     def save(self, folder: str | Path) -> None:
         """Write `shell_calibration.json` into the folder of a model."""
@@ -69,13 +74,19 @@ class Calibration:
 
 
 def fit_calibration(
-    scores: Sequence[float], is_correct: Sequence[bool], threshold: float | None = None
+    scores: Sequence[float],
+    is_correct: Sequence[bool],
+    programs: Sequence[str],
+    weights: Sequence[float] | None = None,
+    threshold: float | None = None,
 ) -> Calibration:
-    """Fit the confidence to the answers of a validation file.
+    """Fit the confidence to the answers of validation files, by logistic regression.
 
     Args:
         scores (`Sequence[float]`): Log-probability of each answer, in nats.
         is_correct (`Sequence[bool]`): Whether the answer is right.
+        programs (`Sequence[str]`): First program of the answer.
+        weights (`Sequence[float]`, *optional*): How much each answer counts; `None` counts all equally.
         threshold (`float`, *optional*): Confidence below which an answer is not sure, from 0 to 1. `None` is the share
             of right answers: such an answer is less likely right than the average one.
 
@@ -84,26 +95,28 @@ def fit_calibration(
             of 0 to 1.
     """
     scores, labels = [float(score) for score in scores], [bool(label) for label in is_correct]
-    if len(scores) != len(labels) or len(scores) < 2 * NUM_FOLDS:
+    weights = [1.0] * len(scores) if weights is None else list(weights)
+    if len({len(scores), len(labels), len(programs), len(weights)}) > 1 or len(scores) < 2 * NUM_FOLDS:
         raise ValueError(
-            f"`scores` has {len(scores)} rows and `is_correct` {len(labels)}, but both must have the same number, at "
-            f"least {2 * NUM_FOLDS}."
+            f"`scores` has {len(scores)} rows, `is_correct` {len(labels)}, `programs` {len(programs)} and `weights` "
+            f"{len(weights)}, but all must have the same number, at least {2 * NUM_FOLDS}."
         )
     if not all(map(math.isfinite, scores)):
         raise ValueError("`scores` has a value that is not finite. Give log-probabilities.")
     if threshold is None:
-        threshold = sum(labels) / len(labels)
+        threshold = sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
     if not 0 <= threshold <= 1:
         raise ValueError(f"`threshold` must be between 0 and 1, got {threshold}.")
-    slope, intercept = _fit_platt(scores, labels)
-    confidences = [0.0] * len(scores)
+    rows = list(zip(scores, programs, labels, weights, strict=True))
+    slope, intercept, offsets = _fit_logistic(rows)
+    confidences = [0.0] * len(rows)
     for fold in range(NUM_FOLDS):
-        kept = [index for index in range(len(scores)) if index % NUM_FOLDS != fold]
-        part = _fit_platt([scores[index] for index in kept], [labels[index] for index in kept])
-        for index in range(fold, len(scores), NUM_FOLDS):
-            confidences[index] = _sigmoid(part[0] * scores[index] + part[1])
+        kept = [row for number, row in enumerate(rows) if number % NUM_FOLDS != fold]
+        part = Calibration(*_fit_logistic(kept), threshold, 0.0, len(kept))
+        for number in range(fold, len(rows), NUM_FOLDS):
+            confidences[number] = part.confidence(*rows[number][:2])
     error = expected_calibration_error(confidences, labels)
-    return Calibration(slope, intercept, threshold, error, len(scores))
+    return Calibration(slope, intercept, offsets, threshold, error, len(scores))
 
 
 def expected_calibration_error(confidences: Sequence[float], is_correct: Sequence[bool]) -> float:
@@ -123,38 +136,19 @@ def _sigmoid(value):
     return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def _fit_platt(scores, labels):
-    """Return slope and intercept of a logistic regression, by Newton's method, with Platt's targets."""
-    num_correct = sum(labels)
-    correct, wrong = (num_correct + 1) / (num_correct + 2), 1 / (len(labels) - num_correct + 2)
-    targets = [correct if label else wrong for label in labels]
-    mean = sum(scores) / len(scores)
-    spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores)) or 1.0
-    inputs = [(score - mean) / spread for score in scores]
-    slope = offset = 0.0
-    for _ in range(MAX_STEPS):
-        step = _newton_step(inputs, targets, slope, offset)
-        slope, offset = slope - step[0], offset - step[1]
-        if max(map(abs, step)) < 1e-9:
-            break
-    return slope / spread, offset - slope * mean / spread
+def _fit_logistic(rows):
+    """Return slope, intercept, and offsets of frequent programs; `rows` are score, program, label and weight."""
+    from sklearn.linear_model import LogisticRegression
 
-
-def _newton_step(inputs, targets, slope, offset):
-    outputs = [_sigmoid(slope * value + offset) for value in inputs]
-    weights = [output * (1 - output) for output in outputs]
-    errors = [output - target for output, target in zip(outputs, targets, strict=True)]
-    gradient = sum(map(math.prod, zip(errors, inputs, strict=True))) + RIDGE * slope, sum(errors)
-    first = sum(weight * value * value for weight, value in zip(weights, inputs, strict=True)) + RIDGE
-    mixed = sum(map(math.prod, zip(weights, inputs, strict=True)))
-    last = sum(weights) + RIDGE
-    determinant = first * last - mixed * mixed
-    step = (
-        (last * gradient[0] - mixed * gradient[1]) / determinant,
-        (first * gradient[1] - mixed * gradient[0]) / determinant,
-    )
-    scale = min(1.0, 5 / max(1e-12, *map(abs, step)))  # far from the solution, a full step may overshoot
-    return step[0] * scale, step[1] * scale
+    counts = Counter(program for _, program, _, _ in rows)
+    frequent = [program for program, count in counts.items() if count >= MIN_ANSWERS]
+    # One right and one wrong answer more, as in Laplace's rule, so that no confidence becomes 0 or 1.
+    mean = sum(row[0] for row in rows) / len(rows)
+    rows = [*rows, (mean, "", True, 1.0), (mean, "", False, 1.0)]
+    inputs = [[row[0], *(float(row[1] == program) for program in frequent)] for row in rows]
+    model = LogisticRegression().fit(inputs, [row[2] for row in rows], sample_weight=[row[3] for row in rows])
+    slope, *offsets = map(float, model.coef_[0])
+    return slope, float(model.intercept_[0]), dict(zip(frequent, offsets, strict=True))
 
 
 __all__ = ["CALIBRATION_FILE", "Calibration", "expected_calibration_error", "fit_calibration"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from .calibration import Calibration
 from .console import print_status
-from .shell_syntax import is_complete, outline
+from .shell_syntax import first_program, is_complete, outline
 
 
 # The file and the folder of exports, as in `encdec_slm.export_manifest`, which imports torch.
@@ -138,8 +138,10 @@ class ShellModel:
     def _build_answer(self, probabilities):
         """Build the answer that stands for commands with these probabilities."""
         log_probability = math.log(max(math.fsum(probabilities.values()), sys.float_info.min))
-        confidence = None if self.calibration is None else self.calibration.confidence(log_probability)
-        return Answer(max(probabilities, key=probabilities.get), log_probability, confidence)
+        command, confidence = max(probabilities, key=probabilities.get), None
+        if self.calibration is not None:
+            confidence = self.calibration.confidence(log_probability, first_program(command))
+        return Answer(command, log_probability, confidence)
 
     def _max_new_tokens(self):
         limit = self._settings.get("max_new_tokens") or (self._settings.get("max_length") or MAX_NEW_TOKENS) - 1

@@ -81,6 +81,11 @@ def outline(line: str) -> tuple:
     return tuple(parts)
 
 
+def first_program(line: str) -> str:
+    """Return the name of the first program of a command line; empty if there is none."""
+    return next((word.text.rpartition("/")[2] for command in parse_commands(line) for word in command.words), "")
+
+
 def unquote(text: str) -> str:
     """Return the plain text of a word."""
     return text.translate(PLAIN)
@@ -310,4 +315,7 @@ def _values(expression, variables):
     return [unquote(default[1])] if default else [f"\ue007{name or expression}\ue008"]
 
 
-__all__ = ["UNKNOWN", "Command", "Word", "expand_word", "is_complete", "outline", "parse_commands", "unquote"]
+__all__ = [
+    *("UNKNOWN", "Command", "Word", "expand_word", "first_program", "is_complete", "outline", "parse_commands"),
+    "unquote",
+]
