@@ -13,12 +13,14 @@ which there is no doubt are right.
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration, expected_calibration_error, fit_calibration
+from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration
 from encdec_slm_cli.shell_model import ShellModel, load_shell_model
 from encdec_slm_cli.shell_syntax import first_program
+from sklearn.linear_model import LogisticRegression
 
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
@@ -26,6 +28,10 @@ from encdec_slm.trainers.evaluation.shell_metrics import command_template
 
 
 NUM_ANSWERS = 5
+NUM_BINS = 10
+NUM_FOLDS = 5
+# Answers that begin with a program need an offset of their own if there are at least this many.
+MIN_ANSWERS = 50
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +85,78 @@ def evaluate_answers(
             is_right = command_template(answer.command) in map(command_template, targets)
             checked.append((answer.log_probability, is_right, first_program(answer.command)))
     return results, checked
+
+
+def fit_calibration(
+    scores: Sequence[float],
+    is_correct: Sequence[bool],
+    programs: Sequence[str],
+    weights: Sequence[float] | None = None,
+    threshold: float | None = None,
+) -> Calibration:
+    """Fit the confidence to the answers of validation files, by logistic regression.
+
+    Args:
+        scores (`Sequence[float]`): Log-probability of each answer, in nats.
+        is_correct (`Sequence[bool]`): Whether the answer is right.
+        programs (`Sequence[str]`): First program of the answer.
+        weights (`Sequence[float]`, *optional*): How much each answer counts; `None` counts all equally.
+        threshold (`float`, *optional*): Confidence below which an answer is not sure, from 0 to 1. `None` is the share
+            of right answers: such an answer is less likely right than the average one.
+
+    Raises:
+        ValueError: There are fewer than 10 rows, the lengths differ, a score is not finite, or `threshold` is outside
+            of 0 to 1.
+    """
+    scores, labels = [float(score) for score in scores], [bool(label) for label in is_correct]
+    weights = [1.0] * len(scores) if weights is None else list(weights)
+    if len({len(scores), len(labels), len(programs), len(weights)}) > 1 or len(scores) < 2 * NUM_FOLDS:
+        raise ValueError(
+            f"`scores` has {len(scores)} rows, `is_correct` {len(labels)}, `programs` {len(programs)} and `weights` "
+            f"{len(weights)}, but all must have the same number, at least {2 * NUM_FOLDS}."
+        )
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("`scores` has a value that is not finite. Give log-probabilities.")
+    if threshold is None:
+        threshold = sum(weight for weight, label in zip(weights, labels, strict=True) if label) / sum(weights)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` must be between 0 and 1, got {threshold}.")
+    rows = list(zip(scores, programs, labels, weights, strict=True))
+    slope, intercept, offsets = _fit_logistic(rows)
+    confidences = [0.0] * len(rows)
+    for fold in range(NUM_FOLDS):
+        kept = [row for number, row in enumerate(rows) if number % NUM_FOLDS != fold]
+        part = Calibration(*_fit_logistic(kept), threshold, 0.0, len(kept))
+        for number in range(fold, len(rows), NUM_FOLDS):
+            confidences[number] = part.confidence(*rows[number][:2])
+    error = expected_calibration_error(confidences, labels)
+    return Calibration(slope, intercept, offsets, threshold, error, len(scores))
+
+
+def _fit_logistic(rows):
+    """Return slope, intercept, and offsets of frequent programs; `rows` are score, program, label and weight."""
+    counts = Counter(program for _, program, _, _ in rows)
+    frequent = [program for program, count in counts.items() if count >= MIN_ANSWERS]
+    # One right and one wrong answer more, as in Laplace's rule, so that no confidence becomes 0 or 1.
+    mean = sum(row[0] for row in rows) / len(rows)
+    rows = [*rows, (mean, "", True, 1.0), (mean, "", False, 1.0)]
+    inputs = [[row[0], *(float(row[1] == program) for program in frequent)] for row in rows]
+    model = LogisticRegression().fit(inputs, [row[2] for row in rows], sample_weight=[row[3] for row in rows])
+    slope, *offsets = map(float, model.coef_[0])
+    return slope, float(model.intercept_[0]), dict(zip(frequent, offsets, strict=True))
+
+
+def expected_calibration_error(confidences: Sequence[float], is_correct: Sequence[bool]) -> float:
+    """Compute the mean distance of confidence and accuracy in 10 bins of equal width (arXiv 1706.04599).
+
+    Args:
+        confidences (`Sequence[float]`): From 0 to 1; at least one.
+        is_correct (`Sequence[bool]`): Whether each answer is right.
+    """
+    gaps = [0.0] * NUM_BINS
+    for confidence, label in zip(confidences, is_correct, strict=True):
+        gaps[min(int(confidence * NUM_BINS), NUM_BINS - 1)] += confidence - label
+    return sum(map(abs, gaps)) / len(confidences)
 
 
 def print_check(calibration: Calibration, answers: Sequence[tuple[float, bool, str]]) -> None:
