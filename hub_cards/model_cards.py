@@ -27,8 +27,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 NOT_RECORDED = "not recorded"
 # What the author of a card can state.
 TEXT_FACTS = (
-    *("description", "training_data", "teacher", "objective", "hardware", "energy", "limits", "example"),
-    *("license", "name"),
+    *("description", "training_data", "starting_point", "teacher", "objective", "optimizer_steps", "training_time"),
+    *("hardware", "energy", "limits", "example", "license", "name"),
 )
 LIST_FACTS = ("language", "datasets", "base_model", "tags")
 METADATA = ("license", *LIST_FACTS)
@@ -257,12 +257,12 @@ def _training_table(training, facts):
     rows = {
         "training data": facts.get("training_data") or recorded.get("data"),
         "shortened rows": recorded.get("cut"),
-        "starting point": recorded.get("base_model"),
+        "starting point": facts.get("starting_point") or recorded.get("base_model"),
         "teacher": facts.get("teacher") or recorded.get("teacher"),
         "targets": recorded.get("targets"),
         "objective": facts.get("objective") or recorded.get("objective"),
-        "optimizer steps": recorded.get("steps"),
-        "training time": recorded.get("time"),
+        "optimizer steps": facts.get("optimizer_steps") or recorded.get("steps"),
+        "training time": facts.get("training_time") or recorded.get("time"),
         "hardware": facts.get("hardware") or recorded.get("hardware"),
         "energy": facts.get("energy"),
         "versions": recorded.get("versions"),

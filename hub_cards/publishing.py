@@ -154,8 +154,9 @@ def publish(
         bundles (`Sequence[str | Path]`, *optional*): Folders of exports, one of each format, copied to a folder of
             the format's name. Folders of these names in the source are copied too.
         facts (`dict`, *optional*): Facts for the card that no file records. They take precedence over recorded ones:
-            `description`, `training_data`, `teacher`, `objective`, `hardware`, `energy`, `limits`, `example` (a source
-            for the snippets), `license`, `name`, `language` (defaults to `"en"`), `datasets`, `base_model`, `tags`.
+            `description`, `training_data`, `starting_point`, `teacher`, `objective`, `optimizer_steps`,
+            `training_time`, `hardware`, `energy`, `limits`, `example` (a source for the snippets), `license`, `name`,
+            `language` (defaults to `"en"`), `datasets`, `base_model`, `tags`.
         leave_out (`Sequence[str]`, *optional*): Patterns of names in the source folder that are ignored.
 
     Returns:

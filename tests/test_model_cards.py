@@ -98,7 +98,8 @@ def test_parameters_are_counted_from_the_weights(text_folder, vision_folder):
 
 
 def test_stated_facts_replace_recorded_ones(card_of):
-    names = ("description", "training_data", "teacher", "objective", "hardware", "energy")
+    names = ("description", "training_data", "starting_point", "teacher", "objective", "optimizer_steps")
+    names += ("training_time", "hardware", "energy")
     facts = {name: f"my {name}" for name in names}
     text = card_of(None, {**facts, "limits": "Only Python.", "example": 'say "x"'}, training=build_training()).text
     assert all(value in text for value in facts.values()) and "4,321" not in text
