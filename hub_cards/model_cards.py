@@ -25,6 +25,8 @@ from .repository_checks import remove_local_paths
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 NOT_RECORDED = "not recorded"
+# In the folder of a model, a plot that its card shows.
+RESULTS_PLOT = "results.png"
 # What the author of a card can state.
 TEXT_FACTS = (
     *("description", "training_data", "starting_point", "teacher", "objective", "optimizer_steps", "training_time"),
@@ -121,6 +123,7 @@ def build_card(content: CardContent) -> ModelCard:
         },
         training_table=None if is_converted and training is None else _training_table(training, facts),
         results=[_describe_results(result) for result in results],
+        plot=RESULTS_PLOT if (content.folder / RESULTS_PLOT).is_file() else None,
         license=metadata.get("license"),
         is_published=content.is_published,
         has_weights_license=content.has_weights_license,

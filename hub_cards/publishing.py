@@ -34,6 +34,7 @@ from ..run_results import RunResults
 from . import fresh_process
 from .eval_results import EVAL_RESULTS_FOLDER, load_evaluations, write_eval_results
 from .model_cards import (
+    RESULTS_PLOT,
     CardContent,
     build_card,
     check_facts,
@@ -53,10 +54,10 @@ VISION_CODE = (
     *("configuration_encdec_vlm.py", "modeling_encdec_vlm.py", "pipeline_encdec_slm.py"),
     *("image_processing_encdec_vlm.py", "processing_encdec_vlm.py"),
 )
-# `shell_calibration.json` is read by `encdec-slm shell`.
+# `shell_calibration.json` is read by `encdec-slm shell`, and the card shows the plot.
 PROCESSING_FILES = (
     *(*TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json"),
-    "shell_calibration.json",
+    *("shell_calibration.json", RESULTS_PLOT),
 )
 BUNDLES = tuple(dict.fromkeys(FORMAT_FOLDERS.values()))
 # License of the weights, if it differs from that of the code.

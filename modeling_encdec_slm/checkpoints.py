@@ -48,7 +48,7 @@ CHECKPOINT_FILES = (
         ".gitattributes",
     ),
     *("*_encdec_slm.py", "*_encdec_vlm.py", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
-    "shell_calibration.json",
+    *("shell_calibration.json", "results.png"),
 )
 LOCK_NAME = ".encdec_slm.lock"
 INCOMPLETE_PREFIX = ".encdec_slm-incomplete-"

@@ -154,10 +154,13 @@ def export_source(export_model, tmp_path_factory):
     return folder
 
 
-def test_the_calibration_of_a_shell_model_is_copied(source, tmp_path, checked):
+def test_calibration_and_plot_are_copied_and_the_card_shows_the_plot(source, tmp_path, checked):
     (source / "shell_calibration.json").write_text("{}")
+    assert "results.png" not in (publish(source, output_dir=tmp_path / "plain").folder / "README.md").read_text()
+    (source / "results.png").write_bytes(b"a plot")
     published = publish(source, output_dir=tmp_path / "out")
-    assert (published.folder / "shell_calibration.json").is_file() and not published.left_out
+    assert {"shell_calibration.json", "results.png"} <= names_in(published) and not published.left_out
+    assert "](results.png)" in (published.folder / "README.md").read_text()
 
 
 def test_exports_are_copied_into_the_repository(source, ct2_folder, tmp_path, checked):

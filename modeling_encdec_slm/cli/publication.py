@@ -12,8 +12,8 @@ from .console import UsageError, print_status
 
 FACTS_HELP = (
     "YAML file with facts for the card: description, training_data, starting_point, teacher, objective, "
-    "optimizer_steps, training_time, hardware, energy, limits, example, license, name, language, datasets, base_model, "
-    "tags."
+    "optimizer_steps, training_time, hardware, energy, limits, example, license, name, language, datasets, "
+    "base_model, tags."
 )
 
 
