@@ -25,6 +25,8 @@ def test_the_checkpoint_is_small_and_complete():
     files = {path.name: path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()}
     assert files["model.safetensors"] <= 20_000_000
     assert {"config.json", "generation_config.json", "LICENSE", "README.md", "tokenizer.json"} <= set(files)
+    assert (CHECKPOINT / "results.png").read_bytes() == (ROOT / "docs" / "shell.png").read_bytes()
+    del files["results.png"]
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".py", ".md", ".yaml", ".jinja", ""}
 
 
