@@ -19,7 +19,7 @@ def main(arguments=None):
     parser.add_argument("output", type=Path)
     parser.add_argument("--held-out", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--topics", nargs="*", default=[], metavar="TOPIC", help="default: all")
-    parser.add_argument("--copies", type=int, default=4, help="rows of each request; default: 4")
+    parser.add_argument("--copies", type=int, default=3, help="rows of each request; default: 3")
     args = parser.parse_args(arguments)
     set_up_logging(debug=False)
     from encdec_slm.checkpoints import write_file

@@ -376,7 +376,7 @@ def build_training_rows(
 
     Each NL2Bash row comes once as it is and `copies` times with other literals, each everyday request with
     `everyday_copies` choices of words, each tldr example with two, and at most 25 descriptions of each of Fig's
-    programs. Of tldr's programs, those count that people use: the common ones, and those of everyday commands.
+    programs. A tldr example is left out if its program is neither a common one nor in an everyday command.
 
     Args:
         nl2bash (`Sequence[ShellRow]`): Training rows of [`read_nl2bash`].
