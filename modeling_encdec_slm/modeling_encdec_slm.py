@@ -870,6 +870,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
 
     def _loss(self, logits, labels, num_items_in_batch, **kwargs):
         vocab_size = self.config.get_text_config().vocab_size
+        labels = labels.contiguous()  # a slice has no flat view
         check_token_ids(labels.clamp(min=0), vocab_size, "labels")
         if num_items_in_batch is None:
             num_items_in_batch = (labels != -100).sum()

@@ -16,7 +16,12 @@ from encdec_slm.trainers.distillation_losses import ObjectiveSettings, distillat
 from encdec_slm.trainers.output_heads import OutputHead
 
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's compiler advises a lower precision, and transformers passes a flag that torch 2.11 deprecates.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
+]
 
 
 @pytest.fixture

@@ -164,6 +164,8 @@ def test_logits_to_keep_scores_only_the_last_positions(tiny_model, source, targe
     expected = tiny_model(**source, decoder_input_ids=target_ids).logits
     actual = tiny_model(**source, decoder_input_ids=target_ids, logits_to_keep=2).logits
     torch.testing.assert_close(actual, expected[:, -2:])
+    loss = tiny_model(**source, decoder_input_ids=target_ids, labels=target_ids, logits_to_keep=2).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected[:, -2:].mT, target_ids[:, -2:]))
 
 
 def test_attentions_and_hidden_states_are_recorded(tiny_model, source, target_ids):
