@@ -278,6 +278,13 @@ def test_ids_outside_of_the_vocabulary_are_named(tiny_model, source, target_ids)
         tiny_model.generate(torch.tensor([[1, 400]]))
 
 
+@pytest.mark.parametrize("name", ["input_ids", "decoder_input_ids"])
+def test_an_empty_argument_is_named(tiny_model, target_ids, name):
+    arguments = {"input_ids": target_ids, "decoder_input_ids": target_ids, name: target_ids[:, :0]}
+    with pytest.raises(ValueError, match=rf"`{name}` has shape \(3, 0\), but at least one token"):
+        tiny_model(**arguments)
+
+
 def test_labels_of_another_length_than_the_decoder_input_are_refused(tiny_model, source, target_ids):
     with pytest.raises(ValueError, match=r"`labels` .*\(3, 5\), `decoder_input_ids` \(3, 6\)"):
         tiny_model(**source, decoder_input_ids=target_ids, labels=target_ids[:, 1:])
