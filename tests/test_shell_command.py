@@ -10,13 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from encdec_slm_cli import main, shell_model
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration
-from encdec_slm_cli.shell_syntax import is_complete, outline
+from encdec_slm_cli.shell_syntax import is_complete, list_programs, outline, quote_literals
 
 from conftest import build_model, build_tokenizer
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
@@ -27,7 +28,13 @@ PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 REQUEST = "w7 w9 w4"
 # Most tokens are options, so that commands differ in more than arguments.
 WORDS = [f"w{number}" if number < 10 else f"-w{number}" for number in range(4, 97)]
-FITTED = {"program_offsets": {}, "threshold": 0.5, "expected_calibration_error": 0.0, "num_examples": 10}
+FITTED = {
+    "program_offsets": {},
+    "threshold": 0.5,
+    "expected_calibration_error": 0.0,
+    "num_examples": 10,
+    "programs": [],
+}
 SURE = Calibration(slope=0.0, intercept=2.0, **FITTED)
 NOT_SURE = Calibration(slope=0.0, intercept=-2.0, **FITTED)
 
@@ -157,12 +164,58 @@ def test_incomplete_commands_come_last(run, tmp_path):
     [
         *((line, True) for line in ("ls", "ls | wc", "(ls)", "echo 'a' \"b $(c) `d`\"", "sleep 1 &", r"ls \(")),
         *((line, False) for line in ("ls 'a", 'ls "a', "ls $'a", "ls `a", "ls $(a", "ls ${a", "(ls", "ls)", "ls |")),
-        *((line, False) for line in ("ls &&", "ls ||", "ls \\", 'ls "$(a"')),
-        ("case a in a) b;; esac", True),
+        *((line, False) for line in ("ls &&", "ls ||", "ls \\", 'ls "$(a"', "ls >", "[ -f a", "[[ -f a", "ls; done")),
+        *((line, False) for line in ("for f in *; do ls", "if true; then ls", "{ ls;", r"find \( -name a")),
+        *((line, True) for line in ("for f in *; do ls; done", "if [ -f a ]; then ls; fi", "{ ls; }", "f() { ls; }")),
+        *((line, True) for line in ("case a in a) b;; esac", "function f { ls; }", "tr '{' '}'", "echo done >&2")),
     ],
 )
 def test_completeness_of_commands(line, expected):
     assert is_complete(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cd /a && sudo /bin/ls -l | wc", ["cd", "sudo", "ls", "wc"]),
+        ("A=1 echo $(date) `id`", ["echo", "date", "id"]),
+        ("sudo -u bob ls", ["sudo"]),
+        ("$EDITOR a; ./b.sh", ["b.sh"]),
+        ("", []),
+    ],
+)
+def test_programs_of_commands(line, expected):
+    assert list_programs(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "line", "expected"),
+    [
+        ('remove the folder "old photos"', "rm -rf old photos", "rm -rf 'old photos'"),
+        ("copy 'final report.pdf' to /tmp", "cp ./final report.pdf /tmp", "cp ./'final report.pdf' /tmp"),
+        ("list “my files”", "ls my files/a; ls my files", "ls 'my files'/a; ls 'my files'"),
+        ("commit with the message `fix a bug`", "git commit -m fix a bug", "git commit -m 'fix a bug'"),
+        ('find "old photos"', "find . -name 'old photos'", "find . -name 'old photos'"),
+        ('find "old photos"', r"find . -name old\ photos -o -name bold photos", None),
+        ("run 'ls -l' in the background", "nohup ls -l &", None),
+        ("run 'my script' now", "my script", None),
+        ("don't delete bob's files or ann's", "ls s files or ann", None),
+        ('delete "notes.txt"', "rm notes.txt", None),
+    ],
+)
+def test_quoted_names_of_a_request_are_quoted(request_, line, expected):
+    assert quote_literals(line, request_, ["ls"]) == (expected or line)
+
+
+def test_a_program_that_is_not_known_is_not_sure(run, shell_export, tmp_path):
+    folder = shutil.copytree(shell_export, tmp_path / "model")
+    commands = run(REQUEST, "--model", shell_export, "-n", 20)[1]
+    first, other = commands[0].split()[0], next(command for command in commands if command.split()[0][0] != "w")
+    assert first not in REQUEST.split()
+    replace(SURE, programs=["ls"]).save(folder)
+    assert run(REQUEST, "--model", folder)[1:] == (commands[:1], ["  not sure: confidence 0%, below 50%"])
+    replace(SURE, programs=[other.split()[0]]).save(folder)
+    assert run(REQUEST, "--model", folder)[1:] == ([other], ["  confidence 88%"])
 
 
 def test_the_script_calibrates_a_model(shell_export, tmp_path, capsys):

@@ -4,7 +4,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
@@ -25,6 +25,8 @@ class Calibration:
         threshold (`float`): Below this confidence, an answer is not sure.
         expected_calibration_error (`float`): From 0 to 1; of rows that were left out of the fit in turn.
         num_examples (`int`): Rows of the fit.
+        programs (`list[str]`, *optional*): Programs that the model was trained on; an answer with another one is not
+            sure. Without any, all are known.
     """
 
     slope: float
@@ -33,6 +35,7 @@ class Calibration:
     threshold: float
     expected_calibration_error: float
     num_examples: int
+    programs: list[str] = field(default_factory=list)
 
     def confidence(self, score: float, program: str) -> float:
         """Return the probability that an answer with this log-probability and first program is right."""
@@ -59,7 +62,7 @@ class Calibration:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: field.type(values[field.name]) for field in fields(cls)})
+            return cls(**{one.name: one.type(values[one.name]) for one in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(path)!r} is not a calibration ({type(error).__name__}: {error}). Delete it, or write it again "

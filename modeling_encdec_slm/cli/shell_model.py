@@ -17,7 +17,7 @@ from typing import Any
 
 from .calibration import Calibration
 from .console import print_status
-from .shell_syntax import first_program, is_complete, outline
+from .shell_syntax import first_program, is_complete, list_programs, outline, quote_literals
 
 
 # The file and the folder of exports, as in `encdec_slm.export_manifest`, which imports torch.
@@ -108,7 +108,9 @@ class ShellModel:
         """Return up to `num_answers` commands, the most probable first.
 
         Commands differ in programs or options: of those that differ in arguments alone, the most probable one stands
-        for all, and their probabilities are added. Commands with open quotation marks or brackets come last.
+        for all, and their probabilities are added. Commands with open quotation marks or brackets come last. Those
+        with a program that the model was not trained on, and that is not in the request, are left out if there are
+        others. Names that have quotation marks in the request get them in the command.
 
         Args:
             request (`str`): In English.
@@ -131,17 +133,23 @@ class ShellModel:
             if command := self._decode(tokens):
                 group = groups.setdefault(outline(command), {})
                 group[command] = group.get(command, 0.0) + math.exp(log_probability)
-        answers = [self._build_answer(group) for group in groups.values()]
+        answers = [self._build_answer(group, request) for group in groups.values()]
+        answers = [answer for answer in answers if answer.confidence != 0] or answers
         answers.sort(key=lambda answer: (not is_complete(answer.command), -answer.log_probability))
         return answers[:num_answers]
 
-    def _build_answer(self, probabilities):
+    def _build_answer(self, probabilities, request):
         """Build the answer that stands for commands with these probabilities."""
         log_probability = math.log(max(math.fsum(probabilities.values()), sys.float_info.min))
-        command, confidence = max(probabilities, key=probabilities.get), None
-        if self.calibration is not None:
+        command = max(probabilities, key=probabilities.get)
+        programs = () if self.calibration is None else self.calibration.programs
+        if self.calibration is None:
+            confidence = None
+        elif programs and not all(name in programs or name in request for name in list_programs(command)):
+            confidence = 0.0
+        else:
             confidence = self.calibration.confidence(log_probability, first_program(command))
-        return Answer(command, log_probability, confidence)
+        return Answer(quote_literals(command, request, programs), log_probability, confidence)
 
     def _max_new_tokens(self):
         limit = self._settings.get("max_new_tokens") or (self._settings.get("max_length") or MAX_NEW_TOKENS) - 1
@@ -198,7 +206,15 @@ def find_model_folder(name: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(
+            f"{name!r} is neither a folder nor a name on the Hub. Give the folder of a shell model, or a name such as "
+            "'user/model'."
+        ) from None
     with contextlib.suppress(Exception):  # a name that is none, or that is not in the cache; explained below
         return Path(snapshot_download(name, local_files_only=True))
     from encdec_slm.checkpoints import find_checkpoint_folder

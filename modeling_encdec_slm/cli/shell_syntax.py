@@ -6,6 +6,8 @@ No line is refused: an open quotation mark or bracket ends with the line.
 
 import itertools
 import re
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 
@@ -23,6 +25,14 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v"
 RESERVED = frozenset(
     {"!", "{", "}", "if", "then", "else", "elif", "fi", "while", "until", "do", "done", "coproc", "esac"}
 )
+# Words that open a compound command, and those that close one.
+OPENING = frozenset({"{", "if", "while", "until", "for", "select", "case"})
+CLOSING = frozenset({"}", "fi", "done", "esac"})
+TESTS = {"[": "]", "[[": "]]"}
+# Programs that run the command after them.
+RUNNERS = frozenset({"command", "env", "exec", "nohup", "sudo", "time", "xargs"})
+# Text between quotation marks in a sentence; an apostrophe is none.
+QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|`([^`]+)`|(?<!\w)'([^']+)'(?!\w)")
 BRACES = re.compile(rf"(?<![${QUOTED_DOLLAR}])\{{([^{{}}]*,[^{{}}]*)\}}")
 MAX_BRACES = 8
 MAX_EXPANSIONS = 50
@@ -63,10 +73,16 @@ def parse_commands(line: str) -> list[Command]:
 
 
 def is_complete(line: str) -> bool:
-    """Return whether all quotation marks and brackets of a command line are closed, and no operator ends it."""
+    """Return whether all quotation marks, brackets and blocks of a line are closed, and no operator ends it."""
     parser = _Parser(PRIVATE.sub("\ufffd", line))
-    parser.parse()
-    return not parser.is_open and (parser.depth == 0 or "case" in line) and not re.search(r"(\||&&)\s*$", line)
+    commands = [[unquote(word.text) for word in command.words] for command in parser.parse()]
+    if parser.is_open or parser.num_blocks or (parser.depth and "case" not in line):
+        return False
+    if any(words and TESTS.get(words[0], words[-1]) != words[-1] for words in commands):
+        return False
+    if any(words[:1] == ["find"] and words.count("(") != words.count(")") for words in commands):
+        return False
+    return not re.search(r"(\||&&)\s*$", line)
 
 
 def outline(line: str) -> tuple:
@@ -86,6 +102,42 @@ def first_program(line: str) -> str:
     return next((word.text.rpartition("/")[2] for command in parse_commands(line) for word in command.words), "")
 
 
+def list_programs(line: str) -> list[str]:
+    """Return the names of the programs that a command line runs, also in substitutions and after `sudo`.
+
+    Those in variables are not known.
+    """
+    programs = []
+    for command in parse_commands(line):
+        texts = [word.text for word in command.words if not re.match(r"\w+=", word.text)]
+        while len(texts) > 1 and texts[0] in RUNNERS and not texts[1].startswith("-"):
+            programs.append(texts.pop(0))
+        programs += [text.rpartition("/")[2] for text in texts[:1] if "$" not in text]
+        programs += [name for word in command.words for text in word.substitutions for name in list_programs(text)]
+    return programs
+
+
+def quote_literals(line: str, request: str, programs: Collection[str]) -> str:
+    """Put quotation marks around the words of a command line that have them in the request: they are one name.
+
+    Args:
+        line (`str`): Command line, such as `rm my notes.txt`.
+        request (`str`): In English, such as `delete "my notes.txt"`.
+        programs (`Collection[str]`): Texts that begin with one of these may be commands, and stay as they are.
+    """
+    for match in QUOTATION.finditer(request):
+        literal = next(filter(None, match.groups()))
+        if len(literal.split()) < 2 or literal.split()[0] in programs:
+            continue
+        pattern = re.compile(rf"(?<![\w\\]){re.escape(literal)}(?!\w)")
+        for found in reversed(list(pattern.finditer(line))):
+            parser = _Parser(line[: found.start()])
+            parser.parse()
+            if not parser.is_open and parser.commands[-1].words:
+                line = line[: found.start()] + shlex.quote(literal) + line[found.end() :]
+    return line
+
+
 def unquote(text: str) -> str:
     """Return the plain text of a word."""
     return text.translate(PLAIN)
@@ -98,6 +150,7 @@ class _Parser:
         self.here_documents = []
         self.is_open = False  # a quotation mark or an expansion is not closed
         self.depth = 0  # of subshells; -1 after a bracket that closes none
+        self.num_blocks = 0  # compound commands that are open
 
     def parse(self):
         while self.position < len(self.line):
@@ -136,6 +189,9 @@ class _Parser:
 
     def _add_word(self, word):
         words = self.commands[-1].words
+        if not words or words[0].text in ("function", "time"):
+            self.num_blocks += word.text in OPENING
+        self.num_blocks -= not words and word.text in CLOSING
         if words or word.text not in RESERVED:
             words.append(word)
 
@@ -143,6 +199,7 @@ class _Parser:
         if operator[1:2] == "&" and operator != ">&":
             return  # of one stream to another
         self._skip(r"[ \t]+")
+        self.is_open |= self.position == len(self.line)
         target = self._read_word()
         if operator in (">&", "&>", ">|"):
             operator = ">"
@@ -316,6 +373,6 @@ def _values(expression, variables):
 
 
 __all__ = [
-    *("UNKNOWN", "Command", "Word", "expand_word", "first_program", "is_complete", "outline", "parse_commands"),
-    "unquote",
+    *("UNKNOWN", "Command", "Word", "expand_word", "first_program", "is_complete", "list_programs", "outline"),
+    *("parse_commands", "quote_literals", "unquote"),
 ]
