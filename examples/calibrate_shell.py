@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrate the confidence of `encdec-slm shell` on a validation file, and measure its answers.
 
-    python examples/calibrate_shell.py MODEL --validation FILE [FILE ...] [--test FILE ...] [--output-dir OUT]
+    python examples/calibrate_shell.py MODEL --train FILE --validation FILE [FILE ...] [--test FILE ...] \\
+        [--output-dir OUT]
 
-The files have rows of `source` and `target`, which may be a list of commands that are all right. In the fit, all
+The files have rows of `source` and `target`, which may be a list of several correct commands. In the fit, all
 validation files count equally. An answer is right if it has the same programs with the same flags as a target. Writes
-shell_calibration.json into the folder MODEL. For each file it prints the metrics of the task `shell`, which it also
-saves in OUT/<name of the file>, the expected calibration error without and with calibration, and how often answers of
-which there is no doubt are right.
+shell_calibration.json into the folder MODEL, with the programs of the training rows. For each file it prints the
+metrics of the task `shell`, which it also saves in OUT/<name of the file>, the expected calibration error without and
+with calibration, and how often answers that are not marked as "not sure" are right.
 """
 
 import argparse
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration
 from encdec_slm_cli.shell_model import ShellModel, load_shell_model
-from encdec_slm_cli.shell_syntax import first_program
+from encdec_slm_cli.shell_syntax import first_program, list_programs
 from sklearn.linear_model import LogisticRegression
 
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.evaluation import evaluate_checkpoint
+from encdec_slm.trainers.evaluation.predictions import RESULT_NAME
+from encdec_slm.trainers.evaluation.results import public_path
 from encdec_slm.trainers.evaluation.shell_metrics import command_template
 
 
@@ -32,12 +37,15 @@ NUM_BINS = 10
 NUM_FOLDS = 5
 # Answers that begin with a program need an offset of their own if there are at least this many.
 MIN_ANSWERS = 50
+# Programs of fewer training rows may be the names of somebody's scripts.
+MIN_ROWS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Calibrate a model; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a shell model")
+    parser.add_argument("--train", required=True, type=Path, help="rows that the model was trained on")
     parser.add_argument("--validation", nargs="+", required=True, type=Path, help="rows for the fit")
     parser.add_argument("--test", nargs="*", default=[], type=Path, help="rows for checks")
     parser.add_argument("--output-dir", type=Path, help="folder for the results of the files")
@@ -48,20 +56,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
 
-    model, evaluated = load_shell_model(args.model), {}
+    model, evaluated, programs = load_shell_model(args.model), {}, find_programs(args.train)
+    model.calibration = Calibration(1.0, 0.0, {}, 0.0, 0.0, 0, programs)
     for path in (*args.validation, *args.test):
         output_dir = None if args.output_dir is None else args.output_dir / path.stem
-        evaluated[path] = evaluate_answers(model, path, output_dir)
+        results, _ = evaluated[path] = evaluate_answers(model, path, output_dir)
+        if output_dir is not None:
+            files = [public_path(str(file)) for file in (args.train, *args.validation, path)]
+            results.command = (
+                f"python examples/calibrate_shell.py MODEL --train {files[0]} --validation {' '.join(files[1:-1])} "
+                f"--test {files[-1]}"
+            )
+            results.save(output_dir / RESULT_NAME)
     parts = [evaluated[path][1] for path in args.validation]
     weights = [sum(map(len, parts)) / (len(parts) * len(part)) for part in parts for _ in part]
-    scores, labels, programs = zip(*(answer for part in parts for answer in part), strict=True)
-    calibration = fit_calibration(scores, labels, programs, weights, args.threshold)
+    scores, labels, first_programs = zip(*(answer for part in parts for answer in part), strict=True)
+    calibration = fit_calibration(scores, labels, first_programs, weights, args.threshold)
+    calibration = replace(calibration, programs=programs)
     calibration.save(args.model)
     print(f"Wrote {CALIBRATION_FILE} to {args.model}.")
     print(f"Cross-validated calibration error: {calibration.expected_calibration_error:.3f}")
     for path, (results, answers) in evaluated.items():
         print(f"{path}: {', '.join(f'{name} {metric}' for name, metric in results.models[0].metrics.items())}")
         print_check(calibration, answers)
+
+
+def find_programs(path: Path) -> list[str]:
+    """Return the names of the programs in at least 3 of the rows, sorted."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    counts = Counter(name for row in rows for name in set(list_programs(row["target"])))
+    return sorted(
+        name for name, count in counts.items() if count >= MIN_ROWS and re.fullmatch(r"\w[\w.+-]*|\[\[?|[.:]", name)
+    )
 
 
 def evaluate_answers(
@@ -73,11 +99,13 @@ def evaluate_answers(
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     answers = {row["source"]: model.answer(row["source"], NUM_ANSWERS) for row in rows}
 
-    def encdec_slm_shell(sources):
+    def answer(sources):
         return [[answer.command for answer in answers[source]] for source in sources]
 
+    answer.__name__ = "encdec-slm shell"
     options = {"dataset_name": path, "output_dir": output_dir, "show_progress": False}
-    results = evaluate_checkpoint(encdec_slm_shell, task="shell", **options)
+    results = evaluate_checkpoint(answer, task="shell", **options)
+    results.device = "cpu (CTranslate2, int8)"
     checked = []
     for row in rows:
         for answer in answers[row["source"]][:1]:

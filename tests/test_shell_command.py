@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from encdec_slm_cli.shell_syntax import is_complete, list_programs, outline, quo
 
 from conftest import build_model, build_tokenizer
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
+from encdec_slm.run_results import RunResults
 
 
 ROOT = Path(__file__).parent.parent
@@ -230,9 +232,14 @@ def test_the_script_calibrates_a_model(shell_export, tmp_path, capsys):
     for path, number in zip(paths, (30, 12, 30), strict=True):
         Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows[:number]))
     script = runpy.run_path(str(ROOT / "examples" / "calibrate_shell.py"))
-    script["main"]([str(folder), "--validation", *paths[:2], "--test", paths[2], "--threshold", "0.3"])
+    arguments = ["--train", paths[0], "--validation", *paths[:2], "--test", paths[2], "--threshold", "0.3"]
+    script["main"]([str(folder), *arguments, "--output-dir", str(tmp_path / "out")])
     calibration = Calibration.load(folder)
     assert calibration.num_examples == 42 and calibration.threshold == 0.3
+    counts = Counter(list_programs(row["target"])[0] for row in rows)
+    assert calibration.programs == sorted(name for name, count in counts.items() if count >= 3 and name[0] != "-")
+    results = RunResults.load(tmp_path / "out" / "test" / "evaluation.json")
+    assert results.command.endswith("MODEL --train long.jsonl --validation long.jsonl short.jsonl --test test.jsonl")
     assert capsys.readouterr().out.count("66.7% right") == 3
 
 

@@ -62,7 +62,7 @@ class Calibration:
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{one.name: one.type(values[one.name]) for one in fields(cls)})
+            return cls(**{one.name: one.type(values[one.name]) for one in fields(cls) if one.name in values})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(path)!r} is not a calibration ({type(error).__name__}: {error}). Delete it, or write it again "

@@ -148,7 +148,7 @@ def evaluate_checkpoint(
         num_cut_rows={"test": predictions.num_cut},
         confidence=CONFIDENCE,
         settings=settings,
-        command=_build_command(arguments),
+        command=None if isinstance(generator, FunctionGenerator) else _build_command(arguments),
         device=generator.device_name,
         seconds=round(predictions.seconds, 1),
         versions=package_versions("datasets", "rouge-score"),

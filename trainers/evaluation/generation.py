@@ -288,7 +288,7 @@ class FunctionGenerator:
             first.
     """
 
-    num_parameters, overridden, device_name = None, {}, "unknown"
+    num_parameters, overridden, device_name = None, {}, None
 
     def __init__(self, function: Callable[[list[str]], Sequence[str | Sequence[str]]]):
         self.function = function
