@@ -7,7 +7,8 @@ FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, 
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
 of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
 system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
-compared. FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
+compared, and so are shell and a teacher, on the rows of the teacher. FILE was written by examples/benchmark_shell.py.
+--answers asks the model the requests of the demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 import re
+import statistics
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -47,6 +49,7 @@ METRICS = {
     "valid_bash": "valid Bash",
 }
 COMPARED = ("nlc2cmd", "nlc2cmd_top5", "template")
+TEACHERS = ("teacher", "teacher-examples", "teacher-tuned")
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
 PLOT_LABEL_WIDTH = 28
@@ -67,37 +70,60 @@ def read_evaluations(folders):
     from encdec_slm.trainers.evaluation.results import mean_with_interval
 
     results = RunResults.load(Path(folders[0], "evaluation.json"))
-    metrics = results.saved.metrics
+    metrics = {name: [metric.value, metric.low, metric.high] for name, metric in results.saved.metrics.items()}
     if len(folders) > 1:
-        means = (
-            {name: sum(row[name] for row in rows) / len(rows) for name in METRICS}
+        means = [
+            {name: statistics.mean(row[name] for row in rows) for name in METRICS}
             for rows in zip(*read_rows(folders), strict=True)
-        )
-        metrics = mean_with_interval(list(means))
-    is_greedy = results.settings.get("num_beams") == 1
-    metrics = {
-        name: [metric.value, metric.low, metric.high]
-        for name, metric in metrics.items()
-        if not (is_greedy and name == "nlc2cmd_top5")
-    }
+        ]
+        for name, metric in mean_with_interval(means).items():
+            # Not rounded twice, so that all tables say the same.
+            metrics[name] = [100 * statistics.mean(row[name] for row in means), metric.low, metric.high]
+    if results.settings.get("num_beams") == 1:
+        metrics.pop("nlc2cmd_top5", None)
     return Path(results.dataset.name).stem, {"num_rows": results.num_rows["test"], "metrics": metrics}
 
 
 def read_rows(folders):
     """Return for each folder the metrics of all rows, from 0 to 1, in the same order."""
-    from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
-
-    by_folder = [
-        {
-            row["source"]: shell_metrics(row["prediction"].splitlines(), row["references"])
-            for row in map(json.loads, Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines())
-            if "prediction" in row
-        }
-        for folder in folders
-    ]
+    by_folder = [read_by_row(folder) for folder in folders]
     if len({tuple(sorted(rows)) for rows in by_folder}) > 1:
         raise ValueError(f"{' and '.join(map(str, folders))} have different rows, but these are compared in pairs.")
-    return [[rows[source] for source in by_folder[0]] for rows in by_folder]
+    return [[rows[key] for key in by_folder[0]] for rows in by_folder]
+
+
+def read_by_row(folder):
+    """Return the metrics of all rows, from 0 to 1, by the text of the row and how often it came before."""
+    from encdec_slm.trainers.evaluation.shell_metrics import shell_metrics
+
+    found, counts = {}, Counter()
+    for row in map(json.loads, Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines()):
+        if "prediction" in row:
+            text = json.dumps([row["source"], row["references"]])
+            found[text, counts[text]] = shell_metrics(row["prediction"].splitlines(), row["references"])
+            counts[text] += 1
+    return found
+
+
+def compare_on_common_rows(folder, other):
+    """Compare this model with a system that was measured on some of its rows.
+
+    Returns:
+        `dict`: `num_rows`, and by metric the mean of both, their difference and its interval over rows, in percent.
+    """
+    from encdec_slm.trainers.evaluation.results import mean_with_interval
+
+    ours, theirs = read_by_row(folder), read_by_row(other)
+    pairs = [(ours[key], theirs[key]) for key in theirs]
+    names = [name for name in COMPARED if name != "nlc2cmd_top5"]
+    differences = mean_with_interval([{name: one[name] - two[name] for name in names} for one, two in pairs])
+    return {"num_rows": len(pairs)} | {
+        name: {
+            "means": [100 * statistics.mean(pair[number][name] for pair in pairs) for number in (0, 1)],
+            "difference": [differences[name].value, differences[name].low, differences[name].high],
+        }
+        for name in names
+    }
 
 
 def compare_seeds(firsts, seconds):
@@ -130,6 +156,8 @@ def collect_evaluations(results, folders):
             results["mistakes"] = find_mistakes(seeds[0])
         if system == "decoder-only" and len(others := folders.get(("encoder-decoder", name), [])) == len(seeds) > 2:
             results["differences"][name] = compare_seeds(others, seeds)
+        if system in TEACHERS and (ours := folders.get(("shell", name))):
+            results["teachers"].setdefault(name, {})[system] = compare_on_common_rows(ours[0], seeds[0])
 
 
 def find_mistakes(folder):
@@ -247,6 +275,21 @@ def difference_table(results):
     return format_table(rows, markdown=True)
 
 
+def teacher_table(results):
+    columns = ("the system", "difference")
+    rows = [["rows", "number", "system", "NLC2CMD, first answer: this model", *columns]]
+    rows[0] += ["right programs and flags: this model", *columns]
+    for name, systems in results["teachers"].items():
+        for system, found in systems.items():
+            cells = [f"`{name}`", str(found["num_rows"]), SYSTEMS[system][0]]
+            for metric in ("nlc2cmd", "template"):
+                value, low, high = found[metric]["difference"]
+                cells += [f"{mean:.1f}" for mean in found[metric]["means"]]
+                cells.append(f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+            rows.append(cells)
+    return format_table(rows, markdown=True)
+
+
 def latency_table(results):
     rows = [["model", "engine", "weights", "ms per answer"]]
     for one in results["latency"]["entries"]:
@@ -292,7 +335,7 @@ def find_fastest(results, model):
 BLOCKS = {
     "README.md": {"answer": readme_demo, "results": readme_table},
     "docs/shell.md": {
-        **{"scores": score_table, "differences": difference_table},
+        **{"scores": score_table, "differences": difference_table, "teachers": teacher_table},
         **{"latency": latency_table, "mistakes": mistakes_table},
     },
 }

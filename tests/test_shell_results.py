@@ -51,7 +51,7 @@ def test_measurements_are_collected_and_shown(tmp_path, monkeypatch):
 
 def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
     """Two of three seeds of a system are right; the other system never is."""
-    lines = [json.dumps({"source": f"list {number}", "target": "ls -a"}) + "\n" for number in range(20)]
+    lines = [json.dumps({"source": f"list {number // 2}", "target": "ls -a"}) + "\n" for number in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
     folders = {("encoder-decoder", "rows"): [], ("decoder-only", "rows"): []}
@@ -65,7 +65,9 @@ def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
         folders["encoder-decoder" if number < 3 else "decoder-only", "rows"].append(tmp_path / str(number))
     results = {"evaluations": {}, "differences": {}}
     shell_results.collect_evaluations(results, folders)
-    assert results["evaluations"]["encoder-decoder"]["rows"]["metrics"]["exact"] == [66.67] * 3
+    assert results["evaluations"]["encoder-decoder"]["rows"]["metrics"]["exact"] == pytest.approx(
+        [66.67] * 3, abs=0.01
+    )
     compared = results["differences"]["rows"]["template"]
     assert compared["means"] == [[100, 0, 100], [0, 0, 0]]
     # Student's t with two degrees of freedom: 4.303 * 57.74 / 3 ** 0.5
@@ -75,6 +77,28 @@ def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
     (tmp_path / "5" / "predictions.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows"):
         shell_results.collect_evaluations(results, folders)
+
+
+def test_a_teacher_is_compared_on_its_rows(tmp_path):
+    """The teacher answers 5 of 20 rows, with another flag; of these, this model is right in 2."""
+    lines = [json.dumps({"source": f"list {number // 2}", "target": "ls -a"}) + "\n" for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
+
+    def answer(sources):
+        return [["ls -a" if source in ("list 0", "list 9") else "df"] for source in sources]
+
+    evaluate_checkpoint(answer, "shell", output_dir=tmp_path / "ours", **options)
+    evaluate_checkpoint(lambda sources: [["ls -l"]] * len(sources), "shell", output_dir=tmp_path / "one", **options)
+    predictions = (tmp_path / "one" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "one" / "predictions.jsonl").write_text("".join(predictions[:5]))
+    folders = {("teacher", "rows"): [tmp_path / "one"], ("shell", "rows"): [tmp_path / "ours"]}
+    results = {"evaluations": {}, "teachers": {}}
+    shell_results.collect_evaluations(results, folders)
+    found = results["teachers"]["rows"]["teacher"]
+    assert found["num_rows"] == 5 and found["template"]["means"] == [40, 0]
+    assert found["nlc2cmd"]["means"] == [-20, -50]  # another program counts -1, and another flag -1/2
+    assert "+40.0 [" in shell_results.teacher_table(results)
 
 
 @pytest.mark.parametrize(
