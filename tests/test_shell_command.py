@@ -18,7 +18,7 @@ import pytest
 import torch
 from encdec_slm_cli import main, shell_model
 from encdec_slm_cli.calibration import CALIBRATION_FILE, Calibration
-from encdec_slm_cli.shell_syntax import is_complete, list_programs, outline, quote_literals
+from encdec_slm_cli.shell_syntax import close_line, is_complete, list_programs, outline, quote_literals
 
 from conftest import build_model, build_tokenizer
 from encdec_slm.export import CT2EncDecSLM, export_ctranslate2
@@ -153,10 +153,12 @@ def test_dangerous_answers_are_warned_of(run, tmp_path):
     assert [line.partition(":")[0] for line in messages[1:]] == ["Warning"] and "whole file system" in messages[1]
 
 
-def test_incomplete_commands_come_last(run, tmp_path):
+def test_incomplete_commands_come_last_and_are_closed(run, tmp_path, monkeypatch):
     words = [word + "'" * (number % 2) for number, word in enumerate(WORDS)]
     folder = save_shell_folder(tmp_path / "model", words=words)
-    commands = run("w7 w9 w4", "--model", folder, "-n", 20)[1]
+    assert all(map(is_complete, run(REQUEST, "--model", folder, "-n", 20)[1]))
+    monkeypatch.setattr(shell_model, "close_line", lambda line: line)
+    commands = run(REQUEST, "--model", folder, "-n", 20)[1]
     is_open = [command.count("'") % 2 for command in commands]
     assert set(is_open) == {0, 1} and is_open == sorted(is_open)
 
@@ -174,6 +176,21 @@ def test_incomplete_commands_come_last(run, tmp_path):
 )
 def test_completeness_of_commands(line, expected):
     assert is_complete(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('read -p "Name: $a', 'read -p "Name: $a"'),
+        ('a=$(ls "b', 'a=$(ls "b")'),
+        ("echo `date", "echo `date`"),
+        ("echo ${a", "echo ${a}"),
+        ("if true; then ls", "if true; then ls"),
+        *((line, line) for line in ("ls", "ls &&", "ls >", "sleep 1 &", "ls \\")),
+    ],
+)
+def test_open_commands_are_closed(line, expected):
+    assert close_line(line) == expected
 
 
 @pytest.mark.parametrize(

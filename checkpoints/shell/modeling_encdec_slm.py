@@ -870,6 +870,7 @@ class EncDecSLMForConditionalGeneration(EncDecSLMPreTrainedModel, EncDecSLMGener
 
     def _loss(self, logits, labels, num_items_in_batch, **kwargs):
         vocab_size = self.config.get_text_config().vocab_size
+        labels = labels.contiguous()  # a slice has no flat view
         check_token_ids(labels.clamp(min=0), vocab_size, "labels")
         if num_items_in_batch is None:
             num_items_in_batch = (labels != -100).sum()
@@ -913,9 +914,14 @@ def _missing_token_message(config, name, use):
 
 
 def check_token_ids(token_ids: torch.LongTensor, vocab_size: int, name: str):
-    """Raise a `ValueError` that names the argument if a token id is outside of the vocabulary."""
-    if torch.compiler.is_compiling() or token_ids.device.type == "meta" or token_ids.numel() == 0:
+    """Raise a `ValueError` that names the argument if it has no tokens, or an id outside of the vocabulary."""
+    if torch.compiler.is_compiling() or token_ids.device.type == "meta":
         return
+    if token_ids.numel() == 0:
+        raise ValueError(
+            f"`{name}` has shape {tuple(token_ids.shape)}, but at least one token is needed. Give a text that is not "
+            "empty, or the end token alone."
+        )
     lowest, highest = (bound.item() for bound in token_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(

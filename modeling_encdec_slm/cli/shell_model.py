@@ -11,13 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .calibration import Calibration
 from .console import print_status
-from .shell_syntax import first_program, is_complete, list_programs, outline, quote_literals
+from .shell_syntax import close_line, first_program, is_complete, list_programs, outline, quote_literals
 
 
 # The file and the folder of exports, as in `encdec_slm.export_manifest`, which imports torch.
@@ -108,9 +108,9 @@ class ShellModel:
         """Return up to `num_answers` commands, the most probable first.
 
         Commands differ in programs or options: of those that differ in arguments alone, the most probable one stands
-        for all, and their probabilities are added. Commands with open quotation marks or brackets come last. Those
-        with a program that the model was not trained on, and that is not in the request, are left out if there are
-        others. Names that have quotation marks in the request get them in the command.
+        for all, and their probabilities are added. Commands with open quotation marks or brackets come last, and are
+        closed. Those with a program that the model was not trained on, and that is not in the request, are left out
+        if there are others. Names that have quotation marks in the request get them in the command.
 
         Args:
             request (`str`): In English.
@@ -136,7 +136,7 @@ class ShellModel:
         answers = [self._build_answer(group, request) for group in groups.values()]
         answers = [answer for answer in answers if answer.confidence != 0] or answers
         answers.sort(key=lambda answer: (not is_complete(answer.command), -answer.log_probability))
-        return answers[:num_answers]
+        return [replace(answer, command=close_line(answer.command)) for answer in answers[:num_answers]]
 
     def _build_answer(self, probabilities, request):
         """Build the answer that stands for commands with these probabilities."""

@@ -75,14 +75,25 @@ def parse_commands(line: str) -> list[Command]:
 def is_complete(line: str) -> bool:
     """Return whether all quotation marks, brackets and blocks of a line are closed, and no operator ends it."""
     parser = _Parser(PRIVATE.sub("\ufffd", line))
-    commands = [[unquote(word.text) for word in command.words] for command in parser.parse()]
+    parsed = parser.parse()
+    commands = [[unquote(word.text) for word in command.words] for command in parsed]
     if parser.is_open or parser.num_blocks or (parser.depth and "case" not in line):
+        return False
+    if not all(is_complete(text) for command in parsed for word in command.words for text in word.substitutions):
         return False
     if any(words and TESTS.get(words[0], words[-1]) != words[-1] for words in commands):
         return False
     if any(words[:1] == ["find"] and words.count("(") != words.count(")") for words in commands):
         return False
     return not re.search(r"(\||&&)\s*$", line)
+
+
+def close_line(line: str) -> str:
+    """Add up to three quotation marks and brackets to a command line that is not complete, if that completes it."""
+    if re.search(r"[|&<>\\]\s*$", line):
+        return line
+    endings = ("".join(signs) for length in range(4) for signs in itertools.product("'\"`)}", repeat=length))
+    return next((line + ending for ending in endings if is_complete(line + ending)), line)
 
 
 def outline(line: str) -> tuple:
@@ -373,6 +384,6 @@ def _values(expression, variables):
 
 
 __all__ = [
-    *("UNKNOWN", "Command", "Word", "expand_word", "first_program", "is_complete", "list_programs", "outline"),
-    *("parse_commands", "quote_literals", "unquote"),
+    *("UNKNOWN", "Command", "Word", "close_line", "expand_word", "first_program", "is_complete", "list_programs"),
+    *("outline", "parse_commands", "quote_literals", "unquote"),
 ]
