@@ -86,7 +86,9 @@ def find_programs(path: Path) -> list[str]:
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     counts = Counter(name for row in rows for name in set(list_programs(row["target"])))
     return sorted(
-        name for name, count in counts.items() if count >= MIN_ROWS and re.fullmatch(r"\w[\w.+-]*|\[\[?|[.:]", name)
+        name
+        for name, count in counts.items()
+        if count >= MIN_ROWS and re.fullmatch(r"(?=.*[A-Za-z])\w[\w.+-]*|\[\[?|[.:]", name)
     )
 
 
@@ -157,7 +159,7 @@ def fit_calibration(
         part = Calibration(*_fit_logistic(kept), threshold, 0.0, len(kept))
         for number in range(fold, len(rows), NUM_FOLDS):
             confidences[number] = part.confidence(*rows[number][:2])
-    error = expected_calibration_error(confidences, labels)
+    error = expected_calibration_error(confidences, labels, weights)
     return Calibration(slope, intercept, offsets, threshold, error, len(scores))
 
 
@@ -174,17 +176,21 @@ def _fit_logistic(rows):
     return slope, float(model.intercept_[0]), dict(zip(frequent, offsets, strict=True))
 
 
-def expected_calibration_error(confidences: Sequence[float], is_correct: Sequence[bool]) -> float:
+def expected_calibration_error(
+    confidences: Sequence[float], is_correct: Sequence[bool], weights: Sequence[float] | None = None
+) -> float:
     """Compute the mean distance of confidence and accuracy in 10 bins of equal width (arXiv 1706.04599).
 
     Args:
         confidences (`Sequence[float]`): From 0 to 1; at least one.
         is_correct (`Sequence[bool]`): Whether each answer is right.
+        weights (`Sequence[float]`, *optional*): How much each answer counts; `None` counts all equally.
     """
+    weights = [1.0] * len(confidences) if weights is None else weights
     gaps = [0.0] * NUM_BINS
-    for confidence, label in zip(confidences, is_correct, strict=True):
-        gaps[min(int(confidence * NUM_BINS), NUM_BINS - 1)] += confidence - label
-    return sum(map(abs, gaps)) / len(confidences)
+    for confidence, label, weight in zip(confidences, is_correct, weights, strict=True):
+        gaps[min(int(confidence * NUM_BINS), NUM_BINS - 1)] += weight * (confidence - label)
+    return sum(map(abs, gaps)) / sum(weights)
 
 
 def print_check(calibration: Calibration, answers: Sequence[tuple[float, bool, str]]) -> None:

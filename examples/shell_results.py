@@ -30,11 +30,13 @@ from encdec_slm.run_results import RunResults, format_table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "shell_results.json"
 PLOT = ROOT / "docs" / "shell.png"
+# What was done to the models that are compared; the benchmark has untrained ones.
+TRAINED = ", 1,000 steps"
 # Name in the tables, and model in the benchmark.
 SYSTEMS = {
     "shell": ("this model", "encoder-decoder"),
-    "encoder-decoder": ("encoder-decoder, 1,000 steps", None),
-    "decoder-only": ("decoder-only baseline of the same size, 1,000 steps", "decoder-only"),
+    "encoder-decoder": (f"encoder-decoder{TRAINED}", None),
+    "decoder-only": (f"decoder-only baseline of the same size{TRAINED}", "decoder-only"),
     "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
     "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
     "teacher-tuned": ("Qwen2.5-Coder-0.5B-Instruct, tuned by LoRA", None),
@@ -293,7 +295,7 @@ def teacher_table(results):
 def latency_table(results):
     rows = [["model", "engine", "weights", "ms per answer"]]
     for one in results["latency"]["entries"]:
-        label = next(label for label, model in SYSTEMS.values() if model == one["model"])
+        label = next(label for label, model in SYSTEMS.values() if model == one["model"]).removesuffix(TRAINED)
         rows.append([label, format_engine(one), f"{one['bytes'] / 1e6:,.1f} MB", f"{one['milliseconds']:,.1f}"])
     return format_table(rows, markdown=True)
 
@@ -359,7 +361,7 @@ def draw_plot(results):
     figure = Figure(figsize=(12, 4), layout="constrained")
     times, *scores = figure.subplots(1, 3)
     # One bar for each model; the first label of the teacher names it.
-    labels = {model: label for label, model in reversed(SYSTEMS.values()) if model is not None}
+    labels = {model: label.removesuffix(TRAINED) for label, model in reversed(SYSTEMS.values()) if model is not None}
     for model, label in labels.items():
         for entry in find_fastest(results, model):
             name = f"{textwrap.fill(label, PLOT_LABEL_WIDTH)}\n{format_engine(entry)}"

@@ -54,6 +54,10 @@ def test_frequent_programs_have_a_confidence_of_their_own():
 def test_expected_calibration_error_is_the_gap_in_each_bin():
     assert expected_calibration_error([0.25] * 4, [True, False, False, False]) == 0
     assert expected_calibration_error([0.9, 0.9, 0.1, 1.0], [True, False, False, True]) == pytest.approx(0.225)
+    weights = [2, 2, 1, 3]
+    assert expected_calibration_error([0.9, 0.9, 0.1, 1.0], [True, False, False, True], weights) == pytest.approx(
+        0.2125
+    )
 
 
 @pytest.mark.parametrize(
