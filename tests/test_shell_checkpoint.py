@@ -7,8 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from encdec_slm_cli.shell_model import load_shell_model
+from encdec_slm_cli.shell_syntax import is_complete
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
+
+from encdec_slm import EncDecSLMForConditionalGeneration
+from encdec_slm.constrained_decoding import SHELL_GRAMMAR, GrammarLogitsProcessor
 
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +49,26 @@ def test_the_card_has_data_results_and_limits():
     assert card.data.pipeline_tag == "text2text-generation" and card.data.license == "apache-2.0"
     for part in ("NL2Bash", "CC-BY-4.0", "## Results", "nlc2cmd_top5", "Limits"):
         assert part in card.content
+
+
+def test_the_card_and_the_guide_state_measured_numbers():
+    card, guide = (CHECKPOINT / "README.md").read_text(), (ROOT / "docs" / "shell.md").read_text()
+    results = json.loads((ROOT / "examples" / "shell_results.json").read_text(encoding="utf-8"))
+    for evaluation in results["evaluations"]["shell"].values():
+        for value, low, high in evaluation["metrics"].values():
+            assert f"{value:.2f} [{low:.2f}, {high:.2f}]" in card
+    threshold = f"{100 * load_shell_model().calibration.threshold:.0f} %"
+    assert f"below {threshold}" in card and f"threshold, {threshold}" in guide
+
+
+def test_commands_of_a_restricted_search_are_complete():
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = EncDecSLMForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    requests = ['alias cats to konqueror "http://icanhazoves', "count the words in all Markdown files"]
+    inputs = tokenizer(requests, return_tensors="pt", padding=True)
+    processor = GrammarLogitsProcessor(tokenizer, grammar=SHELL_GRAMMAR)
+    ids = model.generate(**inputs, num_beams=5, num_return_sequences=5, logits_processor=[processor])
+    assert all(is_complete(command) for command in tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def test_common_requests_have_the_right_program(tmp_path, monkeypatch):

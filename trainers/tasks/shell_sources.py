@@ -20,7 +20,7 @@ class ShellRow:
     Args:
         source (`str`): The request.
         target (`str`): One line that `bash -n` accepts.
-        origin (`str`): `"tldr"`, `"fig"` or `"nl2bash"`.
+        origin (`str`): Such as `"tldr"`, `"fig"`, `"nl2bash"` or `"everyday"`.
     """
 
     source: str
