@@ -43,10 +43,14 @@ SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
 XARGS_OPTIONS = "EILPadns"
 DELETERS = ("rm", "shred", "unlink")
 SYSTEM_LOG = re.compile(r"/var/log/(auth\.log|btmp|dmesg|kern\.log|lastlog|messages|secure|syslog|wtmp)$")
+# Labels of critical paths whose owners and permissions are often set again as a whole.
+REPAIRED = re.compile(
+    r"the folder |(the system folder )?/(etc/ssh\b|usr/lib/(?!\w*-linux)|var/lib/(mysql|postgresql)\b)"
+)
 # Tests of `find` that leave files out.
 FILTERS = re.compile(
     r"-(i?name|i?path|i?regex|i?wholename|i?lname|size|[acm]time|[acm]min|newer|empty|perm|user|group|uid|gid|inum|links"
-    r"|samefile|nouser|nogroup|used)"
+    r"|samefile|nouser|nogroup|used|xtype|type l)(?!\w* \*$)"
 )
 # Lines of one command that are recognized by their text alone: what matches first, and what does not matter then.
 LINES = [
@@ -65,10 +69,14 @@ LINES = [
     ),
     (r"(userdel|deluser) .*(-[a-z]*r[a-z]*\b|--remove)", r"--help", "deletes a user with the home folder"),
     (
-        r"kill .*(?<=\s)-1$|kill (-9|-KILL|-SIGKILL|-s \w+) (.* )?1$|killall5|(pkill|killall) .*(-u ?root$| \.\*?$|"
-        r" (init|systemd)$)",
+        r"kill .*(?<=\s)-1$|killall5|(pkill|killall) .*(-u ?root$| \.\*?$)",
         r"kill -1$|kill -[ls] -1$",
         "ends every process that it may end",
+    ),
+    (
+        r"kill (-9|-KILL|-SIGKILL|-s \w+) (.* )?1$|(pkill|killall) .* (init|systemd)$",
+        r"--help",
+        "ends the first process of the system (init)",
     ),
     (
         r"(docker|podman) (system|volume|builder|container|image|network) prune|docker(-| )compose .*down .*(-v\b|"
@@ -77,19 +85,23 @@ LINES = [
         "deletes containers, images or volumes with their data",
     ),
     (
-        r"kubectl delete .*(--all\b|\b(ns|namespaces?)\b)|terraform destroy|aws s3 r[mb] .*(--recursive|--force)"
-        r"|gsutil .*rm .*-[a-z]*r",
+        r"kubectl (-.* )?delete (.*--all(?![\w-])|(--\S+ )*(ns|namespaces?)[ /])|terraform destroy"
+        r"|aws s3 r[mb] .*(--recursive|--force)|gsutil .*rm .*-[a-z]*r",
         r"--help|--dry-run",
         "deletes resources of a cluster or in the cloud",
     ),
-    (r"(mkfs|mke2fs|newfs|mkswap)\S* \S", r"--help|--version| -V$", "formats a device, which erases its data"),
+    (
+        r"(mkfs|mke2fs|newfs|mkswap)\S* .*(/dev/|\ue007\S*$)",
+        r"--help|--version|(mke2fs|mkfs(\.| -t )ext\d) (.* )?-[a-z]*n |(mkfs\.xfs|newfs) (.* )?-N ",
+        "formats a device, which erases its data",
+    ),
     (r"shred ", r"--help|--version", "overwrites files so that they cannot be recovered (shred)"),
     (r"wipefs .*(-[a-z]*[ao]|--all|--offset)", r"--help|--no-act|wipefs .*-[a-z]*n", "erases signatures of a device"),
     (
         r"blkdiscard /|badblocks .*-[a-z]*w|hdparm .*--security-erase|nvme (format|sanitize)|cryptsetup .*(luksFormat|"
         r"erase|luksErase)|(pv|vg|lv)remove |(zpool|zfs) destroy|mdadm .*--zero-superblock|diskutil (erase|zero|"
         r"partition)\w+",
-        r"--help|--test",
+        r"--help|--test|zfs destroy (.* )?-[a-zA-Z]*n",
         "erases a device or volume",
     ),
     (
@@ -298,7 +310,9 @@ def _check_substitutions(command: Command, words, line):
             yield from _find(substitution, line.depth + 1)
             if runs_text and (word in command.words or word in targets):
                 yield from _check_run_output(substitution, line)
-    if runs_text and any(name in word for name in line.downloads if "\ue007" in name for word in unwrapped):
+    has_code = program == "eval" or any(re.fullmatch(r"-\w*[ce]", word) for word in unwrapped)
+    code = unwrapped if has_code else unwrapped[:2]
+    if runs_text and any(name in word for name in line.downloads if "\ue007" in name for word in code):
         yield UNSEEN_CODE
 
 
@@ -430,10 +444,10 @@ def _find_endless_processes(text):
     text = re.sub(r"'[^']*'|\"(?:\\.|[^\"\\])*\"", "''", text)
     text = re.sub(r"(?m)(?<!\S)#.*", "", text)
     for match in re.finditer(r"(?:function\s+)?([^\s(){};|&'\"$]+)\s*(?:\(\s*\))?\s*\{([^}]*)\}", text):
-        name = rf"(?<![\w./:-]){re.escape(match[1])}(?![\w./:-])"
-        calls = re.findall(name, match[2])
+        name = rf"\s*{re.escape(match[1])}(?![\w./:-])"
+        call = rf"(?:^|[;&|({{\n]|\b(?:do|else|then)\s){name}"
         is_function = "(" in match[0] or match[0].startswith("function")
-        if is_function and calls and re.search(rf"{name}[^;]*[|&]|[|&]\s*{name}", match[2].replace("&&", ";")):
+        if is_function and re.search(rf"{call}[^;]*[|&]|[|&]{name}", match[2].replace("&&", ";")):
             yield FORK_BOMB
     if re.search(r"\$0\"?\s*[|&]\s*(\.?/?\"?\$0)", text):
         yield FORK_BOMB
@@ -527,18 +541,19 @@ def _check_permissions(arguments, line):
     is_open = re.fullmatch(r"0+|[0-7]*[2367]|([ugo]*[oa][ugoa]*|)[+=]\w*w\w*|a?-[rwx]+", mode) is not None
     for path in operands:
         found = find_critical_path(path, line.folder)
-        if found and found.kind in ("system", "home") and (_has(options, "R", "recursive") or is_open):
+        is_wrong = found and (is_open or (_has(options, "R", "recursive") and not REPAIRED.match(found.label)))
+        if is_wrong and found.kind in ("system", "home"):
             yield f"changes permissions of {found.label}"
         elif is_open and (file := find_critical_file(path, line.folder)):
             yield f"changes permissions of {_show(file)}"
 
 
-def _check_owner(arguments, line):
+def _check_owner(arguments, line, changed="the owner"):
     options, operands = _split_arguments(arguments)
-    for path in operands:
+    for path in operands if _has(options, "R", "recursive") else ():
         found = find_critical_path(path, line.folder)
-        if found and found.kind == "system" and _has(options, "R", "recursive"):
-            yield f"changes the owner of {found.label}"
+        if found and found.kind == "system" and not REPAIRED.match(found.label):
+            yield f"changes {changed} of {found.label}"
 
 
 def _check_find(arguments, line):
@@ -558,9 +573,7 @@ def _check_find(arguments, line):
             elif command:
                 words = [one for word in command for one in _replace_braces(word, ["x"] if is_filtered else roots)]
                 yield from _check_command(words, _inner(line))
-        is_filtered |= FILTERS.match(word) is not None and [
-            unquote(one) for one in tests[number + 1 : number + 2]
-        ] != ["*"]
+        is_filtered |= FILTERS.match(unquote(" ".join(tests[number : number + 2]))) is not None
 
 
 def _replace_braces(word, roots):
@@ -634,11 +647,12 @@ def _check_dd(arguments, line):
             yield from _check_written(word[3:], line)
 
 
-def _check_partitioning(arguments, line, letters="lLhVJv"):
+def _check_partitioning(arguments, line, letters="lLhVJv", name="list"):
     options, operands = _split_arguments(arguments)
-    is_reading = _has(options, letters, "list", "dump", "json", "help", "version", "print", "info", "verify")
-    if operands and not is_reading and "print" not in operands:
-        yield f"changes the partitions of a device ({_show(operands[0])})"
+    is_reading = _has(options, letters, name, "list", "dump", "json", "help", "version", "print", "info", "verify")
+    devices = [path for path in operands if re.search("/dev/|\ue007", path)]
+    if devices and not is_reading and "print" not in operands:
+        yield f"changes the partitions of a device ({_show(devices[0])})"
 
 
 def _check_rsync(arguments, line):
@@ -684,7 +698,7 @@ CHECKS = {
     **{"mv": _check_mv, "cp": _check_copy, "install": _check_copy, "tee": _check_tee, "truncate": _check_truncate},
     **dict.fromkeys(("cfdisk", "cgdisk", "fdisk", "gdisk", "parted"), _check_partitioning),
     "sfdisk": functools.partial(_check_partitioning, letters="lLhVJvd"),
-    "sgdisk": functools.partial(_check_partitioning, letters="lLhVvpi"),
+    "sgdisk": functools.partial(_check_partitioning, letters="lLhVvpib", name="backup"),
     **{"rsync": _check_rsync, "ddrescue": _check_copy},
     **{"dd": _check_dd, "git": _check_git, "cd": _check_cd, "pushd": _check_cd},
 }
