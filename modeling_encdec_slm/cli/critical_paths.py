@@ -15,11 +15,13 @@ SYSTEM_FOLDERS = frozenset(
         *("/usr/lib64", "/usr/local", "/usr/local/bin", "/usr/local/lib", "/usr/sbin", "/usr/share", "/var/lib"),
         *("/var/log", "/var/mail", "/var/spool", "/var/lib/docker", "/var/lib/dpkg", "/var/lib/mysql"),
         *("/var/lib/postgresql", "/var/lib/rpm", "/mnt/c", "/Applications", "/Library", "/System", "/Users"),
-        *("/Volumes", "/private", "/private/etc", "/private/var"),
+        *("/Volumes", "/private", "/private/etc", "/private/var", "/etc/ssh"),
     }
 )
+# Folders of programs and libraries, without those where users install and remove packages themselves.
+PROGRAM_TREES = r"(usr/)?(s?bin|lib32|lib64|lib(?!/(jvm|node_modules)\b|/python[\d.]*/(\w+-packages/|EXTERNALLY)))"
 # Everything below these counts too.
-SYSTEM_TREES = re.compile(r"/(bin|boot|dev(?!/shm\b)|lib|lib32|lib64|proc|sbin|sys)/")
+SYSTEM_TREES = re.compile(rf"/({PROGRAM_TREES}|boot|dev(?!/shm\b)|proc|sys|var/lib/(mysql|postgresql))/")
 HOME_FOLDERS = frozenset(
     {
         *("~/.config", "~/.gnupg", "~/.local", "~/.ssh", "~/Desktop", "~/Documents", "~/Library", "~/Music"),
@@ -32,9 +34,12 @@ CRITICAL_FILES = frozenset(
         *("/etc/profile", "/etc/shadow", "/etc/ssh/sshd_config", "/etc/sudoers", "/proc/sysrq-trigger"),
         *("~/.bashrc", "~/.bash_history", "~/.bash_profile", "~/.profile", "~/.zshrc", "~/.zsh_history"),
         *("~/.ssh/authorized_keys", "~/.ssh/id_dsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519", "~/.ssh/id_rsa"),
+        "/var/lib/dpkg/status",
     }
 )
-CRITICAL_FILE_TREES = re.compile(r"/(bin|boot|lib|lib32|lib64|sbin)/")
+CRITICAL_FILE_TREES = re.compile(rf"/({PROGRAM_TREES}|boot)/")
+# The home folder in which a path lies; `~` stands for it in the tables above.
+HOME = re.compile(r"\A(/(home|Users)/[^/]+|/root)(?=/)")
 DEVICE = re.compile(
     r"/dev/((sd|hd|vd|xvd)[a-zA-Z*?\[{]|nvme\d|nvme|mmcblk|r?disk\d|disk/|dm-|md\d|mapper/|loop\d|nbd\d|block/|sr\d"
     r"|k?mem$|port$|<|\ue007)"
@@ -114,9 +119,11 @@ def _classify(path):
         return "the whole home folder (~)", "home"
     if re.fullmatch(r"/(home|Users)/[^/]+", path):
         return f"the home folder {path}", "home"
-    if re.fullmatch(r"/[^/]*[*?\[][^/]*", path) or _matches_any(path, SYSTEM_FOLDERS) or SYSTEM_TREES.match(path):
+    if re.fullmatch(r"/[^/]*[*?\[][^/]*", path) or _matches_any(path, SYSTEM_FOLDERS):
         return f"the system folder {path}", "system"
-    if _matches_any(path, HOME_FOLDERS):
+    if SYSTEM_TREES.match(path):
+        return path, "system"
+    if _matches_any(HOME.sub("~", path), HOME_FOLDERS):
         return f"the folder {path}", "home"
     if re.fullmatch(r"\.\.(/\.\.)*", path):
         return f"the folder above ({path})", "here"
@@ -142,9 +149,7 @@ def find_critical_file(path: str, folder: str = ".", in_trees: bool = True) -> s
         in_trees (`bool`, *optional*): Count all files in folders such as /boot, where installers add files.
     """
     text = normalize_path(UNKNOWN.sub("", path), folder) if UNKNOWN.sub("", path) else ""
-    home = re.match(r"(/home/[^/]+|/root|/Users/[^/]+)/", text)
-    short = f"~/{text[home.end() :]}" if home else text
-    if short in CRITICAL_FILES or (in_trees and CRITICAL_FILE_TREES.match(text)):
+    if HOME.sub("~", text) in CRITICAL_FILES or (in_trees and CRITICAL_FILE_TREES.match(text)):
         return text
     return None
 

@@ -36,13 +36,20 @@ WRAPPERS = {
     **{"ionice": ("cnp", 0), "stdbuf": ("eio", 0), "time": ("fo", 0), "exec": ("a", 0), "timeout": ("ks", 1)},
     **{"chroot": ("", 1), "taskset": ("", 1), "chrt": ("", 1), "flock": ("Ew", 1), "watch": ("n", 0)},
     **{"strace": ("eopsu", 0), "unshare": ("", 0), "torsocks": ("", 0), "proxychains": ("f", 0)},
-    **{"caffeinate": ("tw", 0), "systemd-run": ("pu", 0), "function": ("", 1)},
+    **{"caffeinate": ("tw", 0), "systemd-run": ("pu", 0), "function": ("", 1), "screen": ("ShXceprstTx", 0)},
 }
-LONG_OPTIONS_WITH_VALUE = frozenset({"adjustment", "chdir", "group", "interval", "kill-after", "signal", "user"})
+LONG_OPTIONS_WITH_VALUE = frozenset(
+    {"adjustment", "chdir", "group", "interval", "jobs", "kill-after", "signal", "user"}
+)
 SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
 XARGS_OPTIONS = "EILPadns"
 DELETERS = ("rm", "shred", "unlink")
 SYSTEM_LOG = re.compile(r"/var/log/(auth\.log|btmp|dmesg|kern\.log|lastlog|messages|secure|syslog|wtmp)$")
+QUOTATION = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"")
+# Labels of critical paths where `find` deletes too much even if a test leaves files out.
+ALL_FILES_MATTER = re.compile(
+    r"the whole (file system|home folder)|the system folder /((usr/)?s?bin|boot|dev|etc|lib(32|64)?)\b(?!/)"
+)
 # Labels of critical paths whose owners and permissions are often set again as a whole.
 REPAIRED = re.compile(
     r"the folder |(the system folder )?/(etc/ssh\b|usr/lib/(?!\w*-linux)|var/lib/(mysql|postgresql)\b)"
@@ -95,6 +102,16 @@ LINES = [
         r"--help|--version|(mke2fs|mkfs(\.| -t )ext\d) (.* )?-[a-z]*n |(mkfs\.xfs|newfs) (.* )?-N ",
         "formats a device, which erases its data",
     ),
+    (
+        rf"(bsd)?tar.* (-?\w*f ?|--file[ =]){DEVICE.pattern}",
+        r"tar -?\w*[tx]| -[tx]|--(list|extract|get)",
+        "writes directly to a device",
+    ),
+    (
+        r"(nwipe|scrub|srm|wipe) ",
+        r"--help|--version| -[hV]$|scrub (-X|--freespace)",
+        "overwrites data so that it cannot be recovered",
+    ),
     (r"shred ", r"--help|--version", "overwrites files so that they cannot be recovered (shred)"),
     (r"wipefs .*(-[a-z]*[ao]|--all|--offset)", r"--help|--no-act|wipefs .*-[a-z]*n", "erases signatures of a device"),
     (
@@ -112,12 +129,17 @@ LINES = [
         "removes packages that the system needs",
     ),
     (
-        r"sed .*-[a-zA-Z]*i\S* .*/etc/(passwd|shadow|group|gshadow|sudoers)( |$)",
+        r"(perl|sed) (.* )?(-[a-z0-9E]*i|--in-place)\S* (.*/etc/(passwd|shadow|group|gshadow|sudoers)( |$)|"
+        r"(-e )?(1,\ue000)?d /etc/)|ln .*-\w*f\w* .*\S /etc/(crypttab|fstab|g?shadow|group|hosts|passwd|sudoers)$",
         r"--help",
-        "overwrites a file that accounts depend on",
+        "overwrites a file that the system depends on",
     ),
     (r"dropdb \S|mysqladmin .*\bdrop\b", r"--help", "deletes a database"),
-    (r"(nc|ncat|netcat) .*(-[a-z]*[ec] |--exec|--sh-exec)", r"--help", "opens a shell for another machine"),
+    (
+        r"(nc|ncat|netcat) .*(-[a-z]*[ec] |--exec|--sh-exec)|socat .*(?i:exec|system):(\S*/)?(ba|c|da|k|z)?sh\b",
+        r"--help",
+        "opens a shell for another machine",
+    ),
 ]
 STATEMENTS = re.compile(
     r"\b(drop\s+(database|schema|table|user)\b|truncate\s+(table\s+)?\w|delete\s+from\s+[\w.`\"]+\s*(;|$)"
@@ -157,9 +179,9 @@ def _find(text: str, depth: int = 0, upstream=None, positional=()) -> Iterator[s
     yield from _find_endless_processes(text)
     line = _Line(text, depth, upstream or [], variables={"HOME": ["~"], "PWD": ["."], "IFS": [" "]})
     line.variables |= {str(number): [word] for number, word in enumerate(positional)}
-    commands = parse_commands(text)
-    for number, command in enumerate(commands):
-        if number and command.operator != "|":
+    is_piped_to_group = re.search(r"\|&?\s*[({]", QUOTATION.sub("''", text))
+    for number, command in enumerate(parse_commands(text)):
+        if number and command.operator != "|" and not is_piped_to_group:
             line.upstream = []
         if command.operator in (";", "||", "&") and line.folder != ".":
             line.folder = "." if line.folder != "/" else "/"  # the change of folder may have failed
@@ -274,8 +296,12 @@ def _check_strings(program, arguments, line):
         codes = [word.partition("=")[2] for word in plain]
     elif program == "ssh":
         codes = [" ".join(_skip_options(plain, SSH_OPTIONS)[1:])]
+    elif program == "tmux":
+        runs = re.match(r"new|split|respawn|run|send", " ".join(plain[:1]))
+        codes = [" ".join(_skip_options(plain[1:], "Fcenstxy"))] if runs else []
     elif program == "parallel":
-        codes = [" ".join(_skip_options(plain, "jN")).partition(":::")[0]]
+        code, _, values = " ".join(_skip_options(plain, "ajN")).partition(":::")
+        codes = [code.replace("{}", values) if "{}" in code else f"{code} {values}"]
     elif INTERPRETERS.fullmatch(program) or program in ("awk", "gawk", "mawk"):
         yield from _check_code(" ".join(plain), line)
         return
@@ -294,7 +320,7 @@ def _check_code(code, line):
         yield FORK_BOMB
     if re.search(r"\b(exec|eval)\b.*(urlopen|requests\.get|LWP|open-uri|http\.get|fetch\()", code, re.DOTALL):
         yield UNSEEN_CODE
-    if re.search(r"\b(system|popen|exec\w*|run|call|Popen|check_\w+|getoutput)\b", code):
+    if re.search(r"\b(system|popen|exec\w*|run|call|Popen|check_\w+|getoutput|shell script)\b", code):
         for string in re.findall(r"'([^']+)'|\"([^\"]+)\"", code):
             yield from _find(string[0] or string[1], line.depth + 1)
 
@@ -410,9 +436,10 @@ def _note_download(words, command, line):
     if not words:
         return
     names = [target.text for operator, target in command.redirections if operator in (">", ">>")]
-    if _program(words[0]) == "tee" and any(
-        _program(_unwrap(one)[0]) in NETWORK for one in line.upstream if _unwrap(one)
-    ):
+    is_piped = any(_program(_unwrap(one)[0]) in NETWORK for one in line.upstream if _unwrap(one))
+    if _program(words[0]) == "read" and is_piped:
+        names += [f"\ue007{word}\ue008" for word in words[1:]]
+    elif _program(words[0]) == "tee" and is_piped:
         names += words[1:]
     elif _program(words[0]) not in NETWORK:
         return
@@ -441,7 +468,7 @@ def _runs_download(program, words, line):
 
 def _find_endless_processes(text):
     """Find functions and scripts that call themselves in the background, and loops that never wait."""
-    text = re.sub(r"'[^']*'|\"(?:\\.|[^\"\\])*\"", "''", text)
+    text = QUOTATION.sub("''", text)
     text = re.sub(r"(?m)(?<!\S)#.*", "", text)
     for match in re.finditer(r"(?:function\s+)?([^\s(){};|&'\"$]+)\s*(?:\(\s*\))?\s*\{([^}]*)\}", text):
         name = rf"\s*{re.escape(match[1])}(?![\w./:-])"
@@ -452,7 +479,8 @@ def _find_endless_processes(text):
     if re.search(r"\$0\"?\s*[|&]\s*(\.?/?\"?\$0)", text):
         yield FORK_BOMB
     loops = re.finditer(
-        r"(?:while\s+(?:true|:|1|\[\s*1\s*\])|for\s*\(\(\s*;\s*;\s*\)\))\s*;?\s*do\b(.{0,500}?)\bdone", text
+        r"(?:while\s+(?:true|:|1|\[\s*1\s*\])|until\s+false|for\s*\(\(\s*;\s*;\s*\)\))\s*;?\s*do\b(.{0,500}?)\bdone",
+        text,
     )
     if any(
         re.search(r"(?<![&>])&(?![&>\d])", one[1]) and not re.search(r"\b(sleep|wait)\b[^&;|]*(;|$)", one[1])
@@ -484,7 +512,8 @@ def _check_written(path, line, appends=False, in_trees=True):
     if DEVICE.match(path):
         yield f"writes directly to a device ({_show(path)})"
     elif not appends:
-        if file := find_critical_file(path, line.folder, in_trees):
+        file = find_critical_file(path, line.folder, in_trees)
+        if file and not file.startswith("/usr/"):  # where programs are installed
             yield f"overwrites {_show(file)}"
         elif re.match(r"/(private/)?var/log(/|$)", normalize_path(path, line.folder) if path else ""):
             yield f"empties a log of the system ({_show(path)})"
@@ -571,6 +600,8 @@ def _check_find(arguments, line):
             if command and _program(command[0]) in DELETERS and "{}" in command:
                 yield from _check_found(roots, is_filtered, line)
             elif command:
+                if _program(command[0]) in ("chgrp", "chown"):
+                    command = [command[0], "-R", *command[1:]]
                 words = [one for word in command for one in _replace_braces(word, ["x"] if is_filtered else roots)]
                 yield from _check_command(words, _inner(line))
         is_filtered |= FILTERS.match(unquote(" ".join(tests[number : number + 2]))) is not None
@@ -583,7 +614,7 @@ def _replace_braces(word, roots):
 def _check_found(roots, is_filtered, line):
     for root in roots:
         found = find_critical_path(root, line.folder)
-        if found and (not is_filtered or found.label.startswith(("the whole file system", "the whole home folder"))):
+        if found and (not is_filtered or ALL_FILES_MATTER.match(found.label)):
             yield f"deletes files in {found.label}"
 
 
@@ -599,13 +630,19 @@ def _check_xargs(arguments, line):
     inner = _inner(line)
     yield from _check_command(command, inner)
     producer = _unwrap(line.upstream[0]) if line.upstream else []
-    name = _program(producer[0]) if producer else ""
+    name, text = _program(producer[0]) if producer else "", " ".join(producer)
     if name in ("echo", "printf", "ls") and len(line.upstream) == 1:
         operands = [word for word in producer[1:] if not word.startswith("-")]
         words = [word.replace("\\n", "").strip() for word in operands]
         if name == "ls":
             words = [f"{word.rstrip('/')}/*" for word in words if not re.search(r"[*?]", word)] or words or ["*"]
         yield from _check_command([*(word for word in command if word not in ("{}", "%")), *words], inner)
+    elif (
+        name in ("", "cat") and _program(command[0]) == "rm" and _has(_split_arguments(command)[0], "rR", "recursive")
+    ):
+        yield "deletes everything that a list names (xargs rm -r)"
+    elif name in ("docker", "podman") and len(line.upstream) == 1 and not re.search(" (-[a-z]*f|--filter)", text):
+        yield from _check_command([*command, "\ue007\ue008"], inner)
     elif name == "find" and _program(command[0]) in DELETERS:
         tests = [*producer[1:], *(["-name"] if len(line.upstream) > 1 else []), "-delete"]
         yield from _check_find(tests, inner)
@@ -645,6 +682,12 @@ def _check_dd(arguments, line):
     for word in arguments:
         if word.startswith("of="):
             yield from _check_written(word[3:], line)
+
+
+def _check_download(arguments, line, letter):
+    for option, path in zip(arguments, [*arguments, ""][1:], strict=True):
+        if match := re.fullmatch(rf"-\w*{letter}|--output(?:-document)?(?:=(.*))?", option):
+            yield from _check_written(match[1] or path, line, in_trees=False)
 
 
 def _check_partitioning(arguments, line, letters="lLhVJv", name="list"):
@@ -693,12 +736,17 @@ def _check_cd(arguments, line):
 
 
 CHECKS = {
-    **{"rm": _check_rm, "unlink": _check_rm, "find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
-    **dict.fromkeys(("chown", "chgrp", "chattr", "setfacl"), _check_owner),
+    **dict.fromkeys(("rm", "srm", "unlink"), _check_rm),
+    **{"find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
+    **dict.fromkeys(("chown", "chgrp"), _check_owner),
+    "chattr": functools.partial(_check_owner, changed="the owner or attributes"),
+    "setfacl": functools.partial(_check_owner, changed="permissions"),
     **{"mv": _check_mv, "cp": _check_copy, "install": _check_copy, "tee": _check_tee, "truncate": _check_truncate},
     **dict.fromkeys(("cfdisk", "cgdisk", "fdisk", "gdisk", "parted"), _check_partitioning),
     "sfdisk": functools.partial(_check_partitioning, letters="lLhVJvd"),
     "sgdisk": functools.partial(_check_partitioning, letters="lLhVvpib", name="backup"),
+    "curl": functools.partial(_check_download, letter="o"),
+    "wget": functools.partial(_check_download, letter="O"),
     **{"rsync": _check_rsync, "ddrescue": _check_copy},
     **{"dd": _check_dd, "git": _check_git, "cd": _check_cd, "pushd": _check_cd},
 }
