@@ -30,13 +30,7 @@ PROGRAM = str(Path(sys.executable).with_name("encdec-slm"))
 REQUEST = "w7 w9 w4"
 # Most tokens are options, so that commands differ in more than arguments.
 WORDS = [f"w{number}" if number < 10 else f"-w{number}" for number in range(4, 97)]
-FITTED = {
-    "program_offsets": {},
-    "threshold": 0.5,
-    "expected_calibration_error": 0.0,
-    "num_examples": 10,
-    "programs": [],
-}
+FITTED = {"program_offsets": {}, "threshold": 0.5, "expected_calibration_error": 0.0, "num_examples": 10}
 SURE = Calibration(slope=0.0, intercept=2.0, **FITTED)
 NOT_SURE = Calibration(slope=0.0, intercept=-2.0, **FITTED)
 

@@ -134,6 +134,7 @@ class ShellModel:
                 group = groups.setdefault(outline(command), {})
                 group[command] = group.get(command, 0.0) + math.exp(log_probability)
         answers = [self._build_answer(group, request) for group in groups.values()]
+        # A confidence of 0 means a program that is not known.
         answers = [answer for answer in answers if answer.confidence != 0] or answers
         answers.sort(key=lambda answer: (not is_complete(answer.command), -answer.log_probability))
         return [replace(answer, command=close_line(answer.command)) for answer in answers[:num_answers]]
