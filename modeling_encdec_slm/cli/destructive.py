@@ -10,7 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .critical_paths import DEVICE, find_critical_file, find_critical_path, normalize_path
-from .shell_syntax import UNKNOWN, Command, Word, expand_word, parse_commands, unquote
+from .shell_syntax import (
+    UNKNOWN,
+    XARGS_OPTIONS,
+    Command,
+    Word,
+    expand_word,
+    parse_commands,
+    program_name,
+    skip_options,
+    unquote,
+    unwrap,
+)
 
 
 MAX_DEPTH = 6
@@ -29,20 +40,8 @@ DECODERS = re.compile(r"base(64|32) .*(-d|-D|--decode)|xxd .*-r|openssl .*-d\b|r
 DATABASES = re.compile(
     r"(mysql|mariadb|psql|sqlite3?|sqlcmd|sqlplus|clickhouse(-client)?|duckdb|mongo(sh)?|redis-cli|cqlsh|mysqladmin)$"
 )
-# Programs that run the command in their arguments: options that take a value, and the number of arguments before it.
-WRAPPERS = {
-    **dict.fromkeys(("builtin", "busybox", "command", "fakeroot", "nohup", "pkexec", "setsid", "toybox"), ("", 0)),
-    **{"sudo": ("CDRTUghprtu", 0), "doas": ("Cu", 0), "run0": ("gu", 0), "env": ("CSu", 0), "nice": ("n", 0)},
-    **{"ionice": ("cnp", 0), "stdbuf": ("eio", 0), "time": ("fo", 0), "exec": ("a", 0), "timeout": ("ks", 1)},
-    **{"chroot": ("", 1), "taskset": ("", 1), "chrt": ("", 1), "flock": ("Ew", 1), "watch": ("n", 0)},
-    **{"strace": ("eopsu", 0), "unshare": ("", 0), "torsocks": ("", 0), "proxychains": ("f", 0)},
-    **{"caffeinate": ("tw", 0), "systemd-run": ("pu", 0), "function": ("", 1), "screen": ("ShXceprstTx", 0)},
-}
-LONG_OPTIONS_WITH_VALUE = frozenset(
-    {"adjustment", "chdir", "group", "interval", "jobs", "kill-after", "signal", "user"}
-)
+PARALLEL_OPTIONS = "ajN"
 SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
-XARGS_OPTIONS = "EILPadns"
 DELETERS = ("rm", "shred", "unlink")
 SYSTEM_LOG = re.compile(r"/var/log/(auth\.log|btmp|dmesg|kern\.log|lastlog|messages|secure|syslog|wtmp)$")
 QUOTATION = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"")
@@ -215,10 +214,10 @@ def _assign_variables(words, line, is_download):
 
 
 def _check_command(words: list[str], line: _Line) -> Iterator[str]:
-    words = _unwrap(words) or (["sh"] if words[:1] == ["sudo"] else [])
+    words = unwrap(words) or (["sh"] if words[:1] == ["sudo"] else [])
     if not words:
         return
-    program, arguments = _program(words[0]), words[1:]
+    program, arguments = program_name(words[0]), words[1:]
     plain = [unquote(word) for word in arguments]
     if program in CHECKS:
         yield from CHECKS[program](arguments, line)
@@ -231,41 +230,6 @@ def _check_command(words: list[str], line: _Line) -> Iterator[str]:
         yield LOST_DATA
     if _runs_download(program, words, line):
         yield "runs a program that it downloads from the network"
-
-
-def _program(word):
-    return unquote(word).rpartition("/")[2]
-
-
-def _unwrap(words):
-    """Remove programs that run their arguments, with their options."""
-    while words:
-        name = _program(words[0])
-        if name not in WRAPPERS:
-            return words
-        if name == "env" and words[1:2] == ["-S"]:
-            words = [words[0], *unquote(" ".join(words[2:3])).split(), *words[3:]]
-        with_value, num_positional = WRAPPERS[name]
-        words = _skip_options(words[1:], with_value)
-        while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
-            words = words[1:]
-        words = words[num_positional:]
-        while words and words[0] in ("{", "!"):
-            words = words[1:]
-        if name == "watch" and len(words) == 1:
-            return unquote(words[0]).split()
-    return words
-
-
-def _skip_options(words, with_value):
-    while words and words[0].startswith("-") and words[0] != "-":
-        option, words = words[0], words[1:]
-        if option == "--":
-            break
-        is_long_with_value = option.startswith("--") and option[2:] in LONG_OPTIONS_WITH_VALUE
-        if is_long_with_value or (not option.startswith("--") and option[-1] in with_value):
-            words = words[1:]
-    return words
 
 
 def _check_lines(program, arguments):
@@ -290,17 +254,17 @@ def _check_strings(program, arguments, line):
     elif program == "script":
         codes = [plain[number + 1] for number, word in enumerate(plain[:-1]) if re.match(r"-[a-z]*c$", word)]
     elif program in ("docker", "kubectl", "podman") and plain[:1] == ["exec"]:
-        yield from _check_command(_skip_options(_skip_options(arguments[1:], "cenuw")[1:], ""), line)
+        yield from _check_command(skip_options(skip_options(arguments[1:], "cenuw")[1:], ""), line)
         return
     elif program == "alias":
         codes = [word.partition("=")[2] for word in plain]
     elif program == "ssh":
-        codes = [" ".join(_skip_options(plain, SSH_OPTIONS)[1:])]
+        codes = [" ".join(skip_options(plain, SSH_OPTIONS)[1:])]
     elif program == "tmux":
         runs = re.match(r"new|split|respawn|run|send", " ".join(plain[:1]))
-        codes = [" ".join(_skip_options(plain[1:], "Fcenstxy"))] if runs else []
+        codes = [" ".join(skip_options(plain[1:], "Fcenstxy"))] if runs else []
     elif program == "parallel":
-        code, _, values = " ".join(_skip_options(plain, "ajN")).partition(":::")
+        code, _, values = " ".join(skip_options(plain, PARALLEL_OPTIONS)).partition(":::")
         codes = [code.replace("{}", values) if "{}" in code else f"{code} {values}"]
     elif INTERPRETERS.fullmatch(program) or program in ("awk", "gawk", "mawk"):
         yield from _check_code(" ".join(plain), line)
@@ -327,8 +291,8 @@ def _check_code(code, line):
 
 def _check_substitutions(command: Command, words, line):
     """Look into `$(...)`, and find downloads and printed text that are run."""
-    unwrapped = _unwrap(words)
-    program = _program(unwrapped[0]) if unwrapped else ""
+    unwrapped = unwrap(words)
+    program = program_name(unwrapped[0]) if unwrapped else ""
     runs_text = _runs_files(program) or program == "eval" or program.startswith("\ue007")
     targets = [target for operator, target in command.redirections if operator in ("<", "<<<")]
     for word in [*command.words, *(target for _, target in command.redirections)]:
@@ -350,7 +314,7 @@ def _check_run_output(substitution, line):
         [one for word in command.words for one in expand_word(word.text, {})]
         for command in parse_commands(substitution)
     ]
-    stages = [words for words in map(_unwrap, stages) if words]
+    stages = [words for words in map(unwrap, stages) if words]
     if any(map(_is_decoder, stages)):
         yield DECODED_CODE
     for text in _printed_texts(stages):
@@ -358,7 +322,7 @@ def _check_run_output(substitution, line):
 
 
 def _is_decoder(words):
-    return DECODERS.match(" ".join(map(unquote, [_program(words[0]), *words[1:]]))) is not None
+    return DECODERS.match(" ".join(map(unquote, [program_name(words[0]), *words[1:]]))) is not None
 
 
 def _runs_files(program):
@@ -369,8 +333,8 @@ def _has_download(word, depth=0):
     """Return whether a command in a word reads from the network."""
     for substitution in word.substitutions if depth <= MAX_DEPTH else ():
         for command in parse_commands(substitution):
-            words = _unwrap([one for word in command.words for one in expand_word(word.text, {})])
-            if words and _program(words[0]) in NETWORK:
+            words = unwrap([one for word in command.words for one in expand_word(word.text, {})])
+            if words and program_name(words[0]) in NETWORK:
                 return True
             if any(_has_download(inner, depth + 1) for inner in command.words):
                 return True
@@ -381,7 +345,7 @@ def _check_input(program, arguments, line):
     """Find text from a pipe that a shell or a database runs."""
     if not line.upstream:
         return
-    upstream = [_unwrap(words) for words in line.upstream]
+    upstream = [unwrap(words) for words in line.upstream]
     upstream = [words for words in upstream if words]
     if DATABASES.match(program) and any(STATEMENTS.search(text) for text in _printed_texts(upstream)):
         yield LOST_DATA
@@ -389,7 +353,7 @@ def _check_input(program, arguments, line):
         yield "replaces all scheduled jobs of a user"
     if not _reads_code(program, arguments):
         return
-    if any(_program(words[0]) in NETWORK or line.downloads & {"".join(words[-1:])} for words in upstream):
+    if any(program_name(words[0]) in NETWORK or line.downloads & {"".join(words[-1:])} for words in upstream):
         yield UNSEEN_CODE
     if any(map(_is_decoder, upstream)):
         yield DECODED_CODE
@@ -399,49 +363,49 @@ def _check_input(program, arguments, line):
 
 def _printed_texts(upstream):
     for words in upstream:
-        if _program(words[0]) in ("echo", "printf"):
+        if program_name(words[0]) in ("echo", "printf"):
             yield unquote(" ".join(word for word in words[1:] if not re.fullmatch("-[neE]+", word)))
 
 
 def _reads_code(program, arguments):
     """Return whether a program runs what it reads from standard input."""
     if program == "xargs":
-        inner = _skip_options(arguments, XARGS_OPTIONS)
-        is_shell = inner and _program(inner[0]) in SHELLS and "-c" in inner
+        inner = skip_options(arguments, XARGS_OPTIONS)
+        is_shell = inner and program_name(inner[0]) in SHELLS and "-c" in inner
         return bool(is_shell) and (inner[-1] == "-c" or inner[inner.index("-c") + 1] in ("{}", "%"))
     if program in ("at", "batch"):
         return "-f" not in arguments
     if program == "parallel":
-        return not _skip_options(arguments, "jN")
+        return not skip_options(arguments, PARALLEL_OPTIONS)
     if program in ("source", "."):
         return arguments[:1] in (["/dev/stdin"], ["-"])
     if program == "ssh":
-        return len(_skip_options(arguments, SSH_OPTIONS)) == 1
+        return len(skip_options(arguments, SSH_OPTIONS)) == 1
     if program in SHELLS:
         if any(re.match(r"-[a-z]*c$", word) for word in arguments):
             return False
-        operands = _skip_options(arguments, "oO")
+        operands = skip_options(arguments, "oO")
         is_from_input = any(re.fullmatch("-[a-z]*s[a-z]*", word) for word in arguments)
         return is_from_input or program == "su" or operands[:1] in ([], ["-"], ["/dev/stdin"])
     if INTERPRETERS.fullmatch(program):
         if any(re.match(r"-\w*[cemEnprR]|--(eval|print|run)", word) for word in arguments):
             return False
-        return _skip_options(arguments, "WX")[:1] in ([], ["-"], ["/dev/stdin"])
+        return skip_options(arguments, "WX")[:1] in ([], ["-"], ["/dev/stdin"])
     return False
 
 
 def _note_download(words, command, line):
     """Note the name of the file that a command downloads to."""
-    words = list(map(unquote, _unwrap(words)))
+    words = list(map(unquote, unwrap(words)))
     if not words:
         return
     names = [target.text for operator, target in command.redirections if operator in (">", ">>")]
-    is_piped = any(_program(_unwrap(one)[0]) in NETWORK for one in line.upstream if _unwrap(one))
-    if _program(words[0]) == "read" and is_piped:
+    is_piped = any(program_name(unwrap(one)[0]) in NETWORK for one in line.upstream if unwrap(one))
+    if program_name(words[0]) == "read" and is_piped:
         names += [f"\ue007{word}\ue008" for word in words[1:]]
-    elif _program(words[0]) == "tee" and is_piped:
+    elif program_name(words[0]) == "tee" and is_piped:
         names += words[1:]
-    elif _program(words[0]) not in NETWORK:
+    elif program_name(words[0]) not in NETWORK:
         return
     for number, word in enumerate(words[1:], 1):
         before = words[number - 1]
@@ -493,8 +457,8 @@ def _find_endless_processes(text):
 
 
 def _check_redirections(command, words, line):
-    words = _unwrap(words)
-    program = _program(words[0]) if words else ""
+    words = unwrap(words)
+    program = program_name(words[0]) if words else ""
     for operator, target in command.redirections:
         if operator in ("<<", "<<<"):
             if _reads_code(program, list(map(unquote, words[1:]))):
@@ -596,11 +560,11 @@ def _check_find(arguments, line):
             yield from _check_found(roots, is_filtered, line)
         elif word in ("-exec", "-execdir"):
             stop = next((i for i, one in enumerate(tests) if i > number and unquote(one) in (";", "+")), len(tests))
-            command = _unwrap(tests[number + 1 : stop])
-            if command and _program(command[0]) in DELETERS and "{}" in command:
+            command = unwrap(tests[number + 1 : stop])
+            if command and program_name(command[0]) in DELETERS and "{}" in command:
                 yield from _check_found(roots, is_filtered, line)
             elif command:
-                if _program(command[0]) in ("chgrp", "chown"):
+                if program_name(command[0]) in ("chgrp", "chown"):
                     command = [command[0], "-R", *command[1:]]
                 words = [one for word in command for one in _replace_braces(word, ["x"] if is_filtered else roots)]
                 yield from _check_command(words, _inner(line))
@@ -624,13 +588,13 @@ def _inner(line):
 
 
 def _check_xargs(arguments, line):
-    command = _unwrap(_skip_options(arguments, XARGS_OPTIONS))
+    command = unwrap(skip_options(arguments, XARGS_OPTIONS))
     if not command:
         return
     inner = _inner(line)
     yield from _check_command(command, inner)
-    producer = _unwrap(line.upstream[0]) if line.upstream else []
-    name, text = _program(producer[0]) if producer else "", " ".join(producer)
+    producer = unwrap(line.upstream[0]) if line.upstream else []
+    name, text = program_name(producer[0]) if producer else "", " ".join(producer)
     if name in ("echo", "printf", "ls") and len(line.upstream) == 1:
         operands = [word for word in producer[1:] if not word.startswith("-")]
         words = [word.replace("\\n", "").strip() for word in operands]
@@ -638,14 +602,22 @@ def _check_xargs(arguments, line):
             words = [f"{word.rstrip('/')}/*" for word in words if not re.search(r"[*?]", word)] or words or ["*"]
         yield from _check_command([*(word for word in command if word not in ("{}", "%")), *words], inner)
     elif (
-        name in ("", "cat") and _program(command[0]) == "rm" and _has(_split_arguments(command)[0], "rR", "recursive")
+        name in ("", "cat")
+        and program_name(command[0]) == "rm"
+        and _has(_split_arguments(command)[0], "rR", "recursive")
     ):
         yield "deletes everything that a list names (xargs rm -r)"
     elif name in ("docker", "podman") and len(line.upstream) == 1 and not re.search(" (-[a-z]*f|--filter)", text):
         yield from _check_command([*command, "\ue007\ue008"], inner)
-    elif name == "find" and _program(command[0]) in DELETERS:
+    elif name == "find" and program_name(command[0]) in DELETERS:
         tests = [*producer[1:], *(["-name"] if len(line.upstream) > 1 else []), "-delete"]
         yield from _check_find(tests, inner)
+
+
+def _check_parallel(arguments, line):
+    """Without `:::`, `parallel` adds the lines of its input to a command, as `xargs` does."""
+    if ":::" not in arguments:
+        yield from _check_xargs(" ".join(skip_options(arguments, PARALLEL_OPTIONS)).split(), line)
 
 
 def _check_mv(arguments, line):
@@ -737,7 +709,7 @@ def _check_cd(arguments, line):
 
 CHECKS = {
     **dict.fromkeys(("rm", "srm", "unlink"), _check_rm),
-    **{"find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
+    **{"find": _check_find, "xargs": _check_xargs, "parallel": _check_parallel, "chmod": _check_permissions},
     **dict.fromkeys(("chown", "chgrp"), _check_owner),
     "chattr": functools.partial(_check_owner, changed="the owner or attributes"),
     "setfacl": functools.partial(_check_owner, changed="permissions"),

@@ -29,8 +29,20 @@ RESERVED = frozenset(
 OPENING = frozenset({"{", "if", "while", "until", "for", "select", "case"})
 CLOSING = frozenset({"}", "fi", "done", "esac"})
 TESTS = {"[": "]", "[[": "]]"}
-# Programs that run the command after them.
-RUNNERS = frozenset({"command", "env", "exec", "nohup", "sudo", "time", "xargs"})
+# Programs that run the command in their arguments: options that take a value, and the number of arguments before it.
+WRAPPERS = {
+    **dict.fromkeys(("builtin", "busybox", "command", "fakeroot", "nohup", "pkexec", "setsid", "toybox"), ("", 0)),
+    **{"sudo": ("CDRTUghprtu", 0), "doas": ("Cu", 0), "run0": ("gu", 0), "env": ("CSu", 0), "nice": ("n", 0)},
+    **{"ionice": ("cnp", 0), "stdbuf": ("eio", 0), "time": ("fo", 0), "exec": ("a", 0), "timeout": ("ks", 1)},
+    **{"chroot": ("", 1), "taskset": ("", 1), "chrt": ("", 1), "flock": ("Ew", 1), "watch": ("n", 0)},
+    **{"strace": ("eopsu", 0), "unshare": ("", 0), "torsocks": ("", 0), "proxychains": ("f", 0)},
+    **{"caffeinate": ("tw", 0), "systemd-run": ("pu", 0), "function": ("", 1), "screen": ("ShXceprstTx", 0)},
+}
+LONG_OPTIONS_WITH_VALUE = frozenset(
+    {"adjustment", "chdir", "group", "interval", "jobs", "kill-after", "signal", "user"}
+)
+# Options of `xargs`, which also runs its arguments, that take a value.
+XARGS_OPTIONS = "EILPadns"
 # Text between quotation marks in a sentence; an apostrophe is none.
 QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|`([^`]+)`|(?<!\w)'([^']+)'(?!\w)")
 BRACES = re.compile(rf"(?<![${QUOTED_DOLLAR}])\{{([^{{}}]*,[^{{}}]*)\}}")
@@ -121,11 +133,54 @@ def list_programs(line: str) -> list[str]:
     programs = []
     for command in parse_commands(line):
         texts = [word.text for word in command.words if not re.match(r"\w+=", word.text)]
-        while len(texts) > 1 and texts[0] in RUNNERS and not texts[1].startswith("-"):
-            programs.append(texts.pop(0))
-        programs += [text.rpartition("/")[2] for text in texts[:1] if "$" not in text]
+        while texts:
+            programs += [program_name(text) for text in texts[:1] if "$" not in text]
+            texts = _run_by(texts, {**WRAPPERS, "xargs": (XARGS_OPTIONS, 0)})
         programs += [name for word in command.words for text in word.substitutions for name in list_programs(text)]
     return programs
+
+
+def unwrap(words: list[str]) -> list[str]:
+    """Remove programs that run their arguments, such as `sudo`, with their options."""
+    while words and program_name(words[0]) in WRAPPERS:
+        words = _run_by(words, WRAPPERS)
+    return words
+
+
+def _run_by(words, wrappers):
+    """Return the words of the command that the first word runs; nothing if it runs none."""
+    name = program_name(words[0])
+    if name not in wrappers:
+        return []
+    if name == "env" and words[1:2] == ["-S"]:
+        words = [words[0], *unquote(" ".join(words[2:3])).split(), *words[3:]]
+    with_value, num_positional = wrappers[name]
+    words = skip_options(words[1:], with_value)
+    while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
+        words = words[1:]
+    words = words[num_positional:]
+    while words and words[0] in ("{", "!"):
+        words = words[1:]
+    if name == "watch" and len(words) == 1:
+        return unquote(words[0]).split()
+    return words
+
+
+def skip_options(words: list[str], with_value: str) -> list[str]:
+    """Remove the options before the first operand, and the values of those that `with_value` has the letters of."""
+    while words and words[0].startswith("-") and words[0] != "-":
+        option, words = words[0], words[1:]
+        if option == "--":
+            break
+        is_long_with_value = option.startswith("--") and option[2:] in LONG_OPTIONS_WITH_VALUE
+        if is_long_with_value or (not option.startswith("--") and option[-1] in with_value):
+            words = words[1:]
+    return words
+
+
+def program_name(word: str) -> str:
+    """Return the name of a program without its folder."""
+    return unquote(word).rpartition("/")[2]
 
 
 def quote_literals(line: str, request: str, programs: Collection[str]) -> str:
@@ -384,6 +439,7 @@ def _values(expression, variables):
 
 
 __all__ = [
-    *("UNKNOWN", "Command", "Word", "close_line", "expand_word", "first_program", "is_complete", "list_programs"),
-    *("outline", "parse_commands", "quote_literals", "unquote"),
+    *("UNKNOWN", "XARGS_OPTIONS", "Command", "Word", "close_line", "expand_word", "first_program", "is_complete"),
+    *("list_programs", "outline", "parse_commands", "program_name", "quote_literals", "skip_options", "unquote"),
+    "unwrap",
 ]
