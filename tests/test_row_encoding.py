@@ -39,7 +39,7 @@ def test_a_row_of_text_becomes_ids_and_labels(columns):
     (row,) = encode_rows(rows, RowEncoder(words("$A </s>")), "training data")
     assert row == {
         **{"input_ids": [10, 11, EOS], "num_source_tokens": 3},
-        **{"labels": [20, EOS], "num_target_tokens": 2},
+        **{"labels": [20, EOS], "num_target_tokens": 2, "length": 3},
     }
 
 

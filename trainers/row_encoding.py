@@ -198,8 +198,8 @@ class RowEncoder:
         """Encode rows, for `datasets.map(..., batched=True, with_indices=True)`.
 
         Returns:
-            `dict`: The columns `input_ids`, `num_source_tokens` and, if the rows have targets, `labels` and
-            `num_target_tokens`. Numbers of tokens are those before truncation.
+            `dict`: The columns `input_ids`, `num_source_tokens`, `length` (of the longer side) and, if the rows have
+            targets, `labels` and `num_target_tokens`. Numbers of tokens are those before truncation.
 
         Raises:
             TypeError: A source or target is neither text nor a list of messages.
@@ -210,7 +210,10 @@ class RowEncoder:
             "input_ids": [source.input_ids for source in sources],
             "num_source_tokens": [source.num_tokens for source in sources],
         }
-        return encoded | self.encode_targets(batch, indices)
+        encoded |= self.encode_targets(batch, indices)
+        # What `train_sampling_strategy: group_by_length` reads: rows with a short source may have a long target.
+        sides = (encoded[name] for name in ("input_ids", "labels") if name in encoded)
+        return encoded | {"length": [max(map(len, row)) for row in zip(*sides, strict=True)]}
 
     def encode_targets(
         self, batch: Mapping[str, list], indices: Sequence[int], as_continuation: bool = False
