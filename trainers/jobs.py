@@ -138,6 +138,7 @@ def build_trainer(
         kwargs: Passed to the Trainer.
     """
     training_args = copy.copy(training_args)
+    training_args.remove_unused_columns = False  # rows are grouped by their column `length`
     settings = {}
     if training_args.generation_config is not None:
         settings = Seq2SeqTrainer.load_generation_config(training_args.generation_config).to_diff_dict()
