@@ -20,8 +20,8 @@ from conftest import build_model, build_tokenizer, save_vision_folder
 from encdec_slm.checkpoints import load_checkpoint
 from encdec_slm.run_results import RunResults
 from encdec_slm.trainers.finetune_job import LORA_TARGET_MODULES, FinetuneArguments, finetune
-from encdec_slm.trainers.jobs import describe_run, predict
-from encdec_slm.trainers.row_encoding import RowEncoder
+from encdec_slm.trainers.jobs import build_trainer, describe_run, predict
+from encdec_slm.trainers.row_encoding import RowEncoder, encode_rows
 
 
 ROWS = [{"source": f"def f{number}(): return {number}", "target": f"Return {number}."} for number in range(40)]
@@ -139,6 +139,20 @@ def test_predictions_are_in_the_order_of_the_rows_though_training_groups_by_leng
     trainer = Seq2SeqTrainer(build_model(), args, data_collator=collate)
     assert predict(trainer, rows).label_ids[:, 0].tolist() == [5 + n for n in range(8)]
     assert trainer.args.train_sampling_strategy == "group_by_length"
+
+
+def test_rows_are_grouped_by_their_longer_side(tmp_path):
+    tokenizer = build_tokenizer()
+    encoder = RowEncoder(tokenizer, decoder_start_token_id=1)
+    texts = ("w10", " ".join(["w10"] * 30))
+    rows = [{"source": texts[n % 4 == 1], "target": texts[n % 4 == 3]} for n in range(640)]
+    options = {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
+    args = Seq2SeqTrainingArguments(str(tmp_path), train_sampling_strategy="group_by_length", **options)
+    dataset = encode_rows(Dataset.from_list(rows), encoder, "rows")
+    trainer = build_trainer(build_model(), args, 40, data_collator=encoder.collate, train_dataset=dataset)
+    longer = [max(batch["input_ids"].shape[1], batch["labels"].shape[1]) for batch in trainer.get_train_dataloader()]
+    # 320 long rows; each of the four groups of 160 rows that are sorted may have one batch of both lengths.
+    assert len(longer) == 160 and 80 <= longer.count(max(longer)) <= 84
 
 
 @pytest.mark.parametrize("options", [{}, {"generation_num_beams": 2}], ids=["greedy", "beams"])
