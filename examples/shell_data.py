@@ -29,7 +29,6 @@ from encdec_slm.trainers.tasks.shell_sources import read_fig, read_nl2bash, read
 from encdec_slm.vocabulary import trim_tokenizer
 
 
-DROPOUT = 0.2
 EMBEDDING_SCALE = 0.03
 
 
@@ -53,7 +52,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokenizer, teacher_ids = trim_tokenizer(tokenizer, texts, max_size=arguments.vocabulary_size)
     config = preset_config(arguments.preset, tokenizer)
-    config.mlp_dropout = DROPOUT
+    config.mlp_dropout = 0.0  # as in the baseline
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher)
     set_seed(arguments.seed)
     embeddings = project_embeddings(teacher.get_input_embeddings().weight[teacher_ids], config.hidden_size)
