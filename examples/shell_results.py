@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put measurements of the shell model into shell_results.json, and write the tables of README.md and docs/shell.md.
 
-    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--benchmark FILE] [--answers]
+    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--seeds SYSTEM=FOLDER ...] \\
+        [--benchmark FILE] [--answers]
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
 of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
 system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
-compared, and so are shell and a teacher, on the rows of the teacher. FILE was written by examples/benchmark_shell.py.
---answers asks the model the requests of the demo again.
+compared, and so are shell and a teacher, on the rows of the teacher. --seeds takes those of encoder-decoder and
+decoder-only after the whole recipe, and keeps the metrics of each seed. FILE was written by
+examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
@@ -21,7 +23,7 @@ import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from evidence_statistics import compare, format_mean
+from evidence_statistics import T_QUANTILES, compare, format_mean
 
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
@@ -31,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "shell_results.json"
 PLOT = ROOT / "docs" / "shell.png"
 # What was done to the models that are compared; the benchmark has untrained ones.
-TRAINED = ", 1,000 steps"
+TRAINED = ", 1,000 steps of 64 rows"
+WHOLE_RECIPE = ", three seeds"
 # Name in the tables, and model in the benchmark.
 SYSTEMS = {
     "shell": ("this model", "encoder-decoder"),
@@ -162,6 +165,32 @@ def collect_evaluations(results, folders):
             results["teachers"].setdefault(name, {})[system] = compare_on_common_rows(ours[0], seeds[0])
 
 
+def collect_seeds(results, folders):
+    """Put the metrics of each seed into the results: `folders` are as in [`collect_evaluations`]."""
+    for (system, name), seeds in folders.items():
+        means = [
+            {metric: statistics.mean(row[metric] for row in rows) for metric in COMPARED} for rows in read_rows(seeds)
+        ]
+        results["seeds"].setdefault(system, {})[name] = {
+            metric: [100 * one[metric] for one in means] for metric in COMPARED
+        }
+
+
+def find_evaluation(results, system, name):
+    """Return an evaluation, or `None`: of the whole recipe with seeds if there is one, with intervals over seeds."""
+    seeds = results["seeds"].get(system, {}).get(name)
+    if seeds is None:
+        return results["evaluations"].get(system, {}).get(name)
+    return {"metrics": {metric: interval_over_seeds(values) for metric, values in seeds.items()}}
+
+
+def interval_over_seeds(values):
+    """Return the mean of the seeds, and its 95 % interval by Student's t."""
+    mean = statistics.mean(values)
+    margin = T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return [mean, mean - margin, mean + margin]
+
+
 def find_mistakes(folder):
     """Count the kinds of answers, and draw ten of the wrong ones that are short enough to read."""
     lines = Path(folder, "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -228,13 +257,14 @@ def readme_table(results):
     for key, (label, model) in SYSTEMS.items():
         if key == "nearest":  # docs/shell.md has it
             continue
-        evaluation = results["evaluations"].get(key, {}).get("test_random")
+        evaluation = find_evaluation(results, key, "test_random")
         scores = [format_metric(evaluation, name) for name in ("nlc2cmd", "nlc2cmd_top5")]
-        scores.append(format_metric(results["evaluations"].get(key, {}).get("everyday_blind"), "template"))
+        scores.append(format_metric(find_evaluation(results, key, "everyday_blind"), "template"))
         parameters, size, speed = "-", "-", "-" if model is None else MISSING
         if entries := find_fastest(results, model):
             parameters, size = f"{entries[0]['num_parameters'] / 1e6:,.3g}M", f"{entries[0]['bytes'] / 1e6:,.0f} MB"
             speed = "; ".join(f"{one['milliseconds']:,.0f} ({format_engine(one)})" for one in entries)
+        label = label.replace(TRAINED, WHOLE_RECIPE)
         rows.append((label, parameters, size, *scores, results["published"].get(key, "-"), speed))
     rows += [tuple(row) for row in results["published"]["rows"]]
     table = format_table([list(row) for row in rows], markdown=True)
@@ -245,8 +275,8 @@ def readme_table(results):
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
         "(`test_random`), and on 100 to 300 everyday ones (`everyday_blind`), with right programs and flags. This "
-        "model answers as `encdec-slm shell` does. The models of 1,000 steps are means of three seeds, on the same "
-        "rows, and search with five beams; Qwen "
+        "model answers as `encdec-slm shell` does. The models of three seeds were trained by the recipe of "
+        "docs/shell.md, and search with five beams; their intervals are over seeds. Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
         "with one. InterCode-ALFA and the last row are published."
@@ -274,6 +304,17 @@ def difference_table(results):
             intervals = ("[{:+.1f}, {:+.1f}]".format(*one[kind]) for kind in ("rows", "seeds"))
             means = (format_mean(values, metric) for values in one["means"])
             rows.append([f"`{name}`", METRICS[metric], *means, f"{one['difference']:+.1f}", *intervals])
+    return format_table(rows, markdown=True)
+
+
+def seed_table(results):
+    rows = [["rows", "metric", "encoder-decoder", "decoder-only", "difference", "over seeds"]]
+    for name, found in results["seeds"]["encoder-decoder"].items():
+        for metric, ours in found.items():
+            theirs = results["seeds"]["decoder-only"][name][metric]
+            value, low, high = interval_over_seeds([one - two for one, two in zip(ours, theirs, strict=True)])
+            means = (format_mean(values, metric) for values in (ours, theirs))
+            rows.append([f"`{name}`", METRICS[metric], *means, f"{value:+.1f}", f"[{low:+.1f}, {high:+.1f}]"])
     return format_table(rows, markdown=True)
 
 
@@ -337,7 +378,7 @@ def find_fastest(results, model):
 BLOCKS = {
     "README.md": {"answer": readme_demo, "results": readme_table},
     "docs/shell.md": {
-        **{"scores": score_table, "differences": difference_table, "teachers": teacher_table},
+        **{"scores": score_table, "seeds": seed_table, "differences": difference_table, "teachers": teacher_table},
         **{"latency": latency_table, "mistakes": mistakes_table},
     },
 }
@@ -376,9 +417,9 @@ def draw_plot(results):
     ]
     for axes, (name, metric, title) in zip(scores, shown, strict=True):
         for key, (label, _) in reversed(SYSTEMS.items()):
-            if name in results["evaluations"].get(key, {}):
-                value, low, high = results["evaluations"][key][name]["metrics"][metric]
-                label = textwrap.fill(label, PLOT_LABEL_WIDTH)
+            if evaluation := find_evaluation(results, key, name):
+                value, low, high = evaluation["metrics"][metric]
+                label = textwrap.fill(label.replace(TRAINED, WHOLE_RECIPE), PLOT_LABEL_WIDTH)
                 axes.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
         axes.margins(y=0.1)
         axes.grid(axis="x", alpha=0.3)
@@ -390,17 +431,19 @@ def draw_plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", nargs="*", default=[], metavar="SYSTEM=FOLDER")
+    parser.add_argument("--seeds", nargs="*", default=[], metavar="SYSTEM=FOLDER")
     parser.add_argument("--benchmark", type=Path, metavar="FILE")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
     results = load_results()
-    folders = defaultdict(list)
-    for item in arguments.evaluation:
-        system, _, folder = item.partition("=")
-        if system not in SYSTEMS:
-            parser.error(f"--evaluation is {item!r}, but must begin with one of {', '.join(SYSTEMS)} and =")
-        folders[system, read_evaluations([folder])[0]].append(folder)
-    collect_evaluations(results, folders)
+    for items, collect in ((arguments.evaluation, collect_evaluations), (arguments.seeds, collect_seeds)):
+        folders = defaultdict(list)
+        for item in items:
+            system, _, folder = item.partition("=")
+            if system not in SYSTEMS:
+                parser.error(f"{item!r} must begin with one of {', '.join(SYSTEMS)} and =")
+            folders[system, read_evaluations([folder])[0]].append(folder)
+        collect(results, folders)
     if arguments.benchmark is not None:
         report = json.loads(arguments.benchmark.read_text(encoding="utf-8"))
         entries = [{key: value for key, value in one.items() if key != "seconds"} for one in report["entries"]]
