@@ -43,6 +43,8 @@ LONG_OPTIONS_WITH_VALUE = frozenset(
 )
 # Options of `xargs`, which also runs its arguments, that take a value.
 XARGS_OPTIONS = "EILPadns"
+# Programs in front of another one; `list_programs` does not look behind their options.
+RUNNERS = frozenset({"command", "env", "exec", "nohup", "sudo", "time", "xargs"})
 # Text between quotation marks in a sentence; an apostrophe is none.
 QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|`([^`]+)`|(?<!\w)'([^']+)'(?!\w)")
 BRACES = re.compile(rf"(?<![${QUOTED_DOLLAR}])\{{([^{{}}]*,[^{{}}]*)\}}")
@@ -133,36 +135,30 @@ def list_programs(line: str) -> list[str]:
     programs = []
     for command in parse_commands(line):
         texts = [word.text for word in command.words if not re.match(r"\w+=", word.text)]
-        while texts:
-            programs += [program_name(text) for text in texts[:1] if "$" not in text]
-            texts = _run_by(texts, {**WRAPPERS, "xargs": (XARGS_OPTIONS, 0)})
+        while len(texts) > 1 and texts[0] in RUNNERS and not texts[1].startswith("-"):
+            programs.append(texts.pop(0))
+        programs += [text.rpartition("/")[2] for text in texts[:1] if "$" not in text]
         programs += [name for word in command.words for text in word.substitutions for name in list_programs(text)]
     return programs
 
 
 def unwrap(words: list[str]) -> list[str]:
     """Remove programs that run their arguments, such as `sudo`, with their options."""
-    while words and program_name(words[0]) in WRAPPERS:
-        words = _run_by(words, WRAPPERS)
-    return words
-
-
-def _run_by(words, wrappers):
-    """Return the words of the command that the first word runs; nothing if it runs none."""
-    name = program_name(words[0])
-    if name not in wrappers:
-        return []
-    if name == "env" and words[1:2] == ["-S"]:
-        words = [words[0], *unquote(" ".join(words[2:3])).split(), *words[3:]]
-    with_value, num_positional = wrappers[name]
-    words = skip_options(words[1:], with_value)
-    while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
-        words = words[1:]
-    words = words[num_positional:]
-    while words and words[0] in ("{", "!"):
-        words = words[1:]
-    if name == "watch" and len(words) == 1:
-        return unquote(words[0]).split()
+    while words:
+        name = program_name(words[0])
+        if name not in WRAPPERS:
+            return words
+        if name == "env" and words[1:2] == ["-S"]:
+            words = [words[0], *unquote(" ".join(words[2:3])).split(), *words[3:]]
+        with_value, num_positional = WRAPPERS[name]
+        words = skip_options(words[1:], with_value)
+        while name in ("env", "sudo") and words and re.match(r"\w+=", words[0]):
+            words = words[1:]
+        words = words[num_positional:]
+        while words and words[0] in ("{", "!"):
+            words = words[1:]
+        if name == "watch" and len(words) == 1:
+            return unquote(words[0]).split()
     return words
 
 
