@@ -44,11 +44,19 @@ def compare(first: Mapping[int, Mapping], second: Mapping[int, Mapping], measure
     row_differences = np.mean(pairs[0], axis=0) - np.mean(pairs[1], axis=0)
     drawn = np.random.default_rng(0).multinomial(len(weights), [1 / len(weights)] * len(weights), NUM_BOOTSTRAP)
     on_rows = np.percentile((drawn @ row_differences) / (drawn @ weights), [2.5, 97.5]).tolist()
-    differences = [mean(first[seed], measure) - mean(second[seed], measure) for seed in seeds]
-    difference, deviation = statistics.mean(differences), statistics.stdev(differences)
-    margin = T_QUANTILES[min(len(seeds), max(T_QUANTILES))] * deviation / len(seeds) ** 0.5
-    intervals = {"rows": on_rows, "seeds": [difference - margin, difference + margin]}
+    difference, *over_seeds = interval_over_seeds(
+        [mean(first[seed], measure) - mean(second[seed], measure) for seed in seeds]
+    )
+    intervals = {"rows": on_rows, "seeds": over_seeds}
     return {"difference": difference, "num_seeds": len(seeds), **intervals, "verdict": judge(intervals, measure)}
+
+
+def interval_over_seeds(values: Sequence[float]) -> list[float]:
+    """Return the mean of the values of at least 3 seeds, and the edges of its 95 % interval by Student's t."""
+    value = statistics.mean(values)
+    quantile = T_QUANTILES[min(len(values), max(T_QUANTILES))]
+    margin = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return [value, value - margin, value + margin]
 
 
 def judge(intervals: Mapping[str, Sequence[float]], measure: str) -> str:

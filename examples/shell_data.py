@@ -52,7 +52,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
     tokenizer, teacher_ids = trim_tokenizer(tokenizer, texts, max_size=arguments.vocabulary_size)
     config = preset_config(arguments.preset, tokenizer)
-    config.mlp_dropout = 0.0  # as in the baseline
+    config.mlp_dropout = 0.0  # the baseline, a Llama, has none
     teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher)
     set_seed(arguments.seed)
     embeddings = project_embeddings(teacher.get_input_embeddings().weight[teacher_ids], config.hidden_size)

@@ -8,9 +8,9 @@ FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, 
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
 of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
 system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
-compared, and so are shell and a teacher, on the rows of the teacher. --seeds takes those of encoder-decoder and
-decoder-only after the whole recipe, and keeps the metrics of each seed. FILE was written by
-examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
+compared, and so are shell and a teacher, on the rows of the teacher. --seeds takes folders of encoder-decoder and
+decoder-only that were trained by the whole recipe, at least three of each, and stores the metrics of each seed. FILE
+was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
@@ -23,7 +23,7 @@ import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from evidence_statistics import T_QUANTILES, compare, format_mean
+from evidence_statistics import MIN_SEEDS, compare, format_mean, interval_over_seeds
 
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
@@ -32,19 +32,18 @@ from encdec_slm.run_results import RunResults, format_table
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "shell_results.json"
 PLOT = ROOT / "docs" / "shell.png"
-# What was done to the models that are compared; the benchmark has untrained ones.
-TRAINED = ", 1,000 steps of 64 rows"
-WHOLE_RECIPE = ", three seeds"
 # Name in the tables, and model in the benchmark.
 SYSTEMS = {
     "shell": ("this model", "encoder-decoder"),
-    "encoder-decoder": (f"encoder-decoder{TRAINED}", None),
-    "decoder-only": (f"decoder-only baseline of the same size{TRAINED}", "decoder-only"),
+    "encoder-decoder": ("encoder-decoder", None),
+    "decoder-only": ("decoder-only baseline of the same size", "decoder-only"),
     "teacher": ("Qwen2.5-Coder-0.5B-Instruct", "teacher"),
     "teacher-examples": ("Qwen2.5-Coder-0.5B-Instruct, five examples in the prompt", "teacher"),
     "teacher-tuned": ("Qwen2.5-Coder-0.5B-Instruct, tuned by LoRA", None),
     "nearest": ("commands of the nearest training requests", None),
 }
+# How the models with seeds were trained: those in `evaluations`, and those in `seeds`.
+SHORT_TRAINING, WHOLE_RECIPE = "1,000 steps of 64 rows", "three seeds"
 METRICS = {
     "nlc2cmd": "NLC2CMD, first answer",
     "nlc2cmd_top5": "NLC2CMD, five answers",
@@ -168,6 +167,8 @@ def collect_evaluations(results, folders):
 def collect_seeds(results, folders):
     """Put the metrics of each seed into the results: `folders` are as in [`collect_evaluations`]."""
     for (system, name), seeds in folders.items():
+        if len(seeds) < MIN_SEEDS:
+            raise ValueError(f"{system} has {len(seeds)} folders of `{name}`, but needs at least {MIN_SEEDS} seeds.")
         means = [
             {metric: statistics.mean(row[metric] for row in rows) for metric in COMPARED} for rows in read_rows(seeds)
         ]
@@ -177,18 +178,17 @@ def collect_seeds(results, folders):
 
 
 def find_evaluation(results, system, name):
-    """Return an evaluation, or `None`: of the whole recipe with seeds if there is one, with intervals over seeds."""
+    """Return an evaluation, or `None`. That of the whole recipe comes first; its intervals are over seeds."""
     seeds = results["seeds"].get(system, {}).get(name)
     if seeds is None:
         return results["evaluations"].get(system, {}).get(name)
     return {"metrics": {metric: interval_over_seeds(values) for metric, values in seeds.items()}}
 
 
-def interval_over_seeds(values):
-    """Return the mean of the seeds, and its 95 % interval by Student's t."""
-    mean = statistics.mean(values)
-    margin = T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return [mean, mean - margin, mean + margin]
+def label_system(system, training):
+    """Return the name of a system in the tables, with the training of models that have seeds."""
+    label = SYSTEMS[system][0]
+    return f"{label}, {training}" if system in ("encoder-decoder", "decoder-only") else label
 
 
 def find_mistakes(folder):
@@ -254,7 +254,7 @@ def readme_table(results):
         "ms per answer",
     )
     rows = [header]
-    for key, (label, model) in SYSTEMS.items():
+    for key, (_, model) in SYSTEMS.items():
         if key == "nearest":  # docs/shell.md has it
             continue
         evaluation = find_evaluation(results, key, "test_random")
@@ -264,7 +264,7 @@ def readme_table(results):
         if entries := find_fastest(results, model):
             parameters, size = f"{entries[0]['num_parameters'] / 1e6:,.3g}M", f"{entries[0]['bytes'] / 1e6:,.0f} MB"
             speed = "; ".join(f"{one['milliseconds']:,.0f} ({format_engine(one)})" for one in entries)
-        label = label.replace(TRAINED, WHOLE_RECIPE)
+        label = label_system(key, WHOLE_RECIPE)
         rows.append((label, parameters, size, *scores, results["published"].get(key, "-"), speed))
     rows += [tuple(row) for row in results["published"]["rows"]]
     table = format_table([list(row) for row in rows], markdown=True)
@@ -275,8 +275,8 @@ def readme_table(results):
     note = (
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
         "(`test_random`), and on 100 to 300 everyday ones (`everyday_blind`), with right programs and flags. This "
-        "model answers as `encdec-slm shell` does. The models of three seeds were trained by the recipe of "
-        "docs/shell.md, and search with five beams; their intervals are over seeds. Qwen "
+        "model answers as `encdec-slm shell` does. The models with three seeds had less training (docs/shell.md), and "
+        "search with five beams; their intervals are over seeds. Qwen "
         f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
         f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
         "with one. InterCode-ALFA and the last row are published."
@@ -288,9 +288,10 @@ def score_table(results):
     tables = []
     for name in ("test_random", "test", "everyday_blind"):
         rows = [[f"`{name}`", "rows", *METRICS.values()]]
-        for key, (label, _) in SYSTEMS.items():
+        for key in SYSTEMS:
             evaluation = results["evaluations"].get(key, {}).get(name)
             num_rows = f"{evaluation['num_rows']:,}" if evaluation else "-"
+            label = label_system(key, SHORT_TRAINING)
             rows.append([label, num_rows, *(format_metric(evaluation, metric) for metric in METRICS)])
         tables.append(format_table(rows, markdown=True))
     return "\n\n".join(tables)
@@ -336,7 +337,7 @@ def teacher_table(results):
 def latency_table(results):
     rows = [["model", "engine", "weights", "ms per answer"]]
     for one in results["latency"]["entries"]:
-        label = next(label for label, model in SYSTEMS.values() if model == one["model"]).removesuffix(TRAINED)
+        label = next(label for label, model in SYSTEMS.values() if model == one["model"])
         rows.append([label, format_engine(one), f"{one['bytes'] / 1e6:,.1f} MB", f"{one['milliseconds']:,.1f}"])
     return format_table(rows, markdown=True)
 
@@ -402,7 +403,7 @@ def draw_plot(results):
     figure = Figure(figsize=(12, 4), layout="constrained")
     times, *scores = figure.subplots(1, 3)
     # One bar for each model; the first label of the teacher names it.
-    labels = {model: label.removesuffix(TRAINED) for label, model in reversed(SYSTEMS.values()) if model is not None}
+    labels = {model: label for label, model in reversed(SYSTEMS.values()) if model is not None}
     for model, label in labels.items():
         for entry in find_fastest(results, model):
             name = f"{textwrap.fill(label, PLOT_LABEL_WIDTH)}\n{format_engine(entry)}"
@@ -416,10 +417,10 @@ def draw_plot(results):
         ("everyday_blind", "template", "everyday, right (%)"),
     ]
     for axes, (name, metric, title) in zip(scores, shown, strict=True):
-        for key, (label, _) in reversed(SYSTEMS.items()):
+        for key in reversed(SYSTEMS):
             if evaluation := find_evaluation(results, key, name):
                 value, low, high = evaluation["metrics"][metric]
-                label = textwrap.fill(label.replace(TRAINED, WHOLE_RECIPE), PLOT_LABEL_WIDTH)
+                label = textwrap.fill(label_system(key, WHOLE_RECIPE), PLOT_LABEL_WIDTH)
                 axes.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
         axes.margins(y=0.1)
         axes.grid(axis="x", alpha=0.3)
