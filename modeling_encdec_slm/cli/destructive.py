@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from .critical_paths import DEVICE, find_critical_file, find_critical_path, normalize_path
 from .shell_syntax import (
     UNKNOWN,
-    XARGS_OPTIONS,
     Command,
     Word,
     expand_word,
@@ -41,6 +40,7 @@ DATABASES = re.compile(
     r"(mysql|mariadb|psql|sqlite3?|sqlcmd|sqlplus|clickhouse(-client)?|duckdb|mongo(sh)?|redis-cli|cqlsh|mysqladmin)$"
 )
 PARALLEL_OPTIONS = "ajN"
+XARGS_OPTIONS = "EILPadns"
 SSH_OPTIONS = "BDEFIJLOQRSWbceilmopw"
 DELETERS = ("rm", "shred", "unlink")
 SYSTEM_LOG = re.compile(r"/var/log/(auth\.log|btmp|dmesg|kern\.log|lastlog|messages|secure|syslog|wtmp)$")
@@ -266,6 +266,8 @@ def _check_strings(program, arguments, line):
     elif program == "parallel":
         code, _, values = " ".join(skip_options(plain, PARALLEL_OPTIONS)).partition(":::")
         codes = [code.replace("{}", values) if "{}" in code else f"{code} {values}"]
+        if not values:  # the values are the lines of the input, as those of `xargs`
+            yield from _check_xargs(code.split(), line)
     elif INTERPRETERS.fullmatch(program) or program in ("awk", "gawk", "mawk"):
         yield from _check_code(" ".join(plain), line)
         return
@@ -614,12 +616,6 @@ def _check_xargs(arguments, line):
         yield from _check_find(tests, inner)
 
 
-def _check_parallel(arguments, line):
-    """Without `:::`, `parallel` adds the lines of its input to a command, as `xargs` does."""
-    if ":::" not in arguments:
-        yield from _check_xargs(" ".join(skip_options(arguments, PARALLEL_OPTIONS)).split(), line)
-
-
 def _check_mv(arguments, line):
     operands = _split_arguments(arguments, "tS")[1]
     if operands[-1:] == ["/dev/null"]:
@@ -709,7 +705,7 @@ def _check_cd(arguments, line):
 
 CHECKS = {
     **dict.fromkeys(("rm", "srm", "unlink"), _check_rm),
-    **{"find": _check_find, "xargs": _check_xargs, "parallel": _check_parallel, "chmod": _check_permissions},
+    **{"find": _check_find, "xargs": _check_xargs, "chmod": _check_permissions},
     **dict.fromkeys(("chown", "chgrp"), _check_owner),
     "chattr": functools.partial(_check_owner, changed="the owner or attributes"),
     "setfacl": functools.partial(_check_owner, changed="permissions"),

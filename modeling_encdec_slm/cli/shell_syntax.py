@@ -41,9 +41,7 @@ WRAPPERS = {
 LONG_OPTIONS_WITH_VALUE = frozenset(
     {"adjustment", "chdir", "group", "interval", "jobs", "kill-after", "signal", "user"}
 )
-# Options of `xargs`, which also runs its arguments, that take a value.
-XARGS_OPTIONS = "EILPadns"
-# Programs in front of another one; `list_programs` does not look behind their options.
+# Programs behind which `list_programs` looks for another one, if no option follows them.
 RUNNERS = frozenset({"command", "env", "exec", "nohup", "sudo", "time", "xargs"})
 # Text between quotation marks in a sentence; an apostrophe is none.
 QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|`([^`]+)`|(?<!\w)'([^']+)'(?!\w)")
@@ -143,7 +141,7 @@ def list_programs(line: str) -> list[str]:
 
 
 def unwrap(words: list[str]) -> list[str]:
-    """Remove programs that run their arguments, such as `sudo`, with their options."""
+    """Remove programs that run the command in their arguments, such as `sudo`, and the options of these programs."""
     while words:
         name = program_name(words[0])
         if name not in WRAPPERS:
@@ -163,7 +161,7 @@ def unwrap(words: list[str]) -> list[str]:
 
 
 def skip_options(words: list[str], with_value: str) -> list[str]:
-    """Remove the options before the first operand, and the values of those that `with_value` has the letters of."""
+    """Remove the options before the first operand. `with_value` has the letters of options that take a value."""
     while words and words[0].startswith("-") and words[0] != "-":
         option, words = words[0], words[1:]
         if option == "--":
@@ -435,7 +433,7 @@ def _values(expression, variables):
 
 
 __all__ = [
-    *("UNKNOWN", "XARGS_OPTIONS", "Command", "Word", "close_line", "expand_word", "first_program", "is_complete"),
+    *("UNKNOWN", "Command", "Word", "close_line", "expand_word", "first_program", "is_complete"),
     *("list_programs", "outline", "parse_commands", "program_name", "quote_literals", "skip_options", "unquote"),
     "unwrap",
 ]
