@@ -131,14 +131,15 @@ def build_trainer(
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): Is trained.
         training_args ([`~transformers.Seq2SeqTrainingArguments`]): Its `generation_config` and `generation_num_beams`
-            decide how the model generates.
+            decide how the model generates. `remove_unused_columns` is ignored: no column is removed.
         max_target_length (`int`): In tokens, with the end-of-text token.
         inherited_from (`str`, *optional*): As in [`set_generation_config`].
         packing_collator ([`DataCollatorWithPacking`], *optional*): Packs the training rows.
         kwargs: Passed to the Trainer.
     """
     training_args = copy.copy(training_args)
-    training_args.remove_unused_columns = False  # rows are grouped by their column `length`
+    # The collators read columns that models do not know, and `group_by_length` reads `length`.
+    training_args.remove_unused_columns = False
     settings = {}
     if training_args.generation_config is not None:
         settings = Seq2SeqTrainer.load_generation_config(training_args.generation_config).to_diff_dict()

@@ -211,7 +211,7 @@ class RowEncoder:
             "num_source_tokens": [source.num_tokens for source in sources],
         }
         encoded |= self.encode_targets(batch, indices)
-        # What `train_sampling_strategy: group_by_length` reads: rows with a short source may have a long target.
+        # `train_sampling_strategy: group_by_length` reads `length`. A row with a short source may have a long target.
         sides = (encoded[name] for name in ("input_ids", "labels") if name in encoded)
         return encoded | {"length": [max(map(len, row)) for row in zip(*sides, strict=True)]}
 

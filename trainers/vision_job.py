@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune a vision-text model on questions about images, and measure each task on held-out images."""
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +95,7 @@ def finetune_vision(args: VisionArguments, training_args: Seq2SeqTrainingArgumen
     Args:
         args ([`VisionArguments`]): Data and size.
         training_args ([`~transformers.Seq2SeqTrainingArguments`]): The run; see
-            [`~encdec_slm.trainers.finetune_job.finetune`]. `remove_unused_columns` is false in any case.
+            [`~encdec_slm.trainers.finetune_job.finetune`].
 
     Returns:
         [`~encdec_slm.run_results.RunResults`]: Exact answers of each task `"before training"`, `"after training"`,
@@ -110,8 +109,6 @@ def finetune_vision(args: VisionArguments, training_args: Seq2SeqTrainingArgumen
     name = args.model_name_or_path
     checkpoint = prepare_output_dir(training_args, "fine-tuning", [*find_source_folders(name), args.dataset_name])
     set_seed(training_args.seed)
-    training_args = copy.copy(training_args)
-    training_args.remove_unused_columns = False  # images are read when a batch is made
 
     splits = load_vision_splits(args, training_args.seed)
     if name is None:
