@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from encdec_slm import EncDecSLMForConditionalGeneration
 from encdec_slm.constrained_decoding import SHELL_GRAMMAR, GrammarLogitsProcessor
+from encdec_slm.hub_cards.publishing import find_changed_files
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,10 @@ def test_the_checkpoint_is_small_and_complete():
     assert (CHECKPOINT / "results.png").read_bytes() == (ROOT / "docs" / "shell.png").read_bytes()
     del files["results.png"]
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".py", ".md", ".yaml", ".jinja", ""}
+
+
+def test_the_folder_is_what_publish_wrote():
+    assert find_changed_files(CHECKPOINT) == []
 
 
 def test_the_code_files_equal_those_of_the_package():
