@@ -310,9 +310,9 @@ def difference_table(results):
 
 def seed_table(results):
     rows = [["rows", "metric", "encoder-decoder", "decoder-only", "difference", "over seeds"]]
-    for name, found in results["seeds"]["encoder-decoder"].items():
-        for metric, ours in found.items():
-            theirs = results["seeds"]["decoder-only"][name][metric]
+    for name, found in results["seeds"]["decoder-only"].items():
+        for metric, theirs in found.items():
+            ours = results["seeds"]["encoder-decoder"][name][metric]
             value, low, high = interval_over_seeds([one - two for one, two in zip(ours, theirs, strict=True)])
             means = (format_mean(values, metric) for values in (ours, theirs))
             rows.append([f"`{name}`", METRICS[metric], *means, f"{value:+.1f}", f"[{low:+.1f}, {high:+.1f}]"])
