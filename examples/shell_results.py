@@ -311,7 +311,7 @@ def difference_table(results):
 def seed_table(results):
     rows = [["rows", "metric", "encoder-decoder", "decoder-only", "difference", "over seeds"]]
     for name, found in results["seeds"]["decoder-only"].items():
-        for metric, theirs in found.items():
+        for metric, theirs in found.items():  # not all metrics of these models were kept
             ours = results["seeds"]["encoder-decoder"][name][metric]
             value, low, high = interval_over_seeds([one - two for one, two in zip(ours, theirs, strict=True)])
             means = (format_mean(values, metric) for values in (ours, theirs))
