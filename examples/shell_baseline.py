@@ -28,7 +28,10 @@ def main():
 
 
 def load_baseline(name, args, model_args):
-    return AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype="float32", attn_implementation=model_args.attn_implementation
+    )
+    return model, AutoTokenizer.from_pretrained(name)
 
 
 def train_on_commands(load, arguments_class=FinetuneArguments):

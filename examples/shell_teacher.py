@@ -38,7 +38,10 @@ def main():
 def load_teacher(name, args, model_args):
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     # Only the adapters are trained, so bfloat16 is enough for the others.
-    model = trim_embeddings(AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.bfloat16, attn_implementation=model_args.attn_implementation
+    )
+    model = trim_embeddings(model, tokenizer)
     config = replace(
         model_args, use_peft=True, lora_target_modules=list(LORA_TARGET_MODULES), lora_task_type="CAUSAL_LM"
     )
