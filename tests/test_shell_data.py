@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trl import ModelConfig
 
 from conftest import build_byte_tokenizer
 from encdec_slm.checkpoints import load_checkpoint
@@ -117,6 +118,15 @@ def test_the_teacher_is_tuned_and_saved_whole(folder, monkeypatch, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert tuned.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "run" / "merged"))
     assert not torch.allclose(before.state_dict()[name], tuned.state_dict()[name], atol=1e-4, rtol=0)
+
+
+def test_decoder_only_models_have_the_attention_that_is_asked_for(folder):
+    args, model_args = SimpleNamespace(tokenizer=folder / "baseline"), ModelConfig(attn_implementation="eager")
+    for load, name in (
+        (shell_baseline.load_baseline, folder / "baseline"),
+        (shell_teacher.load_teacher, folder.parent / "teacher"),
+    ):
+        assert load(name, args, model_args)[0].config._attn_implementation == "eager"
 
 
 def test_everyday_rows_are_written_without_held_out_requests(tmp_path, capsys):
