@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put measurements of the shell model into shell_results.json, and write the tables of README.md and docs/shell.md.
 
-    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--seeds SYSTEM=FOLDER ...] \\
-        [--benchmark FILE] [--answers]
+    python examples/shell_results.py [--evaluation SYSTEM=FOLDER ...] [--benchmark FILE] [--answers]
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
 of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
 system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
-compared, and so are shell and a teacher, on the rows of the teacher. --seeds takes folders of encoder-decoder and
-decoder-only that were trained by the whole recipe, at least three of each, and stores the metrics of each seed. FILE
-was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
+compared, and so are shell and a teacher, on the rows of the teacher. FILE was written by examples/benchmark_shell.py.
+--answers asks the model the requests of the demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
@@ -23,7 +21,7 @@ import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from evidence_statistics import MIN_SEEDS, compare, format_mean, interval_over_seeds
+from evidence_statistics import compare, format_mean
 
 from encdec_slm.checkpoints import write_file
 from encdec_slm.run_results import RunResults, format_table
@@ -42,8 +40,6 @@ SYSTEMS = {
     "teacher-tuned": ("Qwen2.5-Coder-0.5B-Instruct, tuned by LoRA", None),
     "nearest": ("commands of the nearest training requests", None),
 }
-# How the models with seeds were trained: those in `evaluations`, and those in `seeds`.
-SHORT_TRAINING, WHOLE_RECIPE = "1,000 steps of 64 rows", "three seeds"
 METRICS = {
     "nlc2cmd": "NLC2CMD, first answer",
     "nlc2cmd_top5": "NLC2CMD, five answers",
@@ -164,31 +160,10 @@ def collect_evaluations(results, folders):
             results["teachers"].setdefault(name, {})[system] = compare_on_common_rows(ours[0], seeds[0])
 
 
-def collect_seeds(results, folders):
-    """Put the metrics of each seed into the results: `folders` are as in [`collect_evaluations`]."""
-    for (system, name), seeds in folders.items():
-        if len(seeds) < MIN_SEEDS:
-            raise ValueError(f"{system} has {len(seeds)} folders of `{name}`, but needs at least {MIN_SEEDS} seeds.")
-        means = [
-            {metric: statistics.mean(row[metric] for row in rows) for metric in COMPARED} for rows in read_rows(seeds)
-        ]
-        results["seeds"].setdefault(system, {})[name] = {
-            metric: [100 * one[metric] for one in means] for metric in COMPARED
-        }
-
-
-def find_evaluation(results, system, name):
-    """Return an evaluation, or `None`. That of the whole recipe comes first; its intervals are over seeds."""
-    seeds = results["seeds"].get(system, {}).get(name)
-    if seeds is None:
-        return results["evaluations"].get(system, {}).get(name)
-    return {"metrics": {metric: interval_over_seeds(values) for metric, values in seeds.items()}}
-
-
-def label_system(system, training):
-    """Return the name of a system in the tables, with the training of models that have seeds."""
+def label_scores(system):
+    """Return the name of a system in the tables of scores."""
     label = SYSTEMS[system][0]
-    return f"{label}, {training}" if system in ("encoder-decoder", "decoder-only") else label
+    return f"{label}, three seeds" if system in ("encoder-decoder", "decoder-only") else label
 
 
 def find_mistakes(folder):
@@ -257,15 +232,14 @@ def readme_table(results):
     for key, (_, model) in SYSTEMS.items():
         if key == "nearest":  # docs/shell.md has it
             continue
-        evaluation = find_evaluation(results, key, "test_random")
-        scores = [format_metric(evaluation, name) for name in ("nlc2cmd", "nlc2cmd_top5")]
-        scores.append(format_metric(find_evaluation(results, key, "everyday_blind"), "template"))
+        evaluations = results["evaluations"][key]
+        scores = [format_metric(evaluations.get("test_random"), name) for name in ("nlc2cmd", "nlc2cmd_top5")]
+        scores.append(format_metric(evaluations.get("everyday_blind"), "template"))
         parameters, size, speed = "-", "-", "-" if model is None else MISSING
         if entries := find_fastest(results, model):
             parameters, size = f"{entries[0]['num_parameters'] / 1e6:,.3g}M", f"{entries[0]['bytes'] / 1e6:,.0f} MB"
             speed = "; ".join(f"{one['milliseconds']:,.0f} ({format_engine(one)})" for one in entries)
-        label = label_system(key, WHOLE_RECIPE)
-        rows.append((label, parameters, size, *scores, results["published"].get(key, "-"), speed))
+        rows.append((label_scores(key), parameters, size, *scores, results["published"].get(key, "-"), speed))
     rows += [tuple(row) for row in results["published"]["rows"]]
     table = format_table([list(row) for row in rows], markdown=True)
     counts = sorted(
@@ -276,10 +250,9 @@ def readme_table(results):
         f"Scores are in percent, with 95 % intervals, on {' to '.join(map(str, counts))} held-out requests of NL2Bash "
         "(`test_random`), and on 100 to 300 everyday ones (`everyday_blind`), with right programs and flags. This "
         "model answers as `encdec-slm shell` does. The models with three seeds had less training (docs/shell.md), and "
-        "search with five beams; their intervals are over seeds. Qwen "
-        f"answers greedily. Times are medians for {latency['num_tokens']} tokens on an {latency['cpu']}, in the "
-        f"fastest engine: Qwen with {latency['threads']} threads and the prompt without examples, the small models "
-        "with one. InterCode-ALFA and the last row are published."
+        f"search with five beams. Qwen answers greedily. Times are medians for {latency['num_tokens']} tokens on an "
+        f"{latency['cpu']}, in the fastest engine: Qwen with {latency['threads']} threads and the prompt without "
+        "examples, the small models with one. InterCode-ALFA and the last row are published."
     )
     return f"{table}\n\n{textwrap.fill(note, 119, break_on_hyphens=False)}"
 
@@ -291,8 +264,7 @@ def score_table(results):
         for key in SYSTEMS:
             evaluation = results["evaluations"].get(key, {}).get(name)
             num_rows = f"{evaluation['num_rows']:,}" if evaluation else "-"
-            label = label_system(key, SHORT_TRAINING)
-            rows.append([label, num_rows, *(format_metric(evaluation, metric) for metric in METRICS)])
+            rows.append([label_scores(key), num_rows, *(format_metric(evaluation, metric) for metric in METRICS)])
         tables.append(format_table(rows, markdown=True))
     return "\n\n".join(tables)
 
@@ -305,17 +277,6 @@ def difference_table(results):
             intervals = ("[{:+.1f}, {:+.1f}]".format(*one[kind]) for kind in ("rows", "seeds"))
             means = (format_mean(values, metric) for values in one["means"])
             rows.append([f"`{name}`", METRICS[metric], *means, f"{one['difference']:+.1f}", *intervals])
-    return format_table(rows, markdown=True)
-
-
-def seed_table(results):
-    rows = [["rows", "metric", "encoder-decoder", "decoder-only", "difference", "over seeds"]]
-    for name, found in results["seeds"]["decoder-only"].items():
-        for metric, theirs in found.items():  # not all metrics of these models were kept
-            ours = results["seeds"]["encoder-decoder"][name][metric]
-            value, low, high = interval_over_seeds([one - two for one, two in zip(ours, theirs, strict=True)])
-            means = (format_mean(values, metric) for values in (ours, theirs))
-            rows.append([f"`{name}`", METRICS[metric], *means, f"{value:+.1f}", f"[{low:+.1f}, {high:+.1f}]"])
     return format_table(rows, markdown=True)
 
 
@@ -379,7 +340,7 @@ def find_fastest(results, model):
 BLOCKS = {
     "README.md": {"answer": readme_demo, "results": readme_table},
     "docs/shell.md": {
-        **{"scores": score_table, "seeds": seed_table, "differences": difference_table, "teachers": teacher_table},
+        **{"scores": score_table, "differences": difference_table, "teachers": teacher_table},
         **{"latency": latency_table, "mistakes": mistakes_table},
     },
 }
@@ -418,9 +379,9 @@ def draw_plot(results):
     ]
     for axes, (name, metric, title) in zip(scores, shown, strict=True):
         for key in reversed(SYSTEMS):
-            if evaluation := find_evaluation(results, key, name):
+            if evaluation := results["evaluations"].get(key, {}).get(name):
                 value, low, high = evaluation["metrics"][metric]
-                label = textwrap.fill(label_system(key, WHOLE_RECIPE), PLOT_LABEL_WIDTH)
+                label = textwrap.fill(label_scores(key), PLOT_LABEL_WIDTH)
                 axes.errorbar(value, label, xerr=[[value - low], [high - value]], fmt="o", color="tab:blue", capsize=3)
         axes.margins(y=0.1)
         axes.grid(axis="x", alpha=0.3)
@@ -432,19 +393,17 @@ def draw_plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluation", nargs="*", default=[], metavar="SYSTEM=FOLDER")
-    parser.add_argument("--seeds", nargs="*", default=[], metavar="SYSTEM=FOLDER")
     parser.add_argument("--benchmark", type=Path, metavar="FILE")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
     results = load_results()
-    for items, collect in ((arguments.evaluation, collect_evaluations), (arguments.seeds, collect_seeds)):
-        folders = defaultdict(list)
-        for item in items:
-            system, _, folder = item.partition("=")
-            if system not in SYSTEMS:
-                parser.error(f"{item!r} must begin with one of {', '.join(SYSTEMS)} and =")
-            folders[system, read_evaluations([folder])[0]].append(folder)
-        collect(results, folders)
+    folders = defaultdict(list)
+    for item in arguments.evaluation:
+        system, _, folder = item.partition("=")
+        if system not in SYSTEMS:
+            parser.error(f"{item!r} must begin with one of {', '.join(SYSTEMS)} and =")
+        folders[system, read_evaluations([folder])[0]].append(folder)
+    collect_evaluations(results, folders)
     if arguments.benchmark is not None:
         report = json.loads(arguments.benchmark.read_text(encoding="utf-8"))
         entries = [{key: value for key, value in one.items() if key != "seconds"} for one in report["entries"]]

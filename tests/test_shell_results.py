@@ -79,32 +79,6 @@ def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
         shell_results.collect_evaluations(results, folders)
 
 
-def test_seeds_of_the_whole_recipe_are_kept_and_shown(tmp_path):
-    """Of ten rows, three seeds have one, two and three right; the other system has none."""
-    lines = [json.dumps({"source": f"list {number}", "target": "ls -a"}) + "\n" for number in range(10)]
-    (tmp_path / "rows.jsonl").write_text("".join(lines))
-    options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
-    folders = {("encoder-decoder", "rows"): [], ("decoder-only", "rows"): []}
-    for number, num_right in enumerate((1, 2, 3, 0, 0, 0)):
-        evaluate_checkpoint(
-            lambda sources, num_right=num_right: [
-                ["ls -a" if int(source.split()[1]) < num_right else "df"] for source in sources
-            ],
-            "shell",
-            output_dir=tmp_path / str(number),
-            **options,
-        )
-        folders["encoder-decoder" if number < 3 else "decoder-only", "rows"].append(tmp_path / str(number))
-    results = {"evaluations": {}, "seeds": {}}
-    shell_results.collect_seeds(results, folders)
-    assert results["seeds"]["encoder-decoder"]["rows"]["template"] == pytest.approx([10, 20, 30])
-    # Student's t with two degrees of freedom: 4.303 * 10 / 3 ** 0.5
-    found = shell_results.find_evaluation(results, "encoder-decoder", "rows")["metrics"]["template"]
-    assert found == pytest.approx([20, 20 - 24.84, 20 + 24.84], abs=0.01)
-    assert "20.0 ± 5.8 | 0.0 ± 0.0 | +20.0 | [-4.8, +44.8] |" in shell_results.seed_table(results)
-    assert shell_results.find_evaluation(results, "shell", "rows") is None
-
-
 def test_a_teacher_is_compared_on_its_rows(tmp_path):
     """The teacher answers 5 of 20 rows, with another flag; of these, this model is right in 2."""
     lines = [json.dumps({"source": f"list {number // 2}", "target": "ls -a"}) + "\n" for number in range(20)]
