@@ -68,6 +68,8 @@ def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
     assert results["evaluations"]["encoder-decoder"]["rows"]["metrics"]["exact"] == pytest.approx(
         [66.67] * 3, abs=0.01
     )
+    label = shell_results.label_scores("encoder-decoder", results["evaluations"]["encoder-decoder"]["rows"])
+    assert label == "encoder-decoder, 3 seeds"
     compared = results["differences"]["rows"]["template"]
     assert compared["means"] == [[100, 0, 100], [0, 0, 0]]
     # Student's t with two degrees of freedom: 4.303 * 57.74 / 3 ** 0.5
