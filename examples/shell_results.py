@@ -5,10 +5,10 @@
 
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
-of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned and nearest. Several folders of one
-system and the same rows are seeds, of which the means are shown; those of encoder-decoder and decoder-only are also
-compared, and so are shell and a teacher, on the rows of the teacher. FILE was written by examples/benchmark_shell.py.
---answers asks the model the requests of the demo again.
+of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned, nearest, distilled, same-steps and
+not-distilled. Several folders of one system and the same rows are seeds, of which the means are shown. Compared are the
+seeds of encoder-decoder and decoder-only, of distilled and the last two, and shell and a teacher, on the rows of the
+teacher. FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
@@ -19,6 +19,7 @@ import re
 import statistics
 import textwrap
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 from evidence_statistics import compare, format_mean
@@ -49,6 +50,12 @@ METRICS = {
     "valid_bash": "valid Bash",
 }
 COMPARED = ("nlc2cmd", "nlc2cmd_top5", "template")
+# Systems whose seeds are compared with those of others, and their names in the table.
+PAIRS = {
+    "differences": ("encoder-decoder", {"decoder-only": "decoder-only"}),
+    "distillation": ("distilled", {"same-steps": "without labels", "not-distilled": "second training"}),
+}
+COMPARED_SYSTEMS = {name for first, others in PAIRS.values() for name in (first, *others)}
 TEACHERS = ("teacher", "teacher-examples", "teacher-tuned")
 NUM_MISTAKES, LONGEST_MISTAKE = 10, 120
 MISSING = "not measured"
@@ -152,11 +159,13 @@ def compare_seeds(firsts, seconds):
 def collect_evaluations(results, folders):
     """Put evaluations into the results: `folders` are those of the seeds, by system and name of the rows."""
     for (system, name), seeds in folders.items():
-        results["evaluations"].setdefault(system, {})[name] = read_evaluations(seeds)[1]
+        if system in SYSTEMS:
+            results["evaluations"].setdefault(system, {})[name] = read_evaluations(seeds)[1]
         if (system, name) == ("shell", "test_random"):
             results["mistakes"] = find_mistakes(seeds[0])
-        if system == "decoder-only" and len(others := folders.get(("encoder-decoder", name), [])) == len(seeds) > 2:
-            results["differences"][name] = compare_seeds(others, seeds)
+        for kind, (first, others) in PAIRS.items():
+            if system in others and len(firsts := folders.get((first, name), [])) == len(seeds) > 2:
+                results[kind].setdefault(name, {})[system] = compare_seeds(firsts, seeds)
         if system in TEACHERS and (ours := folders.get(("shell", name))):
             results["teachers"].setdefault(name, {})[system] = compare_on_common_rows(ours[0], seeds[0])
 
@@ -273,14 +282,16 @@ def score_table(results):
     return "\n\n".join(tables)
 
 
-def difference_table(results):
-    columns = ("encoder-decoder", "decoder-only", "difference", "over rows", "over seeds")
-    rows = [["rows", "metric", *columns]]
-    for name, found in results["differences"].items():
-        for metric, one in found.items():
-            intervals = ("[{:+.1f}, {:+.1f}]".format(*one[kind]) for kind in ("rows", "seeds"))
-            means = (format_mean(values, metric) for values in one["means"])
-            rows.append([f"`{name}`", METRICS[metric], *means, f"{one['difference']:+.1f}", *intervals])
+def difference_table(results, kind="differences"):
+    first, others = PAIRS[kind]
+    rows = [["rows", "metric", first, "compared with", "its score", "difference", "over rows", "over seeds"]]
+    for name, systems in results[kind].items():
+        for system, found in systems.items():
+            for metric, one in found.items():
+                intervals = ("[{:+.1f}, {:+.1f}]".format(*one[over]) for over in ("rows", "seeds"))
+                mean, other = (format_mean(values, metric) for values in one["means"])
+                cells = [f"`{name}`", METRICS[metric], mean, others[system], other, f"{one['difference']:+.1f}"]
+                rows.append([*cells, *intervals])
     return format_table(rows, markdown=True)
 
 
@@ -346,6 +357,7 @@ BLOCKS = {
     "docs/shell.md": {
         **{"scores": score_table, "differences": difference_table, "teachers": teacher_table},
         **{"latency": latency_table, "mistakes": mistakes_table},
+        "distillation": partial(difference_table, kind="distillation"),
     },
 }
 
@@ -404,8 +416,8 @@ def main():
     folders = defaultdict(list)
     for item in arguments.evaluation:
         system, _, folder = item.partition("=")
-        if system not in SYSTEMS:
-            parser.error(f"{item!r} must begin with one of {', '.join(SYSTEMS)} and =")
+        if system not in (known := {*SYSTEMS, *COMPARED_SYSTEMS}):
+            parser.error(f"{item!r} must begin with one of {', '.join(sorted(known))} and =")
         folders[system, read_evaluations([folder])[0]].append(folder)
     collect_evaluations(results, folders)
     if arguments.benchmark is not None:

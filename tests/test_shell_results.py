@@ -49,12 +49,16 @@ def test_measurements_are_collected_and_shown(tmp_path, monkeypatch):
     assert "33.3 [" in (tmp_path / "README.md").read_text() and (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "first", "other"),
+    [("differences", "encoder-decoder", "decoder-only"), ("distillation", "distilled", "same-steps")],
+)
+def test_seeds_are_averaged_and_compared_on_the_same_rows(kind, first, other, tmp_path):
     """Two of three seeds of a system are right; the other system never is."""
     lines = [json.dumps({"source": f"list {number // 2}", "target": "ls -a"}) + "\n" for number in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     options = {"dataset_name": tmp_path / "rows.jsonl", "num_bootstrap": 10, "show_progress": False}
-    folders = {("encoder-decoder", "rows"): [], ("decoder-only", "rows"): []}
+    folders = {(first, "rows"): [], (other, "rows"): []}
     for number, command in enumerate(("ls -a", "df", "ls -a", "df", "df", "df")):
         evaluate_checkpoint(
             lambda sources, command=command: [[command]] * len(sources),
@@ -62,20 +66,21 @@ def test_seeds_are_averaged_and_compared_on_the_same_rows(tmp_path):
             output_dir=tmp_path / str(number),
             **options,
         )
-        folders["encoder-decoder" if number < 3 else "decoder-only", "rows"].append(tmp_path / str(number))
-    results = {"evaluations": {}, "differences": {}}
+        folders[first if number < 3 else other, "rows"].append(tmp_path / str(number))
+    results = {"evaluations": {}, kind: {}}
     shell_results.collect_evaluations(results, folders)
-    assert results["evaluations"]["encoder-decoder"]["rows"]["metrics"]["exact"] == pytest.approx(
-        [66.67] * 3, abs=0.01
-    )
-    label = shell_results.label_scores("encoder-decoder", results["evaluations"]["encoder-decoder"]["rows"])
-    assert label == "encoder-decoder, 3 seeds"
-    compared = results["differences"]["rows"]["template"]
+    if first in shell_results.SYSTEMS:
+        evaluation = results["evaluations"][first]["rows"]
+        assert evaluation["metrics"]["exact"] == pytest.approx([66.67] * 3, abs=0.01)
+        assert shell_results.label_scores(first, evaluation) == "encoder-decoder, 3 seeds"
+    else:
+        assert not results["evaluations"]
+    compared = results[kind]["rows"][other]["template"]
     assert compared["means"] == [[100, 0, 100], [0, 0, 0]]
     # Student's t with two degrees of freedom: 4.303 * 57.74 / 3 ** 0.5
     assert compared["seeds"] == pytest.approx([66.67 - 143.4, 66.67 + 143.4], abs=0.1)
     assert compared["rows"] == pytest.approx([66.67, 66.67], abs=0.01) and compared["difference"] > 66
-    assert "66.7 ± 33.3" in shell_results.difference_table(results)
+    assert "66.7 ± 33.3" in shell_results.difference_table(results, kind)
     (tmp_path / "5" / "predictions.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows"):
         shell_results.collect_evaluations(results, folders)
