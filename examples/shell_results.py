@@ -6,9 +6,10 @@
 FOLDER is the output of `encdec-slm evaluate --task shell --output-dir FOLDER`, whose data file names its rows (such as
 test_random.jsonl); that of this model is a folder in the `--output-dir` of examples/calibrate_shell.py. SYSTEM is one
 of shell, encoder-decoder, decoder-only, teacher, teacher-examples, teacher-tuned, nearest, distilled, same-steps and
-not-distilled. Several folders of one system and the same rows are seeds, of which the means are shown. Compared are the
-seeds of encoder-decoder and decoder-only, of distilled and the last two, and shell and a teacher, on the rows of the
-teacher. FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the demo again.
+not-distilled. Several folders of one system and the same rows are seeds, of which the means are shown. If there are at
+least three, encoder-decoder is compared with decoder-only, and distilled with the last two. A teacher is compared with
+shell on its own rows. FILE was written by examples/benchmark_shell.py. --answers asks the model the requests of the
+demo again.
 Without options, the tables and the plot are written again from shell_results.json.
 """
 
